@@ -1,0 +1,58 @@
+"""One vocabulary over nd/sym and np/npx: the only file that knows which array API is in use.
+
+The mathematics is written once, in MXNet's classic operators. They exist in every MXNet 1.x, export, and run just as well in
+np mode: a NumPy-style array or symbol is *viewed* as a classic one (no copy, gradients included) on the way in, and the result is viewed
+back on the way out.
+"""
+import numpy as np
+from mxnet import ndarray, numpy, symbol
+from mxnet.base import MXNetError
+from mxnet.symbol.numpy import _Symbol as NumpySymbol
+
+_NP_STYLE = (numpy.ndarray, NumpySymbol)
+
+
+def is_symbol(array):
+    """Whether `array` stands for a node of a graph, whose shape and dtype may be unknown."""
+    return isinstance(array, symbol.Symbol)
+
+
+def is_array(array):
+    """Whether `array` is an MXNet array of either API."""
+    return isinstance(array, ndarray.NDArray)
+
+
+def is_np_style(array):
+    """Whether `array` belongs to the NumPy-style API (``mx.np``)."""
+    return isinstance(array, _NP_STYLE)
+
+
+def classic(array):
+    """`array`, or None, viewed as a member of the classic API."""
+    return array.as_nd_ndarray() if is_np_style(array) else array
+
+
+def in_style_of(example, array):
+    """The classic `array` viewed as a member of the API that `example` belongs to."""
+    return array.as_np_ndarray() if is_np_style(example) else array
+
+
+def reshape_like(array, example):
+    """`array` in the shape of `example`; either API, arrays or symbols."""
+    F = symbol if is_symbol(array) else ndarray
+    return in_style_of(array, F.reshape_like(classic(array), classic(example)))
+
+
+def dtype_name(array):
+    """Name of the dtype of an array or, as far as its graph tells, of a symbol (else None)."""
+    if is_symbol(array):
+        try:
+            dtype = array.infer_type_partial()[1][0]
+        except MXNetError:  # operators that refuse to guess, before 1.8
+            return None
+    else:
+        dtype = array.dtype
+    if dtype is None:
+        return None
+    dtype = np.dtype(dtype)
+    return dtype.names[0] if dtype.names else dtype.name  # bfloat16 is a record of that name

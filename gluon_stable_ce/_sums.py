@@ -1,0 +1,72 @@
+"""Exact sums: what makes a metric independent of batches, devices and workers, and of when somebody asks."""
+import numpy as np
+
+_UNIT = 1126  # every finite float64 is a mantissa of 53 bits times 2**-1126 or more
+_HALF = 27  # bits of the mantissa's lower half; float64 adds up 2**26 of either half without rounding
+_CHUNK = 2 ** 22
+
+
+def exact_sum(values):
+    """Sum of finite float64 `values`, (N,), without any rounding: an integer, in units of 2**-1126."""
+    total = 0
+    for start in range(0, len(values), _CHUNK):
+        mantissa, exponent = np.frexp(values[start:start + _CHUNK])
+        mantissa = np.ldexp(mantissa, 53).astype(np.int64)
+        lowest = exponent.min()
+        exponent -= lowest
+        high = np.bincount(exponent, weights=mantissa >> _HALF)
+        low = np.bincount(exponent, weights=mantissa & (2 ** _HALF - 1))
+        for place in np.flatnonzero(high + low):
+            total += ((int(high[place]) << _HALF) + int(low[place])) << int(place + lowest) - 53 + _UNIT
+    return total
+
+
+class Sums:
+    """What a metric knows of the values it has seen: integers only, which add up exactly and in any order.
+
+    Attributes
+    ----------
+    total : sum of the finite values in units of 2**-1126
+    count : how many values, finite or not
+    infinite, minus_infinite, nan : how many of them are not finite
+    invalid : how many labels had no value
+    """
+
+    FIELDS = ('total', 'count', 'infinite', 'minus_infinite', 'nan', 'invalid')
+    __slots__ = FIELDS
+
+    def __init__(self, **fields):
+        for name in self.FIELDS:
+            setattr(self, name, fields.pop(name, 0))
+        if fields:
+            raise TypeError(f'Sums has no {sorted(fields)}')
+
+    @classmethod
+    def of(cls, values, invalid=0):
+        """The sums of float64 `values`, (N,)."""
+        finite = np.isfinite(values)
+        if finite.all():
+            return cls(total=exact_sum(values), count=len(values), invalid=invalid)
+        return cls(total=exact_sum(values[finite]), count=len(values), infinite=int((values == np.inf).sum()),
+                   minus_infinite=int((values == -np.inf).sum()), nan=int(np.isnan(values).sum()), invalid=invalid)
+
+    def as_dict(self):
+        """Plain integers by name."""
+        return {name: getattr(self, name) for name in self.FIELDS}
+
+    def __add__(self, other):
+        return Sums(**{name: getattr(self, name) + getattr(other, name) for name in self.FIELDS})
+
+    def __eq__(self, other):
+        return self.as_dict() == other.as_dict()
+
+    def over(self, count):
+        """The sum of all values, divided by the integer `count` and rounded once; not finite where the values say so."""
+        if self.nan or not count or self.infinite and self.minus_infinite:
+            return float('nan')
+        if self.infinite or self.minus_infinite:
+            return float('inf') if self.infinite else float('-inf')
+        try:
+            return self.total / (count << _UNIT)
+        except OverflowError:
+            return float('inf') if self.total > 0 else float('-inf')
