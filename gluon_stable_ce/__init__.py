@@ -7,7 +7,8 @@ except AttributeError as error:  # MXNet 1.x reads np.bool, which NumPy 1.24 rem
     raise ImportError('MXNet 1.x cannot be imported with NumPy 1.24 or later: pip install "numpy<1.24"') from error
 
 from .loss import StableSoftmaxCELoss, StableSoftmaxCrossEntropyLoss
-from .metric import StableCrossEntropy, StableLoss
+from .metric import StableBitsPerToken, StableCrossEntropy, StableLoss, StablePerplexity
 
-__all__ = ['StableCrossEntropy', 'StableLoss', 'StableSoftmaxCELoss', 'StableSoftmaxCrossEntropyLoss']
+__all__ = ['StableBitsPerToken', 'StableCrossEntropy', 'StableLoss', 'StablePerplexity', 'StableSoftmaxCELoss',
+           'StableSoftmaxCrossEntropyLoss']
 __version__ = '0.1.0'

@@ -3,44 +3,48 @@
 Checks that raise, the rank and dtype that let the graph be short, and one cached graph for each kind of call.
 """
 from collections import namedtuple
+from functools import lru_cache
 from numbers import Integral, Real
-
-from mxnet import symbol
 
 from . import _ops
 from .functional import class_axis_removed
 
-Seen = namedtuple('Seen', 'ndim dtype np_style inputs')
-Seen.__doc__ = "What the door saw of a call: the rank of pred (None for symbols), the name of its dtype (or None), the API, how many inputs."
+Seen = namedtuple('Seen', 'ndim dtype np_style label_ndim label_dtype weight_shape')
+Seen.__doc__ = """What the door saw of a call, and the graph may rely on: rank and dtype of pred and label, whether they are of the NumPy API, and
+what the shape of sample_weight is ('kept', 'positions', 'batch', or None without one). For symbols, whatever is unknown is None."""
 
 LABEL_DTYPES = ('int8', 'uint8', 'int32', 'int64', 'float16', 'float32', 'float64')
 _MANTISSA = {'float16': 11, 'float32': 24}  # bits, counting the hidden one: integers up to 2**bits are exact
 
 
-def check_shapes(pred, label, axis, sparse_label):
-    """Raise ValueError or TypeError unless `label` fits `pred`; return `pred`'s shape without `axis`."""
+def check_arrays(pred, label, axis, sparse_label):
+    """Raise TypeError or ValueError unless `label` fits `pred`; return `pred`'s shape without `axis`."""
     for name, array in (('pred', pred), ('label', label)):
         if not _ops.is_array(array):
             raise TypeError(f'{name}: expected an MXNet array, got {type(array).__name__}')
-    shape, got = pred.shape, label.shape
+    return _positions(pred.shape, label.shape, _ops.dtype_name(label), axis, sparse_label)
+
+
+@lru_cache(maxsize=1024)
+def _positions(shape, got, dtype, axis, sparse_label):
     ndim = len(shape)
     if ndim < 2 or not -ndim <= axis < ndim:
-        raise ValueError(f'pred: expected at least 2 axes and a class axis at {axis}, got shape {shape}')
+        raise ValueError(f'pred: expected at least 2 axes, with the classes on axis {axis}, got shape {shape}')
     axis %= ndim
+    classes = shape[axis]
     positions = shape[:axis] + shape[axis + 1:]
     if not sparse_label:
         if got != shape:
-            hint = '; labels that are class indices need sparse_label=True' if got == positions else ''
-            raise ValueError(f'label: expected the shape {shape} of pred, as sparse_label=False, got {got}{hint}')
+            hint = '; class indices need sparse_label=True' if got == positions else ''
+            raise ValueError(f'label: expected shape {shape} like pred with sparse_label=False, got {got}{hint}')
         return positions
-    if got != positions and got != shape[:axis] + (1,) + shape[axis + 1:]:
-        hint = '; labels that are distributions over classes need sparse_label=False' if got == shape else ''
-        raise ValueError(f'label: expected shape {positions} for pred of shape {shape} with classes on axis {axis}, got {got}{hint}')
-    dtype = _ops.dtype_name(label)
+    if got not in (positions, shape[:axis] + (1,) + shape[axis + 1:]):
+        hint = '; one-hot labels and distributions need sparse_label=False' if got == shape else ''
+        raise ValueError(f'label: expected shape {positions} for pred of shape {shape} with the classes on axis {axis}, got {got}{hint}')
     if dtype not in LABEL_DTYPES:
-        raise TypeError(f"label: expected one of the dtypes {', '.join(LABEL_DTYPES)}, got {dtype}")
-    if shape[axis] > 2 ** _MANTISSA.get(dtype, 53):
-        raise TypeError(f'label: {dtype} cannot name all of {shape[axis]} classes, only {2 ** _MANTISSA[dtype]}; use int32')
+        raise TypeError(f"label: expected dtype {', '.join(LABEL_DTYPES)}, got {dtype}")
+    if classes > 2 ** _MANTISSA.get(dtype, 53):
+        raise TypeError(f'label: expected a dtype that can name {classes} classes, got {dtype}, exact up to {2 ** _MANTISSA[dtype]} only')
     return positions
 
 
@@ -72,52 +76,77 @@ class Door:
     structure; this one keeps a graph for each kind of call, so one block serves batches with and without weights, of any rank and dtype.
     """
 
-    _UNSEEN = Seen(None, None, False, 0)
-    _seen = _UNSEEN
+    _seen = _UNSEEN = Seen(None, None, False, None, None, None)
     _CACHED = {'_cached_graph': (), '_cached_op': None, '_cached_op_args': [], '_in_format': None, '_out_format': None}
 
     def forward(self, pred, label, sample_weight=None):
-        inputs = [pred, label] if sample_weight is None else [pred, label, sample_weight]
+        inputs = (pred, label) if sample_weight is None else (pred, label, sample_weight)
         if _ops.is_symbol(pred):
-            return self._forward_symbols(inputs)
+            seen_before, self._seen = self._seen, self._UNSEEN._replace(dtype=_ops.dtype_name(pred), np_style=_ops.is_np_style(pred))
+            try:
+                return super().forward(*inputs)
+            finally:
+                self._seen = seen_before
         positions = self.check_arrays(pred, label)
-        seen = Seen(len(positions) + 1, _ops.dtype_name(pred), _ops.is_np_style(pred), len(inputs))
-        if not self._sparse_label:
-            inputs[1] = _as_dtype(label, compute_dtype(seen.dtype))
-        elif label.ndim > len(positions):
-            inputs[1] = label.reshape(positions)
-        if self._sparse_label and seen.dtype == 'bfloat16':  # the casts that AMP adds cannot read 64-bit labels
-            inputs[1] = inputs[1].astype('float32')
-        if sample_weight is not None:
-            inputs[2] = _as_dtype(self._fit_weight(sample_weight, positions), compute_dtype(seen.dtype))
-        self._use_graph_for(seen)
+        weight_shape = sample_weight if sample_weight is None else self._weight_shape(sample_weight, positions)
+        dtype = _ops.dtype_name(pred)
+        if dtype == 'bfloat16' and self._sparse_label:  # the casts that AMP adds to the graph cannot read 64-bit labels
+            inputs = (pred, label.astype('float32'), *inputs[2:])
+        self._use_graph_for(Seen(len(positions) + 1, dtype, _ops.is_np_style(pred), len(label.shape), _ops.dtype_name(label), weight_shape))
         return super().forward(*inputs)
 
     def check_arrays(self, pred, label):
         """Raise unless `pred` and `label` belong together; return the shape of the positions."""
-        return check_shapes(pred, label, self._axis, self._sparse_label)
+        return check_arrays(pred, label, self._axis, self._sparse_label)
+
+    def _weight_shape(self, weight, positions):
+        """Which of the three shapes that a sample_weight may have this one has."""
+        if not _ops.is_array(weight):
+            raise TypeError(f'sample_weight: expected an MXNet array, got {type(weight).__name__}')
+        ndim = len(positions) + 1
+        axis = self._axis % ndim
+        kept = positions[:axis] + (1,) + positions[axis:]
+        got = weight.shape
+        if len(got) == ndim and all(n in (1, full) for n, full in zip(got, kept)):
+            return 'kept'
+        if got == positions:
+            return 'positions'
+        if got == (kept[self._batch_axis],):
+            return 'batch'
+        raise ValueError(f'sample_weight: expected one weight per sample {(kept[self._batch_axis],)}, one per label {positions}, '
+                         f'or a shape that broadcasts to {kept}, got {got}')
+
+    def _inputs(self, F, pred, label, sample_weight=None):
+        """The inputs of the graph for `functional`: classic; pred in the dtype to compute in, label and sample_weight in their one shape."""
+        seen, axis, dtype = self._seen, self._axis, compute_dtype(self._seen.dtype)
+        pred, label, sample_weight = _ops.classic(pred), _ops.classic(label), _ops.classic(sample_weight)
+        if self._sparse_label:
+            if seen.ndim is None:
+                label = F.reshape_like(label, class_axis_removed(F, pred, axis))
+            elif seen.ndim == seen.label_ndim:
+                label = F.squeeze(label, axis=axis)
+        elif seen.label_dtype not in (None, dtype):
+            label = F.cast(label, dtype=dtype)
+        if seen.dtype in ('float16', 'bfloat16'):  # unlike log_softmax's own `dtype`, a cast in front of it reaches the fast kernel
+            pred = F.cast(pred, dtype=dtype)
+        if seen.weight_shape is not None:
+            sample_weight = F.cast(sample_weight, dtype=dtype)
+        if seen.weight_shape == 'positions':
+            sample_weight = F.expand_dims(sample_weight, axis=axis)
+        elif seen.weight_shape == 'batch':
+            sample_weight = F.reshape(sample_weight, shape=[-1 if i == self._batch_axis % seen.ndim else 1 for i in range(seen.ndim)])
+        return pred, label, sample_weight
 
     def hybridize(self, active=True, *args, **kwargs):
-        """As gluon's, but with static memory unless told otherwise: its outputs are fresh arrays all the same."""
+        """As gluon's, but with static memory unless told otherwise: the outputs are fresh arrays all the same."""
         if active and not args:
             kwargs.setdefault('static_alloc', True)
             kwargs.setdefault('static_shape', kwargs['static_alloc'])
         super().hybridize(active, *args, **kwargs)
 
-    def _forward_symbols(self, inputs):
-        """The same without a shape: a label's kept axis is removed by the graph, and the dtype is known if the net's parameters tell it."""
-        pred = inputs[0]
-        if self._sparse_label:
-            inputs[1] = _ops.reshape_like(inputs[1], class_axis_removed(symbol, _ops.classic(pred), self._axis))
-        before, self._seen = self._seen, Seen(None, _ops.dtype_name(pred), _ops.is_np_style(pred), len(inputs))
-        try:
-            return super().forward(*inputs)
-        finally:
-            self._seen = before
-
     def _use_graph_for(self, seen):
         if seen != self._seen:
-            self._graphs[self._seen] = {name: getattr(self, name) for name in self._CACHED}
+            self._graphs[self._seen] = {name: getattr(self, name, value) for name, value in self._CACHED.items()}
             for name, value in self._graphs.get(seen, self._CACHED).items():
                 setattr(self, name, value)
             self._seen = seen
@@ -125,28 +154,3 @@ class Door:
     def _clear_cached_op(self):
         super()._clear_cached_op()
         self._graphs = {}
-
-    def _fit_weight(self, weight, positions):
-        """`weight` in the shape that gluon wants: the rank of pred, with 1 where it is to be broadcast."""
-        if not _ops.is_array(weight):
-            raise TypeError(f'sample_weight: expected an MXNet array, got {type(weight).__name__}')
-        ndim = len(positions) + 1
-        axis, batch_axis = self._axis % ndim, self._batch_axis % ndim
-        kept = positions[:axis] + (1,) + positions[axis:]
-        got = weight.shape
-        if len(got) == ndim and all(n in (1, full) for n, full in zip(got, kept)):
-            return weight
-        if got == positions:
-            return weight.reshape(kept)
-        if got == (kept[batch_axis],):
-            return weight.reshape(tuple(n if i == batch_axis else 1 for i, n in enumerate(kept)))
-        raise ValueError(f'sample_weight: expected one weight per sample {(kept[batch_axis],)}, one per label {positions}, '
-                         f'or a shape that broadcasts to {kept}, got {got}')
-
-    def _widened(self, F, pred):
-        """`pred` in the dtype it is computed in. Unlike log_softmax's own `dtype`, a cast in front of it reaches the fast kernel."""
-        return F.cast(pred, dtype='float32') if self._seen.dtype in ('float16', 'bfloat16') else pred
-
-
-def _as_dtype(array, dtype):
-    return array if _ops.dtype_name(array) == dtype else array.astype(dtype)

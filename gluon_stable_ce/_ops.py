@@ -4,6 +4,8 @@ The mathematics is written once, in MXNet's classic operators. They exist in eve
 np mode: a NumPy-style array or symbol is *viewed* as a classic one (no copy, gradients included) on the way in, and the result is viewed
 back on the way out.
 """
+from functools import lru_cache
+
 import numpy as np
 from mxnet import ndarray, numpy, symbol
 from mxnet.base import MXNetError
@@ -37,21 +39,18 @@ def in_style_of(example, array):
     return array.as_np_ndarray() if is_np_style(example) else array
 
 
-def reshape_like(array, example):
-    """`array` in the shape of `example`; either API, arrays or symbols."""
-    F = symbol if is_symbol(array) else ndarray
-    return in_style_of(array, F.reshape_like(classic(array), classic(example)))
-
-
 def dtype_name(array):
     """Name of the dtype of an array or, as far as its graph tells, of a symbol (else None)."""
-    if is_symbol(array):
-        try:
-            dtype = array.infer_type_partial()[1][0]
-        except MXNetError:  # operators that refuse to guess, before 1.8
-            return None
-    else:
-        dtype = array.dtype
+    if not is_symbol(array):
+        return _name(array.dtype)
+    try:
+        return _name(array.infer_type_partial()[1][0])
+    except MXNetError:  # operators that refuse to guess, before 1.8
+        return None
+
+
+@lru_cache(maxsize=None)
+def _name(dtype):
     if dtype is None:
         return None
     dtype = np.dtype(dtype)

@@ -35,11 +35,8 @@ class Sums:
     FIELDS = ('total', 'count', 'infinite', 'minus_infinite', 'nan', 'invalid')
     __slots__ = FIELDS
 
-    def __init__(self, **fields):
-        for name in self.FIELDS:
-            setattr(self, name, fields.pop(name, 0))
-        if fields:
-            raise TypeError(f'Sums has no {sorted(fields)}')
+    def __init__(self, total=0, count=0, infinite=0, minus_infinite=0, nan=0, invalid=0):
+        self.total, self.count, self.infinite, self.minus_infinite, self.nan, self.invalid = total, count, infinite, minus_infinite, nan, invalid
 
     @classmethod
     def of(cls, values, invalid=0):
@@ -51,14 +48,28 @@ class Sums:
                    minus_infinite=int((values == -np.inf).sum()), nan=int(np.isnan(values).sum()), invalid=invalid)
 
     def as_dict(self):
-        """Plain integers by name."""
-        return {name: getattr(self, name) for name in self.FIELDS}
+        """JSON values by name; the total in hexadecimal, as it is longer than what other readers of JSON take for a number."""
+        return {name: f'{value:x}' if name == 'total' else value for name, value in zip(self.FIELDS, self)}
+
+    @classmethod
+    def from_dict(cls, fields):
+        """The sums that `as_dict` was made of; ValueError if it was not made of any."""
+        try:
+            fields = {name: int(fields[name], 16) if name == 'total' else fields[name] for name in cls.FIELDS}
+        except (TypeError, KeyError, ValueError) as error:
+            raise ValueError(f'state: expected sums with {", ".join(cls.FIELDS)}, got {fields!r}') from error
+        if any(isinstance(value, bool) or not isinstance(value, int) for value in fields.values()):
+            raise ValueError(f'state: expected sums of integers, got {fields!r}')
+        return cls(**fields)
+
+    def __iter__(self):
+        return (getattr(self, name) for name in self.FIELDS)
 
     def __add__(self, other):
-        return Sums(**{name: getattr(self, name) + getattr(other, name) for name in self.FIELDS})
+        return Sums(*map(int.__add__, self, other))
 
-    def __eq__(self, other):
-        return self.as_dict() == other.as_dict()
+    def __sub__(self, other):
+        return Sums(*map(int.__sub__, self, other))
 
     def over(self, count):
         """The sum of all values, divided by the integer `count` and rounded once; not finite where the values say so."""

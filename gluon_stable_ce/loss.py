@@ -48,13 +48,6 @@ class StableSoftmaxCrossEntropyLoss(Door, gluon.loss.SoftmaxCrossEntropyLoss):
                 self.class_weight = ClassWeight(class_weight)
         self.hybridize()
 
-    def forward(self, pred, label, sample_weight=None):
-        """Check the arrays (see `Door`) and run the graph; symbols go straight into it."""
-        loss = super().forward(pred, label, sample_weight)
-        if self._reduction == 'none' and self._sparse_label and (_ops.is_symbol(label) or label.ndim == pred.ndim):
-            return _ops.reshape_like(loss, label)  # a label with a kept axis
-        return loss
-
     def check_arrays(self, pred, label):
         positions = super().check_arrays(pred, label)
         classes = pred.shape[self._axis]
@@ -71,18 +64,20 @@ class StableSoftmaxCrossEntropyLoss(Door, gluon.loss.SoftmaxCrossEntropyLoss):
         return positions
 
     def hybrid_forward(self, F, pred, label, sample_weight=None):
-        """The graph, of arrays or symbols; `Door` says what is known about them."""
-        style, ndim = pred, self._seen.ndim
-        pred, label, sample_weight = self._widened(F, _ops.classic(pred)), _ops.classic(label), _ops.classic(sample_weight)
+        """The graph, of arrays or symbols; the door has said what is known about them."""
+        given, seen = (pred, label), self._seen
+        pred, label, sample_weight = self._inputs(F, pred, label, sample_weight)
         class_weight = self.class_weight
         if class_weight is not None:
-            class_weight = F.cast(_ops.classic(class_weight(pred)), dtype=compute_dtype(self._seen.dtype))
+            class_weight = F.cast(_ops.classic(class_weight(pred)), dtype=compute_dtype(seen.dtype))
         loss, counted = functional.softmax_cross_entropy(
             F, pred, label, axis=self._axis, sparse_label=self._sparse_label, pred_type='log_probs' if self._from_logits else 'logits',
             ignore_label=self._ignore_label, class_weight=class_weight, label_smoothing=self._label_smoothing,
-            lse_square_scale=self._lse_square_scale, invalid_label=self._invalid_label, ndim=ndim)
-        loss = functional.reduce_positions(F, loss, counted, self._axis, self._batch_axis, self._reduction, sample_weight, ndim)
-        return _ops.in_style_of(style, loss if self._weight is None else loss * self._weight)
+            lse_square_scale=self._lse_square_scale, invalid_label=self._invalid_label, ndim=seen.ndim)
+        loss = functional.reduce_positions(F, loss, counted, self._axis, self._batch_axis, self._reduction, sample_weight, seen.ndim)
+        if self._reduction == 'none' and self._sparse_label and seen.label_ndim in (None, seen.ndim):  # the label may have kept an axis
+            loss = F.reshape_like(loss, _ops.classic(given[1]))
+        return _ops.in_style_of(given[0], loss if self._weight is None else loss * self._weight)
 
     def valid_count(self, label):
         """How many positions of `label` count, which is what ``trainer.step`` divides a summed loss by.
@@ -134,19 +129,33 @@ class ClassWeight(gluon.HybridBlock):
 
 
 class _Everywhere(gluon.Constant):
-    """A Constant that is there on whatever context asks for it, initialised or not."""
+    """A Constant that is there on whatever context asks for it, initialised or not, in np mode or not."""
+
+    def initialize(self, *args, **kwargs):
+        with mx.util.np_array(False):  # its value is a classic array
+            super().initialize(*args, **kwargs)
+
+    def reset_ctx(self, ctx):
+        with mx.util.np_array(False):
+            super().reset_ctx(ctx)
 
     def data(self, ctx=None):
         ctx = ctx or mx.current_context()
-        try:
-            known = self.list_ctx()
-        except RuntimeError:  # not initialised
+        known = self._known()
+        if not known:
             self.initialize(ctx=ctx)
-        else:
-            if ctx not in known:
+        elif ctx not in known:
+            with known[0]:  # where gluon will look for the value
                 self.reset_ctx(known + [ctx])
         return super().data(ctx)
 
     def list_data(self):
-        self.data()
+        if not self._known():
+            self.data()
         return super().list_data()
+
+    def _known(self):
+        try:
+            return self.list_ctx()
+        except RuntimeError:  # not initialised
+            return []

@@ -1,4 +1,5 @@
 """Metrics: the same numerics as the loss, exact sums, and no waiting for the device."""
+import math
 from collections import deque
 from numbers import Integral
 
@@ -9,8 +10,9 @@ from mxnet import autograd, gluon
 from . import _ops, functional
 from ._door import Door, check_choice, check_number
 from ._sums import Sums
+from .kvstore import all_reduce
 
-__all__ = ['StableCrossEntropy', 'StableLoss']
+__all__ = ['StableBitsPerToken', 'StableCrossEntropy', 'StableLoss', 'StablePerplexity']
 
 _IGNORED, _INVALID = -1.0, -2.0  # marks among NLLs, which are never negative
 _AHEAD = 4  # updates that the device may be behind
@@ -27,46 +29,103 @@ class _DeferredMean:
     def reset(self):
         """Forget everything."""
         self._pending = deque()
-        self._local, self._global = Sums(), Sums()
+        self._own = {'local': Sums(), 'global': Sums()}  # seen here
+        self._others = {'local': Sums(), 'global': Sums()}  # and by other workers, as of the last all_reduce
 
     def reset_local(self):
         """Begin a new window for `get`; `get_global` goes on."""
         self._settle()
-        self._local = Sums()
+        self._own['local'] = self._others['local'] = Sums()
 
     def get(self):
         """(name, value) of all that came since the last `reset` or `reset_local`; NaN if nothing did."""
-        self._settle()
-        return self.name, self._value_of(self._local)
+        return self.name, self._value_of(self._window('local'))
 
     def get_global(self):
         """(name, value) of all that came since the last `reset`; NaN if nothing did."""
-        self._settle()
-        return self.name, self._value_of(self._global)
+        return self.name, self._value_of(self._window('global'))
 
     @property
     def num_inst(self):
         """How many values `get` is the mean of."""
-        self._settle()
-        return self._local.count
+        return self._window('local').count
 
     @property
     def sum_metric(self):
-        """The sum of the values that `get` is the mean of."""
-        self._settle()
-        return self._local.over(1)
+        """The sum of the values that `get` is the mean of, rounded once."""
+        return self._window('local').over(1)
 
     @property
     def global_num_inst(self):
         """How many values `get_global` is the mean of."""
-        self._settle()
-        return self._global.count
+        return self._window('global').count
 
     @property
     def global_sum_metric(self):
-        """The sum of the values that `get_global` is the mean of."""
+        """The sum of the values that `get_global` is the mean of, rounded once."""
+        return self._window('global').over(1)
+
+    @property
+    def num_infinite(self):
+        """How many of the values that `get` is the mean of are infinite."""
+        return self._window('local').infinite
+
+    def merge(self, other):
+        """Take in what another metric of this kind has seen, as if its updates had come here, after ours.
+
+        Raises
+        ------
+        TypeError
+            If `other` is not the same class of metric.
+        """
+        if type(other) is not type(self):
+            raise TypeError(f'other: expected a {type(self).__name__}, got {type(other).__name__}')
         self._settle()
-        return self._global.over(1)
+        other._settle()
+        for mine, theirs in ((self._own, other._own), (self._others, other._others)):
+            for window in mine:
+                mine[window] = mine[window] + theirs[window]
+
+    def state_dict(self):
+        """All that was seen, as plain JSON values: what a run that may be killed has to save."""
+        self._settle()
+        return {part: {window: sums.as_dict() for window, sums in getattr(self, '_' + part).items()} for part in ('own', 'others')}
+
+    def load_state_dict(self, state):
+        """Go on from a `state_dict`, in the place of what was seen here.
+
+        Raises
+        ------
+        ValueError
+            If `state` is something else; nothing is changed then.
+        """
+        try:
+            own, others = ({window: Sums.from_dict(state[part][window]) for window in ('local', 'global')} for part in ('own', 'others'))
+        except (TypeError, KeyError) as error:
+            raise ValueError(f'state: expected what state_dict() returns, got {state!r}') from error
+        self._pending.clear()
+        self._own, self._others = own, others
+
+    def all_reduce(self, kvstore):
+        """Let every worker's result be the result of the whole. All workers must call this, with data or without.
+
+        Afterwards `get` and `get_global` of each worker are exactly what one process would report that had seen all the data. Updates
+        go on as before, and a later call takes them in; a second call without any changes nothing.
+
+        Parameters
+        ----------
+        kvstore : mxnet.kvstore.KVStore, or anything with its ``rank``, ``num_workers`` and ``pushpull``
+            See `gluon_stable_ce.kvstore.all_reduce`.
+        """
+        self._settle()
+        windows = ('local', 'global')
+        numbers = all_reduce(kvstore, [number for window in windows for number in self._own[window]])
+        for window, start in zip(windows, (0, len(Sums.FIELDS))):
+            self._others[window] = Sums(*numbers[start:start + len(Sums.FIELDS)]) - self._own[window]
+
+    def _window(self, window):
+        self._settle()
+        return self._own[window] + self._others[window]
 
     def _value_of(self, sums):
         return sums.over(sums.count)
@@ -83,7 +142,7 @@ class _DeferredMean:
         arrays = [self._pending.popleft() for _ in range(len(self._pending) - ahead)]
         if arrays:
             sums = self._sums_of(np.concatenate([array.asnumpy().ravel() for array in arrays]).astype('float64', copy=False))
-            self._local, self._global = self._local + sums, self._global + sums
+            self._own = {window: before + sums for window, before in self._own.items()}
 
     def _sums_of(self, values):
         return Sums.of(values)
@@ -135,7 +194,7 @@ class StableCrossEntropy(_DeferredMean, mx.metric.EvalMetric):
         """`label` next to `pred`, and flat where the rows of `pred` are the positions of a label of any shape, as in mx.metric."""
         if label.context != pred.context:
             label = label.as_in_context(pred.context)
-        flat = self._kwargs['sparse_label'] and pred.ndim == 2 and label.ndim > 1 and label.size == pred.shape[0]
+        flat = self._kwargs['sparse_label'] and len(pred.shape) == 2 and len(label.shape) > 1 and label.size == pred.shape[0]
         return label.reshape((-1,)) if flat else label
 
     def _sums_of(self, values):
@@ -146,8 +205,8 @@ class StableCrossEntropy(_DeferredMean, mx.metric.EvalMetric):
 
     def _value_of(self, sums):
         if sums.invalid:
-            raise ValueError(f'labels: expected integers in [0, {self._classes}), got {sums.invalid} others beside {sums.count} valid ones; '
-                             'reset() forgets them')
+            raise ValueError(f"labels: expected integers in [0, {self._classes or 'C'}), got {sums.invalid} others beside {sums.count} "
+                             'valid ones; reset() forgets them')
         return super()._value_of(sums)
 
     def __getstate__(self):
@@ -160,6 +219,33 @@ class StableCrossEntropy(_DeferredMean, mx.metric.EvalMetric):
         self._nll = _LabelNLL(**self._kwargs)
 
 
+@mx.metric.register
+@mx.metric.alias('stable_perplexity')
+class StablePerplexity(StableCrossEntropy):
+    """exp of the mean negative log-likelihood of the labels, with no epsilon."""
+
+    def __init__(self, axis=-1, pred_type='probs', ignore_label=None, sparse_label=True, name='perplexity', output_names=None,
+                 label_names=None):
+        super().__init__(axis, pred_type, ignore_label, sparse_label, name, output_names, label_names)
+
+    def _value_of(self, sums):
+        with np.errstate(over='ignore'):
+            return float(np.exp(super()._value_of(sums)))
+
+
+@mx.metric.register
+@mx.metric.alias('stable_bits_per_token')
+class StableBitsPerToken(StableCrossEntropy):
+    """Mean negative log-likelihood of the labels in bits, with no epsilon."""
+
+    def __init__(self, axis=-1, pred_type='probs', ignore_label=None, sparse_label=True, name='bits-per-token', output_names=None,
+                 label_names=None):
+        super().__init__(axis, pred_type, ignore_label, sparse_label, name, output_names, label_names)
+
+    def _value_of(self, sums):
+        return super()._value_of(sums) / math.log(2)
+
+
 class _LabelNLL(Door, gluon.HybridBlock):
     """Negative log-likelihood of each label, float64; -1 marks an ignored position and -2 an invalid label."""
 
@@ -170,16 +256,19 @@ class _LabelNLL(Door, gluon.HybridBlock):
         self.hybridize()
 
     def hybrid_forward(self, F, pred, label):
-        ndim = self._seen.ndim
-        pred = functional.class_axis_last(F, self._widened(F, _ops.classic(pred)), self._axis, ndim)
-        label = _ops.classic(label)
-        if not self._sparse_label:
+        given, ndim = pred, self._seen.ndim
+        pred, label, _ = self._inputs(F, pred, label)
+        pred = functional.class_axis_last(F, pred, self._axis, ndim)
+        if self._sparse_label:
+            labels = functional.read_labels(F, label, pred, self._ignore_label)
+            nll = F.cast(functional.class_terms(F, pred, index=labels.index, pred_type=self._pred_type).nll, dtype='float64')
+            nll = F.where(labels.valid, nll, F.ones_like(nll) * _INVALID)
+            if labels.counted is not None:
+                nll = F.where(labels.counted, nll, F.ones_like(nll) * _IGNORED)
+        else:
             target = functional.class_axis_last(F, label, self._axis, ndim)
-            return F.cast(functional.class_terms(F, pred, target=target, pred_type=self._pred_type).nll, dtype='float64')
-        labels = functional.read_labels(F, label, pred, self._ignore_label)
-        nll = F.cast(functional.class_terms(F, pred, index=labels.index, pred_type=self._pred_type).nll, dtype='float64')
-        nll = F.where(labels.valid, nll, F.ones_like(nll) * _INVALID)
-        return nll if labels.counted is None else F.where(labels.counted, nll, F.ones_like(nll) * _IGNORED)
+            nll = F.cast(functional.class_terms(F, pred, target=target, pred_type=self._pred_type).nll, dtype='float64')
+        return _ops.in_style_of(given, nll)
 
 
 def _as_list(name, arrays):

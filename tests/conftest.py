@@ -1,0 +1,26 @@
+"""What all tests share: the contexts to run on, the modes to run in, and one seed."""
+import os
+
+import hypothesis
+import mxnet as mx
+import numpy as np
+import pytest
+
+hypothesis.settings.register_profile('default', deadline=None, max_examples=60)
+hypothesis.settings.register_profile('ci', deadline=None, max_examples=60, derandomize=True)
+hypothesis.settings.load_profile('ci' if os.environ.get('CI') else 'default')
+
+GPU = pytest.mark.skipif(mx.context.num_gpus() == 0, reason='this machine has no GPU that MXNet can use')
+
+
+@pytest.fixture(params=[mx.cpu(0), pytest.param(mx.gpu(0), marks=GPU)], ids=str)
+def ctx(request):
+    """Every context that exists, as the current one."""
+    with request.param:
+        yield request.param
+
+
+@pytest.fixture
+def rng():
+    """Random numbers, the same in every run."""
+    return np.random.RandomState(0)

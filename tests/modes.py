@@ -1,0 +1,107 @@
+"""The ways in which people call a loss, each as a function of a loss and NumPy arrays that returns the loss and the gradient of its sum."""
+import contextlib
+import os
+import tempfile
+import warnings
+
+import mxnet as mx
+import numpy as np
+from mxnet import autograd, gluon
+
+
+class Nested(gluon.HybridBlock):
+    """A net with its loss inside, as one graph."""
+
+    def __init__(self, loss_fn):
+        super().__init__()
+        self.loss_fn = loss_fn
+
+    def hybrid_forward(self, F, *args):
+        return self.loss_fn(*args)
+
+
+def eager(loss_fn, *arrays):
+    loss_fn.hybridize(False)
+    return _run(loss_fn, *arrays)
+
+
+def default(loss_fn, *arrays):
+    return _run(loss_fn, *arrays)
+
+
+def hybridized(loss_fn, *arrays):
+    loss_fn.hybridize(static_alloc=False)
+    return _run(loss_fn, *arrays)
+
+
+def static_alloc(loss_fn, *arrays):
+    loss_fn.hybridize(static_alloc=True, static_shape=False)
+    return _run(loss_fn, *arrays)
+
+
+def nested(loss_fn, *arrays):
+    net = Nested(loss_fn)
+    net.hybridize()
+    return _run(net, *arrays)
+
+
+def nested_eager(loss_fn, *arrays):
+    return _run(Nested(loss_fn), *arrays)
+
+
+def exported(loss_fn, *arrays):
+    net = Nested(loss_fn)
+    net.hybridize()
+    return _run(_export_and_load(net, *arrays), *arrays)
+
+
+def exported_alone(loss_fn, *arrays):
+    return _run(_export_and_load(loss_fn, *arrays), *arrays)
+
+
+def np_mode(loss_fn, *arrays):
+    with numpy_semantics():
+        return _run(loss_fn, *arrays, array=mx.np.array)
+
+
+def np_mode_nested(loss_fn, *arrays):
+    with numpy_semantics():
+        net = Nested(loss_fn)
+        net.hybridize()
+        return _run(net, *arrays, array=mx.np.array)
+
+
+ALL = [eager, default, hybridized, static_alloc, nested, nested_eager, exported, exported_alone, np_mode, np_mode_nested]
+SYMBOLIC = [nested, exported, np_mode_nested]
+
+
+@contextlib.contextmanager
+def numpy_semantics():
+    """np mode, for a while."""
+    mx.npx.set_np()
+    try:
+        yield
+    finally:
+        mx.npx.reset_np()
+
+
+def _run(block, pred, *others, array=mx.nd.array):
+    pred = array(pred, dtype=pred.dtype)
+    others = [array(other, dtype=other.dtype) for other in others]
+    pred.attach_grad()
+    with autograd.record():
+        loss = block(pred, *others)
+    loss.backward()
+    assert type(loss) is type(pred)
+    return loss.asnumpy(), pred.grad.asnumpy()
+
+
+def _export_and_load(block, *arrays):
+    arrays = [mx.nd.array(array, dtype=array.dtype) for array in arrays]
+    block(*arrays)
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # that a saved graph does not tell the dtype of its inputs
+        path = os.path.join(folder, 'net')
+        block.export(path)
+        inputs = [f'data{i}' for i in range(len(arrays))]
+        return gluon.SymbolBlock.imports(f'{path}-symbol.json', inputs, f'{path}-0000.params')
