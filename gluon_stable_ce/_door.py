@@ -5,13 +5,14 @@ Checks that raise, the rank and dtype that let the graph be short, and one cache
 from collections import namedtuple
 from functools import lru_cache
 from numbers import Integral, Real
+from types import MappingProxyType
 
 from . import _ops
 from .functional import class_axis_removed
 
 Seen = namedtuple('Seen', 'ndim dtype np_style label_ndim label_dtype weight_shape')
-Seen.__doc__ = """What the door saw of a call, and the graph may rely on: rank and dtype of pred and label, whether they are of the NumPy API, and
-what the shape of sample_weight is ('kept', 'positions', 'batch', or None without one). For symbols, whatever is unknown is None."""
+Seen.__doc__ = """What the door saw of a call, for the graph to rely on: rank and dtype of pred and label, whether they are of the
+NumPy API, and whose shape sample_weight has ('kept', 'positions', 'batch'; None without one). What symbols do not tell is None."""
 
 LABEL_DTYPES = ('int8', 'uint8', 'int32', 'int64', 'float16', 'float32', 'float64')
 _MANTISSA = {'float16': 11, 'float32': 24}  # bits, counting the hidden one: integers up to 2**bits are exact
@@ -22,13 +23,14 @@ def check_arrays(pred, label, axis, sparse_label):
     for name, array in (('pred', pred), ('label', label)):
         if not _ops.is_array(array):
             raise TypeError(f'{name}: expected an MXNet array, got {type(array).__name__}')
-    return _positions(pred.shape, label.shape, _ops.dtype_name(label), axis, sparse_label)
+    return check_shapes(pred.shape, label.shape, _ops.dtype_name(label), axis, sparse_label)
 
 
 @lru_cache(maxsize=1024)
-def _positions(shape, got, dtype, axis, sparse_label):
+def check_shapes(shape, got, dtype, axis, sparse_label=True):
+    """The same of the shapes of `pred` and `label` and the name of the label's dtype."""
     ndim = len(shape)
-    if ndim < 2 or not -ndim <= axis < ndim:
+    if ndim < 2 or not -ndim <= axis < ndim or not shape[axis]:
         raise ValueError(f'pred: expected at least 2 axes, with the classes on axis {axis}, got shape {shape}')
     axis %= ndim
     classes = shape[axis]
@@ -42,7 +44,7 @@ def _positions(shape, got, dtype, axis, sparse_label):
         hint = '; one-hot labels and distributions need sparse_label=False' if got == shape else ''
         raise ValueError(f'label: expected shape {positions} for pred of shape {shape} with the classes on axis {axis}, got {got}{hint}')
     if dtype not in LABEL_DTYPES:
-        raise TypeError(f"label: expected dtype {', '.join(LABEL_DTYPES)}, got {dtype}")
+        raise TypeError(f"label: expected one of the dtypes {', '.join(LABEL_DTYPES)}, got {dtype}")
     if classes > 2 ** _MANTISSA.get(dtype, 53):
         raise TypeError(f'label: expected a dtype that can name {classes} classes, got {dtype}, exact up to {2 ** _MANTISSA[dtype]} only')
     return positions
@@ -77,7 +79,7 @@ class Door:
     """
 
     _seen = _UNSEEN = Seen(None, None, False, None, None, None)
-    _CACHED = {'_cached_graph': (), '_cached_op': None, '_cached_op_args': [], '_in_format': None, '_out_format': None}
+    _CACHED = MappingProxyType({'_cached_graph': (), '_cached_op': None, '_cached_op_args': (), '_in_format': None, '_out_format': None})
 
     def forward(self, pred, label, sample_weight=None):
         inputs = (pred, label) if sample_weight is None else (pred, label, sample_weight)
@@ -117,7 +119,7 @@ class Door:
                          f'or a shape that broadcasts to {kept}, got {got}')
 
     def _inputs(self, F, pred, label, sample_weight=None):
-        """The inputs of the graph for `functional`: classic; pred in the dtype to compute in, label and sample_weight in their one shape."""
+        """The inputs of the graph as `functional` takes them: pred in the dtype to compute in, the others in their one shape."""
         seen, axis, dtype = self._seen, self._axis, compute_dtype(self._seen.dtype)
         pred, label, sample_weight = _ops.classic(pred), _ops.classic(label), _ops.classic(sample_weight)
         if self._sparse_label:
@@ -136,6 +138,13 @@ class Door:
         elif seen.weight_shape == 'batch':
             sample_weight = F.reshape(sample_weight, shape=[-1 if i == self._batch_axis % seen.ndim else 1 for i in range(seen.ndim)])
         return pred, label, sample_weight
+
+    def _label_dtype(self):
+        """What `functional.read_labels` compares these labels in. AMP casts cannot read float64, so that is for float64 labels only."""
+        dtype = compute_dtype(self._seen.dtype)
+        if self._seen.label_dtype == dtype:
+            return None
+        return 'float64' if self._seen.label_dtype == 'float64' else dtype
 
     def hybridize(self, active=True, *args, **kwargs):
         """As gluon's, but with static memory unless told otherwise: the outputs are fresh arrays all the same."""

@@ -36,7 +36,8 @@ class Sums:
     __slots__ = FIELDS
 
     def __init__(self, total=0, count=0, infinite=0, minus_infinite=0, nan=0, invalid=0):
-        self.total, self.count, self.infinite, self.minus_infinite, self.nan, self.invalid = total, count, infinite, minus_infinite, nan, invalid
+        self.total, self.count, self.invalid = total, count, invalid
+        self.infinite, self.minus_infinite, self.nan = infinite, minus_infinite, nan
 
     @classmethod
     def of(cls, values, invalid=0):
@@ -73,7 +74,7 @@ class Sums:
 
     def over(self, count):
         """The sum of all values, divided by the integer `count` and rounded once; not finite where the values say so."""
-        if self.nan or not count or self.infinite and self.minus_infinite:
+        if self.nan or not count or (self.infinite and self.minus_infinite):
             return float('nan')
         if self.infinite or self.minus_infinite:
             return float('inf') if self.infinite else float('-inf')

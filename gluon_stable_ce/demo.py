@@ -147,8 +147,8 @@ def evaluate(name, net, loss_fn, images, labels, batch_size=256):
         perplexity.update([y], [probs])
     nll = exact_nll(np.concatenate([part.asnumpy() for part in logits]), labels)
     truth = nll.mean()
-    return {'name': name, 'nll': nll, 'truth': truth, 'ours': ours.get()[1], 'stock': stock.get()[1], 'stock perplexity': perplexity.get()[1],
-            'under eps': int((nll > -np.log(EPS)).sum()), 'off': abs(ours.get()[1] - truth) / truth}
+    return {'name': name, 'nll': nll, 'truth': truth, 'ours': ours.get()[1], 'off': abs(ours.get()[1] - truth) / truth,
+            'stock': stock.get()[1], 'stock perplexity': perplexity.get()[1], 'under eps': int((nll > -np.log(EPS)).sum())}
 
 
 def exact_nll(logits, labels):

@@ -6,13 +6,13 @@ takes `ndim`, it is the rank of ``pred`` if that is known, as it is for arrays a
 """
 from collections import namedtuple
 
-__all__ = ['softmax_cross_entropy', 'reduce_positions', 'read_labels', 'class_terms', 'class_axis_last', 'weighted']
+__all__ = ['class_axis_last', 'class_terms', 'read_labels', 'reduce_positions', 'softmax_cross_entropy', 'weighted']
 
 Labels = namedtuple('Labels', 'index valid counted')
 Labels.__doc__ = "Per position: the class `index`, clipped into [0, C); whether the label is `valid`; and `counted`, or None for all."
 
 Terms = namedtuple('Terms', 'nll lse spread')
-Terms.__doc__ = "Per position: `nll`; and `lse`, log sum exp of the logits, and `spread`, -1/C sum_j w_j log p_j, or None where not asked for."
+Terms.__doc__ = "Per position: `nll`; and, or None if not asked for, `lse`, log sum exp of the logits, and `spread`, -1/C sum w_j log p_j."
 
 
 def class_axis_last(F, array, axis, ndim=None):
@@ -40,7 +40,7 @@ def weighted(F, term, weight):
     return F.where(weight == 0, F.zeros_like(term), term * weight)
 
 
-def read_labels(F, label, pred, ignore_label=None):
+def read_labels(F, label, pred, ignore_label=None, label_dtype='float64'):
     """What sparse labels mean: the one place that decides which of them are valid and which count.
 
     Parameters
@@ -48,17 +48,20 @@ def read_labels(F, label, pred, ignore_label=None):
     label : (positions...), any dtype that can name the classes
     pred : (positions..., C); only its last axis is looked at
     ignore_label : int or None
+    label_dtype : 'float32', 'float64' or None
+        In which dtype labels are compared. 'float64' holds every label of every dtype. 'float32' holds all classes of integers and of
+        narrower floats, and rounds none of their other values to a class. None if `label` and `pred` have the same dtype.
 
     Returns
     -------
     Labels
         A label outside [0, C), NaN or not an integer is not `valid`; an ignored one is whatever it is, but not `counted`.
     """
-    classes = F.contrib.arange_like(pred, axis=-1)  # (C,)
-    index = F.take(classes, label, mode='clip')
-    label = F.cast(label, dtype='float64')  # exact for every label dtype, so that 1.5 and 2**32 + 1 do not pass for 1
-    valid = F.cast(index, dtype='float64') == label
-    return Labels(index, valid, None if ignore_label is None else label != ignore_label)
+    index = F.take(F.contrib.arange_like(pred, axis=-1), label, mode='clip')
+    found = index
+    if label_dtype is not None:
+        label, found = F.cast(label, dtype=label_dtype), F.cast(index, dtype=label_dtype)
+    return Labels(index, found == label, None if ignore_label is None else label != ignore_label)
 
 
 def class_terms(F, pred, index=None, target=None, pred_type='logits', lse=False, spread=False, class_weight=None):
@@ -118,7 +121,7 @@ def _expected_nll(F, log_p, target, log_1):
 
 
 def _logsumexp(F, logits, log_p, index, log_1):
-    """log sum exp of the logits, from any one class of finite logit: its logit less its log-probability."""
+    """Log sum exp of the logits, from any one class of finite logit: its logit less its log-probability."""
     logit = F.pick(logits, index, axis=-1)
     # a label on a logit of -inf has an infinite loss whatever is added to it
     return F.where(logit == float('-inf'), F.zeros_like(logit), logit + _nll_of(F, log_p, index, log_1))
@@ -131,7 +134,7 @@ def _at_every_position(F, vector, like):
 
 
 def softmax_cross_entropy(F, pred, label, axis=-1, sparse_label=True, pred_type='logits', ignore_label=None, class_weight=None,
-                          label_smoothing=0.0, lse_square_scale=0.0, invalid_label='nan', ndim=None):
+                          label_smoothing=0.0, lse_square_scale=0.0, invalid_label='nan', label_dtype='float64', ndim=None):
     r"""Cross entropy of every position, in nats.
 
     .. math:: \ell = (1-a)\, w_y (-\log p_y) + \frac{a}{C} \sum_j w_j (-\log p_j) + s \log^2 \sum_j e^{z_j}
@@ -145,6 +148,8 @@ def softmax_cross_entropy(F, pred, label, axis=-1, sparse_label=True, pred_type=
     class_weight : (C,) of `pred`'s dtype, optional
     axis, sparse_label, ignore_label, label_smoothing, lse_square_scale, invalid_label
         As for `StableSoftmaxCrossEntropyLoss`; 'raise' cannot be told in a graph, and is 'nan' here.
+    label_dtype
+        As for `read_labels`.
 
     Returns
     -------
@@ -158,7 +163,7 @@ def softmax_cross_entropy(F, pred, label, axis=-1, sparse_label=True, pred_type=
     if sparse_label:
         if merged:
             label = F.reshape_like(label, class_axis_removed(F, pred, -1))
-        labels = read_labels(F, label, pred, ignore_label)
+        labels = read_labels(F, label, pred, ignore_label, label_dtype)
         terms = class_terms(F, pred, index=labels.index, spread=bool(label_smoothing), **terms)
         loss = terms.nll
         if class_weight is not None:

@@ -9,7 +9,7 @@ from . import _ops, functional
 from ._door import Door, check_choice, check_number, compute_dtype
 from .metric import StableCrossEntropy
 
-__all__ = ['StableSoftmaxCrossEntropyLoss', 'StableSoftmaxCELoss']
+__all__ = ['StableSoftmaxCELoss', 'StableSoftmaxCrossEntropyLoss']
 
 
 class StableSoftmaxCrossEntropyLoss(Door, gluon.loss.SoftmaxCrossEntropyLoss):
@@ -73,7 +73,8 @@ class StableSoftmaxCrossEntropyLoss(Door, gluon.loss.SoftmaxCrossEntropyLoss):
         loss, counted = functional.softmax_cross_entropy(
             F, pred, label, axis=self._axis, sparse_label=self._sparse_label, pred_type='log_probs' if self._from_logits else 'logits',
             ignore_label=self._ignore_label, class_weight=class_weight, label_smoothing=self._label_smoothing,
-            lse_square_scale=self._lse_square_scale, invalid_label=self._invalid_label, ndim=seen.ndim)
+            lse_square_scale=self._lse_square_scale, invalid_label=self._invalid_label, label_dtype=self._label_dtype(),
+            ndim=seen.ndim)
         loss = functional.reduce_positions(F, loss, counted, self._axis, self._batch_axis, self._reduction, sample_weight, seen.ndim)
         if self._reduction == 'none' and self._sparse_label and seen.label_ndim in (None, seen.ndim):  # the label may have kept an axis
             loss = F.reshape_like(loss, _ops.classic(given[1]))
@@ -110,7 +111,7 @@ StableSoftmaxCELoss = StableSoftmaxCrossEntropyLoss
 
 
 class ClassWeight(gluon.HybridBlock):
-    """The weights of a loss's classes as a constant of its graph, (C,) float64. Called with anything on the context in question."""
+    """The weights of a loss's classes as a constant of its graph, (C,) float32. Called with anything on the context in question."""
 
     def __init__(self, weights, **kwargs):
         super().__init__(**kwargs)
@@ -118,11 +119,11 @@ class ClassWeight(gluon.HybridBlock):
         if weights.ndim != 1 or not np.all(np.isfinite(weights)) or np.any(weights < 0):
             raise ValueError(f'class_weight: expected one finite weight >= 0 per class, got {weights} of shape {weights.shape}')
         self.classes = len(weights)
-        self.value = _Everywhere(self.prefix + 'value', mx.nd.array(weights, dtype='float64'))
+        self.value = _Everywhere(self.prefix + 'value', mx.nd.array(weights, dtype='float32'))
         self.params.update({self.value.name: self.value})
 
     def cast(self, dtype):
-        """Stay in float64: the graph casts to what it computes in, and a weight of 0.1 is not to become 0.09998 on the way."""
+        """Stay in float32: the graph casts to what it computes in, and a weight of 0.1 is not to become 0.09998 on the way."""
 
     def hybrid_forward(self, F, like, value):
         return value

@@ -14,7 +14,7 @@ import pytest
 import reference
 
 import gluon_stable_ce
-from gluon_stable_ce import (StableBitsPerToken, StableCrossEntropy, StableLoss, StablePerplexity, StableSoftmaxCELoss)
+from gluon_stable_ce import StableBitsPerToken, StableCrossEntropy, StableLoss, StablePerplexity, StableSoftmaxCELoss
 from gluon_stable_ce._sums import Sums, exact_sum
 
 nd = mx.nd

@@ -1,0 +1,90 @@
+"""How to measure: medians of interleaved calls, memory of a fresh process, and what the machine itself can do."""
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+def medians(calls, seconds=3.0, least=7, most=1500):
+    """Median time of each call and its quartiles, in seconds. The calls take turns, so that whatever the machine does hits all alike."""
+    times = {name: [] for name in calls}
+    for call in calls.values():  # twice to warm up: the first call builds graphs
+        call()
+        call()
+    begin = time.perf_counter()
+    rounds = 0
+    while rounds < least or (rounds < most and time.perf_counter() - begin < seconds * len(calls)):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+        rounds += 1
+    return {name: dict(zip(('median', 'low', 'high'), np.percentile(taken, [50, 25, 75]).tolist())) for name, taken in times.items()}
+
+
+def bandwidth(megabytes=256):
+    """Bytes that all cores together can read or write per second, from copying arrays that no cache holds."""
+    cores = os.cpu_count()
+    arrays = [np.ones(megabytes * 2 ** 20 // 8 // cores) for _ in range(2 * cores)]
+
+    def copy():
+        threads = [threading.Thread(target=np.copyto, args=arrays[2 * i:2 * i + 2]) for i in range(cores)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    return 2 * megabytes * 2 ** 20 / medians({'copy': copy}, least=15, seconds=1)['copy']['median']
+
+
+def in_fresh_process(python, what, *args):
+    """The JSON that ``measure.py what args...`` prints."""
+    done = subprocess.run([python, os.path.join(HERE, 'measure.py'), what, *map(str, args)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f'{what} {args}: {done.stderr}')
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def peak_memory(case, contender):
+    """Bytes of resident set that three steps need at their peak, over what the process holds with the data in place."""
+    import cases
+    steps = cases.make_torch(case) if contender == cases.TORCH else cases.make(case, contender)
+    with open('/proc/self/clear_refs', 'w') as file:
+        file.write('5')  # forget the peak so far
+    before = _status('VmRSS')
+    for _ in range(3):
+        steps[1]()
+    return _status('VmHWM') - before
+
+
+def _status(field):
+    with open('/proc/self/status') as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
+
+
+def main(what, index, contender=None):
+    import cases
+    case = cases.CASES[int(index)]
+    if what == 'memory':
+        print(json.dumps(peak_memory(case, contender)))
+    elif what == 'torch':
+        forward, both, each = cases.make_torch(case)
+        result = {'forward': medians({'': forward})[''], 'both': medians({'': both})[''], 'version': __import__('torch').__version__}
+        print(json.dumps({**result, **errors(each(), cases.truth(case, *cases.data(case)))}))
+
+
+def errors(values, truth):
+    """Largest absolute error, and largest relative error of losses above 0.01."""
+    off = np.abs(values - truth)
+    large = truth > 0.01
+    return {'absolute': float(off.max()), 'relative': float((off[large] / truth[large]).max(initial=0))}
+
+
+if __name__ == '__main__':
+    main(*sys.argv[1:])

@@ -1,0 +1,321 @@
+"""What an epsilon hid in given predictions: exact sums over all of them, next to what MXNet's own metrics print."""
+import json
+import math
+import sys
+from collections import namedtuple
+from dataclasses import dataclass, field
+from numbers import Integral
+from typing import Any, Optional, Tuple
+
+import mxnet as mx
+import numpy as np
+
+from . import functional
+from ._door import check_choice, check_number
+from ._files import check_arrays, chunks, read_files
+from ._sums import Sums
+
+__all__ = ['Audit', 'audit']
+
+_FLOOR = 1e-10  # of mx.metric.Perplexity
+_WORST, _SAMPLE = 1000, 10000  # samples that a plot is drawn from
+
+Worst = namedtuple('Worst', 'index label p nll')
+Worst.__doc__ = "A sample: its `index` in the labels' shape, its `label`, the label's probability `p`, and its exact `nll` in nats."
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What `audit` found. Exact and stock values are of the same samples: those with a valid label that is not ignored.
+
+    Attributes
+    ----------
+    pred_type, classes, eps
+        What was looked at, and with which eps.
+    samples, ignored, invalid : int
+        How many samples counted; how many labels are `ignore_label`; how many are outside [0, classes), NaN or fractional.
+    nll, perplexity : float
+        Exact mean negative log-likelihood, nats, inf if any p is 0; and ``exp(nll)``. NaN without samples, as is what follows.
+    stock_cross_entropy, stock_perplexity : float
+        What ``mx.metric.CrossEntropy(eps)``, in nats, and ``mx.metric.Perplexity`` print.
+    under_eps, under_eps_share : int, float
+        How many samples have p < eps, and their share of the total loss, from 0 to 1.
+    zero, nan : int
+        How many samples have p = 0, an infinite NLL; how many have no NLL, as of a NaN or a negative probability.
+    bad_rows, row_tolerance : int or None, float
+        How many distributions, of labels that are not ignored, sum to something further than the tolerance from 1; None for logits.
+    worst : tuple of (index, label, p, nll)
+        The samples of the largest NLL, nats, the worst first, by their index in the labels' shape. NaN ranks as infinite.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from gluon_stable_ce.audit import audit
+    >>> found = audit(np.array([[1.0, 0.0], [0.5, 0.5]]), np.array([1, 0]))
+    >>> found.zero, found.nll, round(found.stock_cross_entropy, 4), found.error
+    (1, inf, 14.1621, inf)
+    >>> found.worst[0]
+    Worst(index=(0,), label=1, p=0.0, nll=inf)
+    """
+
+    pred_type: str
+    classes: int
+    eps: float
+    samples: int
+    ignored: int
+    invalid: int
+    nll: float
+    perplexity: float
+    stock_cross_entropy: float
+    stock_perplexity: float
+    under_eps: int
+    under_eps_share: float
+    zero: int
+    nan: int
+    bad_rows: Optional[int]
+    row_tolerance: float
+    worst: Tuple[Worst, ...]
+    _curve: Any = field(repr=False, compare=False)  # rank from the worst on, exact NLL, stock NLL; (3, points)
+
+    @property
+    def error(self) -> float:
+        """Relative error of `stock_cross_entropy`: inf if it is finite and `nll` is not, NaN if there is nothing to compare."""
+        stock, exact = self.stock_cross_entropy, self.nll
+        if stock == exact:
+            return 0.0
+        if math.isnan(stock + exact):
+            return float('nan')
+        return abs(stock - exact) / exact if 0 < exact < float('inf') else float('inf')
+
+    def as_dict(self) -> dict:
+        """All fields and `error`, ready for strict JSON: what is not finite is one of the strings 'inf', '-inf' and 'nan'."""
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != '_curve'}
+        return _plain({**fields, 'error': self.error, 'worst': [sample._asdict() for sample in self.worst]})
+
+    def table(self) -> str:
+        """The report as aligned plain text."""
+        rows = [('samples counted', self.samples, ''),
+                ('labels ignored', self.ignored, ''),
+                ('labels invalid', self.invalid, f'outside [0, {self.classes}), NaN or fractional; not counted'),
+                ('mean NLL, exact', f'{self.nll:.9g}', 'nats'),
+                (f'mx.metric.CrossEntropy(eps={self.eps:g})', f'{self.stock_cross_entropy:.9g}', f'nats; relative error {self.error:.3g}'),
+                ('perplexity, exact', f'{self.perplexity:.9g}', ''),
+                ('mx.metric.Perplexity', f'{self.stock_perplexity:.9g}', ''),
+                ('samples with p < eps', self.under_eps, f'hold {self.under_eps_share:.3%} of the total loss'),
+                ('samples with p = 0', self.zero, 'infinite NLL'),
+                ('samples without an NLL', self.nan, 'NaN, or a negative probability')]
+        if self.bad_rows is not None:
+            rows.append(('rows that do not sum to 1', self.bad_rows, f'to within {self.row_tolerance:g}'))
+        lines = [f'{name:<34} {value:>14}  {note}'.rstrip() for name, value, note in rows]
+        if self.worst:
+            lines += ['', f"{'worst samples':<26} {'label':>7} {'p':>14} {'NLL (nats)':>14}"]
+            lines += [f"{', '.join(map(str, index)):<26} {label:>7} {p:>14.6g} {nll:>14.6g}" for index, label, p, nll in self.worst]
+        return '\n'.join(lines)
+
+    def plot(self, path=None):
+        """Draw each sample's NLL, exact and stock, over its rank from the worst on, so that the stock curve's ceiling shows.
+
+        Drawn from the 1000 worst samples, and 10000 or so spread evenly over all, whose ranks are estimates. Saved to `path` if given.
+        Returns a ``matplotlib.figure.Figure``; raises ImportError where there is no matplotlib.
+        """
+        try:
+            from matplotlib.backends.backend_agg import FigureCanvasAgg
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError('a plot needs matplotlib: pip install "gluon-stable-ce[demo]"') from error
+        figure = Figure(figsize=(8, 5))
+        FigureCanvasAgg(figure)  # no pyplot: neither a display nor the caller's backend has a say
+        axes = figure.add_subplot()
+        rank, exact, stock = self._curve
+        top = 1.1 * np.max(self._curve[1:], initial=1.0, where=np.isfinite(self._curve[1:]))
+        exact = np.where(exact == np.inf, top, exact)
+        axes.fill_between(rank, exact, stock, alpha=0.2, color='tab:red', label='hidden')
+        axes.plot(rank, exact, 'o-', markersize=3, color='tab:red', label='exact')
+        axes.plot(rank, stock, 'o-', markersize=2, color='tab:blue', label='mx.metric.CrossEntropy')
+        if self.eps:
+            axes.axhline(-math.log(self.eps), linestyle='--', color='gray', label=f'-log {self.eps:g}, where the eps takes over')
+        if self.zero:
+            axes.axhline(top, linestyle=':', color='tab:red', label=f'infinite: {self.zero} samples with p = 0')
+        axes.set(xscale='log', xlabel='rank of the sample, from the worst on', ylabel='NLL of the sample (nats)',
+                 title=f'{self.under_eps} of {self.samples} samples have p < eps and hold {self.under_eps_share:.2%} of the loss')
+        axes.legend()
+        if path is not None:
+            figure.savefig(path)
+        return figure
+
+
+def audit(pred, label, *, pred_type='probs', axis=-1, ignore_label=None, eps=1e-12, worst=10, progress=False) -> Audit:
+    r"""Exact mean NLL of the labels, in nats, next to what MXNet's own metrics print for the same samples, and why they differ.
+
+    .. math:: \frac{1}{N} \sum_n -\log p_n \quad\text{and}\quad \frac{1}{N} \sum_n -\log(p_n + \epsilon)
+
+    Parameters
+    ----------
+    pred : (N, ..., C at `axis`, ...) float16, float32 or float64
+        A NumPy array, memory maps included, or an MXNet array. Read in chunks along the first axis, or the second if the first is the
+        class axis: a memory map may be larger than the memory.
+    label : `pred`'s shape without `axis`, or with 1 there; integers or floats
+        Class indices; the loss's own rule says which are valid and which count.
+    pred_type : 'probs', 'logits' or 'log_probs'
+        What `pred` is. For the others than 'probs', the stock metrics are taken to be fed with ``softmax(pred)`` or ``exp(pred)``,
+        rounded to `pred`'s dtype.
+    axis : int, default -1
+        Class axis of `pred`.
+    ignore_label : int, optional
+        Label that does not count. ``mx.metric.CrossEntropy`` knows no such thing: its value here is that of the samples that count.
+    eps : float, default 1e-12
+        The eps of ``mx.metric.CrossEntropy``, from 0 to 1.
+    worst : int, default 10
+        How many of the worst samples to list.
+    progress : bool, default False
+        Show a progress bar, on a terminal and if there is a tqdm.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If arrays, shapes, dtypes or options do not fit; the message says what was expected and what came.
+
+    Notes
+    -----
+    Numerics: float64 arithmetic on the input, rounded as it came, and exact sums: chunks change nothing. The stock values are computed
+    term by term in `pred`'s dtype, as MXNet does. MXNet adds up each update in that dtype too; here all is one update, summed exactly
+    and rounded once. In float32 and float64 the batch size changes no more than the last digits. In float16 a batch that adds up
+    to more than 65504 prints inf, and smaller ones may not. Rows sum to 1 if they do to within 1e-3, or in float16 1e-2.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from gluon_stable_ce.audit import audit
+    >>> found = audit(np.array([[-99.0, 0.0], [0.0, -99.0]]), np.array([0, 0]), pred_type='log_probs')
+    >>> found.nll, round(found.stock_cross_entropy, 2), found.under_eps, found.under_eps_share
+    (49.5, 13.82, 1, 1.0)
+    """
+    check_choice('pred_type', pred_type, ('probs', 'logits', 'log_probs'))
+    check_number('axis', axis, Integral)
+    check_number('ignore_label', ignore_label, Integral, optional=True)
+    check_number('eps', eps, low=0, high=1)
+    check_number('worst', worst, Integral, low=0)
+    positions = check_arrays(pred, label, axis)
+    axis, eps, count = int(axis) % pred.ndim, float(eps), math.prod(positions)
+    dtype, classes = np.dtype(np.dtype(pred.dtype).name), pred.shape[axis]  # in the machine's byte order
+    like, tolerance = mx.nd.zeros((1, classes), dtype='float64'), 1e-2 if dtype == 'float16' else 1e-3
+    exact, under, stock, floored = Sums(), Sums(), Sums(), Sums()
+    ignored, bad_rows, largest, spread = 0, 0, None, []
+    with np.errstate(all='ignore'):
+        for start, rows, labels in chunks(pred, label, axis, progress):  # (n, C), (n,)
+            read = functional.read_labels(mx.nd, mx.nd.array(labels, dtype='float64'), like, ignore_label)
+            index, valid = read.index.asnumpy().astype('int64'), read.valid.asnumpy() != 0
+            place = np.arange(start, start + len(labels))
+            if read.counted is not None:
+                kept = read.counted.asnumpy() != 0
+                ignored += int((~kept).sum())
+                rows, index, valid, place = rows if kept.all() else rows[kept], index[kept], valid[kept], place[kept]
+            if pred_type != 'logits':
+                total = (rows if pred_type == 'probs' else np.exp(rows, dtype='float64')).sum(axis=-1, dtype='float64')
+                bad_rows += int((~(np.abs(total - 1) <= tolerance)).sum())
+            nll, p = (values[valid] for values in _label_nll(rows, index, pred_type))
+            index, place, rounded = index[valid], place[valid], p.astype(dtype)
+            stock_nll = (-np.log(rounded + eps)).astype('float64')
+            exact += Sums.of(nll, invalid=len(valid) - len(nll))
+            under += Sums.of(nll[nll > (-math.log(eps) if eps else np.inf)])
+            stock += Sums.of(stock_nll)
+            floored += Sums.of(-np.log(np.maximum(dtype.type(_FLOOR), rounded)).astype('float64'))
+            largest = _largest(max(worst, _WORST), largest, (np.where(np.isnan(nll), np.inf, nll), stock_nll, nll, p, index, place))
+            even = place * 2654435769 % 2 ** 32 < 2 ** 32 * _SAMPLE / count  # evenly spread, and in step with no period of the data
+            spread.append(np.stack([nll[even], stock_nll[even]]))
+        share = 0.0 if not under.count else 1.0 if under.infinite else under.total / exact.total
+        nll = exact.over(exact.count)
+        return Audit(
+            pred_type=pred_type, classes=classes, eps=eps, samples=exact.count, ignored=ignored, invalid=exact.invalid,
+            nll=nll, perplexity=float(np.exp(nll)),
+            stock_cross_entropy=_printed(stock, dtype), stock_perplexity=float(np.exp(_printed(floored, dtype))),
+            under_eps=under.count, under_eps_share=share if exact.count and not exact.nan else float('nan'),
+            zero=exact.infinite, nan=exact.nan, bad_rows=None if pred_type == 'logits' else bad_rows, row_tolerance=tolerance,
+            worst=tuple(Worst(tuple(int(i) for i in np.unravel_index(place, positions)), int(index), float(p), float(nll))
+                        for _, _, nll, p, index, place in zip(*([column[:worst] for column in largest or [()] * 6]))),
+            _curve=_curve(largest, spread, exact.count))
+
+
+def _label_nll(rows, index, pred_type):
+    """Exact NLL of each row's label and its probability, float64; (n, C) and (n,) -> (n,), (n,)."""
+    at_label = np.arange(len(index)), index
+    if pred_type == 'logits':
+        below = rows.astype('float64')
+        below -= below.max(axis=-1, keepdims=True)  # (n, C), the largest is 0
+        own = below[at_label]
+        others = np.exp(below, out=below)
+        others[at_label] = 0  # apart from the label's, so that an NLL near 0 keeps its digits
+        nll = np.log1p(others.sum(axis=-1) + np.expm1(own)) - own
+        return nll, np.exp(-nll)
+    own = rows[at_label].astype('float64')
+    p, log_p = (own, np.log(own)) if pred_type == 'probs' else (np.exp(own), own)
+    return np.maximum(-log_p, 0) + 0.0, p  # + 0: no negative zero
+
+
+def _printed(sums, dtype):
+    """The mean that a stock metric prints: it adds up in `dtype` and divides in float64."""
+    return float(dtype.type(sums.over(1))) / sums.count if sums.count else float('nan')
+
+
+def _largest(size, kept, columns):
+    """Of the rows in `kept` and `columns`, (n,) each, the `size` of largest first column, the first to come among equals."""
+    if kept is not None:
+        if len(kept[0]) == size:
+            columns = [column[columns[0] > kept[0][-1]] for column in columns]
+        columns = [np.concatenate(pair) for pair in zip(kept, columns)]
+    order = np.argsort(-columns[0], kind='stable')[:size]
+    return [column[order] for column in columns]
+
+
+def _curve(largest, spread, count):
+    """Rank, exact and stock NLL, (3, points): of the worst samples, and of those evenly spread ones that are no worse than them."""
+    if not count:
+        return np.ones((3, 0))
+    worst = np.stack([np.arange(1, len(largest[0]) + 1), *largest[:2]])
+    rest = np.concatenate(spread, axis=1)
+    rest = rest[:, rest[0] <= worst[1, -1]]
+    rest = rest[:, np.argsort(-rest[0], kind='stable')]
+    share = np.arange(1, rest.shape[1] + 1) / max(1, rest.shape[1])
+    return np.concatenate([worst, [worst[0, -1] + share * (count - worst[0, -1]), *rest]], axis=1)
+
+
+def _plain(value):
+    """`value` as strict JSON knows it."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def add_arguments(parser):
+    """Give the command's arguments to an ``argparse`` parser."""
+    add = parser.add_argument
+    add('files', nargs='+', metavar='FILE', help='one .npz (keys pred, label), two .npy (predictions, then labels), or one .params or .nd '
+        'of mx.nd.save. Read in chunks, but for .params and .nd, and in an .npz Fortran order or --axis 0: those are loaded whole')
+    add('--pred-type', default='probs', choices=('probs', 'logits', 'log_probs'), help='what the predictions are')
+    add('--axis', type=int, default=-1, help='class axis of the predictions')
+    add('--ignore-label', type=int, help='label that does not count')
+    add('--eps', type=float, default=1e-12, help='the eps of mx.metric.CrossEntropy')
+    add('--plot', metavar='FILE', help="draw each sample's NLL, stock and exact")
+    add('--json', action='store_true', help="print JSON; what is not finite is a string: 'inf', '-inf' or 'nan'")
+    add('--max-error', type=float, metavar='R', help='exit 1 if mx.metric.CrossEntropy is off by more than R, relative')
+
+
+def run(args) -> int:
+    """Run the command on an ``argparse`` namespace; return its exit code.
+
+    0; or 1 if the stock cross entropy is off by more than ``--max-error``, or cannot be compared; or 2, with one line on stderr, if files
+    or arguments are bad.
+    """
+    try:
+        check_number('--max-error', args.max_error, low=0, optional=True)
+        found = audit(*read_files(args.files, args.axis), pred_type=args.pred_type, axis=args.axis, ignore_label=args.ignore_label,
+                      eps=args.eps, progress=True)
+        print(json.dumps(found.as_dict(), allow_nan=False) if args.json else found.table())
+        if args.plot:
+            found.plot(args.plot)
+    except (OSError, ValueError, TypeError, ImportError, MemoryError, mx.MXNetError) as error:
+        print('audit:', ' '.join(str(error).split()) or type(error).__name__, file=sys.stderr)
+        return 2
+    return 0 if args.max_error is None or found.error <= args.max_error else 1
