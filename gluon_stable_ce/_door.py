@@ -10,9 +10,9 @@ from types import MappingProxyType
 from . import _ops
 from .functional import class_axis_removed
 
-Seen = namedtuple('Seen', 'ndim dtype np_style label_ndim label_dtype weight_shape')
-Seen.__doc__ = """What the door saw of a call, for the graph to rely on: rank and dtype of pred and label, whether they are of the
-NumPy API, and whose shape sample_weight has ('kept', 'positions', 'batch'; None without one). What symbols do not tell is None."""
+Seen = namedtuple('Seen', 'inputs np_style dtype ndim label_ndim label_dtype weight_shape', defaults=(None,) * 5)
+Seen.__doc__ = """What the door saw of a call, for the graph to rely on: how many inputs, whether they are of the NumPy API, dtype and rank of pred,
+rank and dtype of label, whose shape sample_weight has ('kept', 'positions', 'batch'). None for what is not known."""
 
 LABEL_DTYPES = ('int8', 'uint8', 'int32', 'int64', 'float16', 'float32', 'float64')
 _MANTISSA = {'float16': 11, 'float32': 24}  # bits, counting the hidden one: integers up to 2**bits are exact
@@ -78,23 +78,28 @@ class Door:
     structure; this one keeps a graph for each kind of call, so one block serves batches with and without weights, of any rank and dtype.
     """
 
-    _seen = _UNSEEN = Seen(None, None, False, None, None, None)
+    _seen = Seen(0, False)
+    _own_inputs = True  # False if a subclass's hybrid_forward decides what the inputs mean
     _CACHED = MappingProxyType({'_cached_graph': (), '_cached_op': None, '_cached_op_args': (), '_in_format': None, '_out_format': None})
 
-    def forward(self, pred, label, sample_weight=None):
-        inputs = (pred, label) if sample_weight is None else (pred, label, sample_weight)
+    def forward(self, pred, label, sample_weight=None, *others):
+        """Check the arrays and run the graph of such a call; a symbol goes into the caller's graph."""
+        inputs = (pred, label, *(() if sample_weight is None else (sample_weight,)), *others)
+        dtype = _ops.dtype_name(pred) if _ops.is_array(pred) or _ops.is_symbol(pred) else None
+        seen = Seen(len(inputs), _ops.is_np_style(pred), dtype)
         if _ops.is_symbol(pred):
-            seen_before, self._seen = self._seen, self._UNSEEN._replace(dtype=_ops.dtype_name(pred), np_style=_ops.is_np_style(pred))
+            seen_before, self._seen = self._seen, seen
             try:
                 return super().forward(*inputs)
             finally:
                 self._seen = seen_before
-        positions = self.check_arrays(pred, label)
-        weight_shape = sample_weight if sample_weight is None else self._weight_shape(sample_weight, positions)
-        dtype = _ops.dtype_name(pred)
-        if dtype == 'bfloat16' and self._sparse_label:  # the casts that AMP adds to the graph cannot read 64-bit labels
-            inputs = (pred, label.astype('float32'), *inputs[2:])
-        self._use_graph_for(Seen(len(positions) + 1, dtype, _ops.is_np_style(pred), len(label.shape), _ops.dtype_name(label), weight_shape))
+        if self._own_inputs:
+            positions = self.check_arrays(pred, label)
+            weight_shape = None if sample_weight is None else self._weight_shape(sample_weight, positions)
+            seen = Seen(len(inputs), seen.np_style, dtype, len(positions) + 1, len(label.shape), _ops.dtype_name(label), weight_shape)
+            if dtype == 'bfloat16' and self._sparse_label:  # the casts that AMP adds to the graph cannot read 64-bit labels
+                inputs = (pred, label.astype('float32'), *inputs[2:])
+        self._use_graph_for(seen)
         return super().forward(*inputs)
 
     def check_arrays(self, pred, label):

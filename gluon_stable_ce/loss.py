@@ -42,6 +42,7 @@ class StableSoftmaxCrossEntropyLoss(Door, gluon.loss.SoftmaxCrossEntropyLoss):
         self._lse_square_scale = lse_square_scale
         self._reduction = reduction
         self._invalid_label = invalid_label
+        self._own_inputs = type(self).hybrid_forward is StableSoftmaxCrossEntropyLoss.hybrid_forward
         self.class_weight = None
         if class_weight is not None:
             with self.name_scope():

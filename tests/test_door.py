@@ -192,6 +192,15 @@ def test_people_subclass_it(rng, ctx):
         def hybrid_forward(self, F, pred, label, sample_weight=None):
             return super().hybrid_forward(F, pred, label, sample_weight) / 2
 
+    class SequenceLoss(StableSoftmaxCELoss):  # as gluon-nlp's: the third input is no weight
+        def hybrid_forward(self, F, pred, label, valid_length):
+            weights = F.SequenceMask(F.expand_dims(F.ones_like(label), axis=-1), valid_length, use_sequence_length=True, axis=1)
+            return super().hybrid_forward(F, pred, label, weights)
+
+    class LossWithAux(StableSoftmaxCELoss):  # as gluon-cv's: the second input is no label
+        def hybrid_forward(self, F, pred, other, label):
+            return super().hybrid_forward(F, pred, label) + 0.5 * super().hybrid_forward(F, other, label)
+
     pred, label = rng.normal(0, 1, (3, 4, 10)).astype('float32'), rng.randint(0, 10, (3, 4)).astype('float32')
     options = {'class_weight': np.arange(10), 'label_smoothing': 0.1}
     mask = (np.arange(4) < np.array([4, 2, 0])[:, None]).astype('float32')
@@ -199,8 +208,12 @@ def test_people_subclass_it(rng, ctx):
     with modes.numpy_semantics():
         loss = MaskedLoss(**options)(mx.np.array(pred), mx.np.array(label), mx.np.array([4, 2, 0]))
         np.testing.assert_allclose(loss.asnumpy(), expected, rtol=5e-6, atol=5e-6)
+    length = np.array([4, 2, 0], 'float32')
+    for mode in (mode for mode in modes.ALL if mode not in (modes.np_mode, modes.np_mode_nested)):  # SequenceMask is a classic operator
+        np.testing.assert_allclose(mode(SequenceLoss(**options), pred, label, length)[0], expected, rtol=5e-6, atol=5e-6)
     expected, expected_gradient = reference.loss_and_gradient(pred, label, **options)
     for mode in modes.ALL:
+        np.testing.assert_allclose(mode(LossWithAux(**options), pred, pred, label)[0], 1.5 * expected, rtol=5e-6, atol=5e-6)
         loss, gradient = mode(HalvedLoss(**options), pred, label)
         np.testing.assert_allclose(loss, expected / 2, rtol=5e-6, atol=5e-6)
         np.testing.assert_allclose(gradient, expected_gradient / 2, rtol=5e-6, atol=5e-6)
