@@ -5,7 +5,6 @@ import tempfile
 import warnings
 
 import mxnet as mx
-import numpy as np
 from mxnet import autograd, gluon
 
 
@@ -71,13 +70,15 @@ def np_mode_nested(loss_fn, *arrays):
         return _run(net, *arrays, array=mx.np.array)
 
 
+VERSION = tuple(map(int, mx.__version__.split('.')[:2]))
+ONEDNN = VERSION >= (1, 8)  # whether log_softmax is oneDNN's
 ALL = [eager, default, hybridized, static_alloc, nested, nested_eager, exported, exported_alone, np_mode, np_mode_nested]
 SYMBOLIC = [nested, exported, np_mode_nested]
 
 
 @contextlib.contextmanager
 def numpy_semantics():
-    """np mode, for a while."""
+    """Np mode, for a while."""
     mx.npx.set_np()
     try:
         yield

@@ -1,0 +1,121 @@
+"""One worker of a distributed job: does what it is told by name, and prints what it got as one line of JSON."""
+import json
+import random
+import sys
+import time
+
+import mxnet as mx
+import numpy as np
+from mxnet import autograd, gluon
+
+from gluon_stable_ce import StableCrossEntropy, kvstore
+from gluon_stable_ce.kvstore import all_reduce
+
+CLASSES = 10
+SHARDS = ((0, 70), (70, 70), (70, 83))  # worker 1 has no data
+
+
+def numbers_of(rank, call):
+    """What worker `rank` gives to its reduce number `call`: integers of every size and both signs; one call in which worker 1 has zeros."""
+    rng = random.Random(100 * call + rank)
+    if call == 1 and rank == 1:
+        return [0] * 6
+    return [rng.choice((-1, 1)) * rng.getrandbits(bits) for bits in (1, 16, 64, 1126, 2150, 2239)]
+
+
+def predictions(start=0, stop=83):
+    """Probabilities, (stop - start, CLASSES), some of them 0 or tiny, and labels, (stop - start,)."""
+    rng = np.random.RandomState(7)
+    logits = rng.standard_normal((83, CLASSES)) * 40
+    probs = np.exp(logits - logits.max(axis=1, keepdims=True))
+    probs /= probs.sum(axis=1, keepdims=True)
+    labels = rng.randint(0, CLASSES, 83)
+    return mx.nd.array(probs[start:stop], dtype='float64'), mx.nd.array(labels[start:stop])
+
+
+def reduces(kind='dist_sync', calls='3'):
+    """Several reduces over a store that does nothing else, with workers that come to them at different times."""
+    store, sums = mx.kv.create(kind), []
+    for call in range(int(calls)):
+        time.sleep(0.2 * (store.rank if call % 2 else store.num_workers - store.rank))
+        sums.append(all_reduce(store, numbers_of(store.rank, call)))
+    return sums
+
+
+def reduces_from(key):
+    """Reduces whose keys begin at `key`."""
+    store = mx.kv.create('dist_sync')
+    while next(kvstore._KEYS) < int(key):
+        pass
+    return [all_reduce(store, numbers_of(store.rank, call)) for call in range(8)]
+
+
+def training(kind, optimizer, update_on_kvstore, devices, reduce):
+    """Train with a store's optimizer, or with the store's sums of gradients, and reduce numbers over the same store between steps."""
+    store = mx.kv.create(kind)
+    contexts = [mx.cpu(index) for index in range(int(devices))]
+    net = gluon.nn.Dense(3, in_units=4)
+    net.initialize(mx.init.Constant(0.5), ctx=contexts)
+    params = {'learning_rate': 1e-4, 'wd': 0.01, 'multi_precision': optimizer == 'sgd'}
+    trainer = gluon.Trainer(net.collect_params(), optimizer, params, kvstore=store, update_on_kvstore=update_on_kvstore == 'True')
+    trainer._init_kvstore()
+    trainer._init_params()
+    mx.nd.waitall()  # or MXNet may push the first gradient before it has pulled the first weight, and take the one for the other
+    sums = []
+    for step in range(3):
+        if reduce == 'True':
+            sums.append(all_reduce(trainer._kvstore, numbers_of(store.rank, step)))
+        data = gluon.utils.split_and_load(mx.nd.arange(16).reshape((4, 4)) + store.rank, contexts)
+        with autograd.record():
+            losses = [(net(part) ** 2).sum() for part in data]
+        autograd.backward(losses)
+        trainer.step(1)
+    return {'sums': sums, 'weight': net.weight.data(contexts[0]).asnumpy().tolist(), 'trained': trainer._update_on_kvstore}
+
+
+def refused(case):
+    """A store that cannot carry the numbers; then one more exchange of the user's, which has to work."""
+    store = mx.kv.create('dist_sync')
+    if case == 'names':
+        store.init('weight', mx.nd.zeros(2))
+    else:
+        store.set_gradient_compression({'type': '2bit', 'threshold': 0.5})
+    try:
+        got = all_reduce(store, [1, 2])
+    except RuntimeError as error:
+        got = str(error)
+    key = 'weight' if case == 'names' else 3
+    if case != 'names':
+        store.init(key, mx.nd.zeros(2))
+    store.push(key, mx.nd.ones(2))
+    out = mx.nd.zeros(2)
+    store.pull(key, out=out)
+    return got, out.asnumpy().tolist()
+
+
+def metric(shards):
+    """A metric over uneven shards, reduced twice, in two windows."""
+    store = mx.kv.create('dist_sync')
+    start, stop = SHARDS[store.rank] if shards == 'uneven' else (28 * store.rank, min(28 * store.rank + 28, 83))
+    metric = StableCrossEntropy()
+
+    def see():
+        if stop > start:
+            probs, labels = predictions(start, stop)
+            metric.update(labels, probs)
+
+    got = []
+    see()
+    for _ in range(2):  # a second call changes nothing
+        metric.all_reduce(store)
+        got.append((metric.get()[1], metric.num_inst))
+    metric.reset_local()
+    see()
+    metric.all_reduce(store)
+    got.append((metric.get()[1], metric.num_inst))
+    got.append((metric.get_global()[1], metric.global_num_inst))
+    return got
+
+
+if __name__ == '__main__':
+    print(json.dumps(globals()[sys.argv[1]](*sys.argv[2:])), flush=True)
