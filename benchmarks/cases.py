@@ -130,5 +130,6 @@ def make_metrics(shape=(512, 50257)):
     def update(metric, *args):
         return lambda: metric.update(*([arg] for arg in args))
 
-    return {f'metric, probabilities {shape[0]} x {shape[1]}': (update(StableCrossEntropy(), label, probs), update(mx.metric.CrossEntropy(), label, probs)),
-            f'metric, {shape[0]} loss values': (update(StableLoss(), label, loss), update(mx.metric.Loss(), label, loss))}
+    return {f'cross entropy from probabilities {shape[0]} x {shape[1]}': (update(StableCrossEntropy(), label, probs),
+                                                                          update(mx.metric.CrossEntropy(), label, probs)),
+            f'loss from {shape[0]} values': (update(StableLoss(), label, loss), update(mx.metric.Loss(), label, loss))}

@@ -69,9 +69,9 @@ def markdown(results):
     about = results['machine']
     torch = next((row['version'] for case in results['cases'].values() for row in case['rows'].values() if 'version' in row), None)
     lines = [f"Measured with MXNet {about['mxnet']}{f', PyTorch {torch}' if torch else ''} and Python {about['python']} on {about['system']} "
-             f"{about['architecture']}, {about['cores']} cores, {about['bandwidth'] / 1e9:.1f} GB/s copy bandwidth. Milliseconds are medians, "
-             'with quartiles in brackets; ratios are to gluon\'s loss, hybridized with static memory. The limit is what it takes to read the logits '
-             'once (forward), or to read them twice and write their gradient once (both).', '',
+             f"{about['architecture']}, {about['cores']} cores, which copy {about['bandwidth'] / 1e9:.1f} GB/s. Times are medians, with quartiles "
+             "in brackets; ratios are to gluon's loss, hybridized with static memory. The limit is the time to read the logits once (forward), or "
+             'to read them twice and write their gradient once (forward + backward).', '',
              '| logits | contender | forward, ms | forward + backward, ms | ratio | peak memory, MB | largest error, nats | relative |',
              '|---|---|---|---|---|---|---|---|']
     for name, case in results['cases'].items():
@@ -80,7 +80,8 @@ def markdown(results):
             lines.append(f"| {name} | {contender} | {_time(row['forward'])} | {_time(row['both'])} | {row['both']['median'] / base:.2f} | "
                          f"{row['memory'] / 2 ** 20:.0f} | {_error(row, 'absolute')} | {_error(row, 'relative')} |")
         limit = case['limit']
-        lines.append(f"| {name} | *limit of the machine* | {limit['forward'] * 1e3:.3g} | {limit['both'] * 1e3:.3g} | {limit['both'] / base:.2f} | | | |")
+        lines.append(f"| {name} | *the machine's limit* | {limit['forward'] * 1e3:.3g} | {limit['both'] * 1e3:.3g} | "
+                     f"{limit['both'] / base:.2f} | | | |")
     lines += ['', '| update of | ours, us | stock, us | ratio |', '|---|---|---|---|']
     for name, row in results['metrics'].items():
         ours, stock = row['ours']['median'], row['stock']['median']

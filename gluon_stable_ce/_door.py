@@ -11,8 +11,8 @@ from . import _ops
 from .functional import class_axis_removed
 
 Seen = namedtuple('Seen', 'inputs np_style dtype ndim label_ndim label_dtype weight_shape', defaults=(None,) * 5)
-Seen.__doc__ = """What the door saw of a call, for the graph to rely on: how many inputs, whether they are of the NumPy API, dtype and rank of pred,
-rank and dtype of label, whose shape sample_weight has ('kept', 'positions', 'batch'). None for what is not known."""
+Seen.__doc__ = """What the door saw of a call, for the graph to rely on: how many inputs, whether they are of the NumPy API, dtype and
+rank of pred, rank and dtype of label, whose shape sample_weight has ('kept', 'positions', 'batch'). None for what is not known."""
 
 LABEL_DTYPES = ('int8', 'uint8', 'int32', 'int64', 'float16', 'float32', 'float64')
 _MANTISSA = {'float16': 11, 'float32': 24}  # bits, counting the hidden one: integers up to 2**bits are exact

@@ -287,7 +287,7 @@ class StableCrossEntropy(_DeferredMean, mx.metric.EvalMetric):
 @mx.metric.register
 @mx.metric.alias('stable_perplexity')
 class StablePerplexity(StableCrossEntropy):
-    """exp of the mean negative log-likelihood of the labels, with no floor under small probabilities, where `mx.metric.Perplexity` has 1e-10.
+    """exp of the mean negative log-likelihood of the labels, with no floor, where `mx.metric.Perplexity` has one at p = 1e-10.
 
     Parameters, shapes, errors and numerics are those of `StableCrossEntropy`.
 
