@@ -81,7 +81,7 @@ def test_python_blocks_run_in_order(tmp_path, monkeypatch):
 
 
 def test_shell_blocks_are_commands_that_exist(tmp_path):
-    """make's targets, of which CI runs demo and test as they stand here, and the audit, which runs here."""
+    """They are make's targets, of which CI runs demo and test as they stand here, and the audit, which runs here."""
     commands = [line for block in blocks_of('') for line in block.splitlines()]
     targets = re.findall(r'^([a-z-]+):', read('Makefile'), re.M)
     np.savez(tmp_path / 'predictions.npz', pred=np.full((4, 2), 0.5), label=np.zeros(4, int))
