@@ -16,6 +16,7 @@ class ClassWeight(gluon.HybridBlock):
             raise ValueError(f'class_weight: expected one finite weight >= 0 per class, got {weights} of shape {weights.shape}')
         self.classes = len(weights)
         self.value = _Everywhere(self.prefix + 'value', mx.nd.array(weights, dtype='float32'))
+        self.value.lr_mult = self.value.wd_mult = 0  # for a Module that goes on training an exported graph
         self.params.update({self.value.name: self.value})
 
     def cast(self, dtype):
@@ -44,12 +45,12 @@ class _Everywhere(gluon.Constant):
         elif ctx not in known:
             with known[0]:  # where gluon will look for the value
                 self.reset_ctx(known + [ctx])
-        return super().data(ctx)
+        return _ops.in_mode(super().data(ctx))
 
     def list_data(self):
         if not self._known():
             self.data()
-        return super().list_data()
+        return [_ops.in_mode(array) for array in super().list_data()]
 
     def _known(self):
         try:

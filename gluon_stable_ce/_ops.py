@@ -10,6 +10,7 @@ import numpy as np
 from mxnet import ndarray, numpy, symbol
 from mxnet.base import MXNetError
 from mxnet.symbol.numpy import _Symbol as NumpySymbol
+from mxnet.util import is_np_array
 
 _NP_STYLE = (numpy.ndarray, NumpySymbol)
 
@@ -37,6 +38,11 @@ def classic(array):
 def in_style_of(example, array):
     """The classic `array` viewed as a member of the API that `example` belongs to."""
     return array.as_np_ndarray() if is_np_style(example) else array
+
+
+def in_mode(array):
+    """The classic `array` viewed as a member of the API that MXNet is set to."""
+    return array.as_np_ndarray() if is_np_array() else array.as_nd_ndarray()
 
 
 def dtype_name(array):

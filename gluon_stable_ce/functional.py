@@ -57,6 +57,7 @@ def read_labels(F, label, pred, ignore_label=None, label_dtype='float64'):
     Labels
         A label outside [0, C), NaN or not an integer is not `valid`; an ignored one is whatever it is, but not `counted`.
     """
+    label = F.BlockGrad(label)  # there is none, but MXNet would try to add up several
     index = F.take(F.contrib.arange_like(pred, axis=-1), label, mode='clip')
     found = index
     if label_dtype is not None:

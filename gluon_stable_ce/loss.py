@@ -152,7 +152,7 @@ class StableSoftmaxCrossEntropyLoss(Door, gluon.loss.SoftmaxCrossEntropyLoss):
         pred, label, sample_weight = self._inputs(F, pred, label, sample_weight)
         class_weight = self.class_weight
         if class_weight is not None:
-            class_weight = F.cast(_ops.classic(class_weight(pred)), dtype=compute_dtype(seen.dtype))
+            class_weight = F.BlockGrad(F.cast(_ops.classic(class_weight(pred)), dtype=compute_dtype(seen.dtype)))
         loss, counted = functional.softmax_cross_entropy(
             F, pred, label, axis=self._axis, sparse_label=self._sparse_label, pred_type='log_probs' if self._from_logits else 'logits',
             ignore_label=self._ignore_label, class_weight=class_weight, label_smoothing=self._label_smoothing,

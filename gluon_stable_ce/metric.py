@@ -1,5 +1,6 @@
 """Metrics: the same numerics as the loss, exact sums, and no waiting for the device."""
 import math
+from collections import OrderedDict
 from numbers import Integral
 
 import mxnet as mx
@@ -47,6 +48,10 @@ class StableLoss(DeferredMean, mx.metric.Loss):
     def update(self, _, preds):
         """Take in an array of loss values of any shape, or a list of them, each on a context of its own."""
         self._push(_as_list('preds', preds))
+
+    def update_dict(self, label, pred):
+        """The same of outputs by name, which are copied: this is how Module calls, and it computes each batch into the same arrays."""
+        super().update_dict(label, OrderedDict((name, array.copy()) for name, array in pred.items()))
 
 
 @mx.metric.register
