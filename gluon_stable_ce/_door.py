@@ -18,17 +18,8 @@ LABEL_DTYPES = ('int8', 'uint8', 'int32', 'int64', 'float16', 'float32', 'float6
 _MANTISSA = {'float16': 11, 'float32': 24}  # bits, counting the hidden one: integers up to 2**bits are exact
 
 
-def check_arrays(pred, label, axis, sparse_label):
-    """Raise TypeError or ValueError unless `label` fits `pred`; return `pred`'s shape without `axis`."""
-    for name, array in (('pred', pred), ('label', label)):
-        if not _ops.is_array(array):
-            raise TypeError(f'{name}: expected an MXNet array, got {type(array).__name__}')
-    return check_shapes(pred.shape, label.shape, _ops.dtype_name(label), axis, sparse_label)
-
-
-@lru_cache(maxsize=1024)
 def check_shapes(shape, got, dtype, axis, sparse_label=True):
-    """The same of the shapes of `pred` and `label` and the name of the label's dtype."""
+    """Raise TypeError or ValueError unless a label of shape `got` and `dtype` fits predictions of `shape`; return the positions' shape."""
     ndim = len(shape)
     if ndim < 2 or not -ndim <= axis < ndim or not shape[axis]:
         raise ValueError(f'pred: expected at least 2 axes, with the classes on axis {axis}, got shape {shape}')
@@ -48,6 +39,34 @@ def check_shapes(shape, got, dtype, axis, sparse_label=True):
     if classes > 2 ** _MANTISSA.get(dtype, 53):
         raise TypeError(f'label: expected a dtype that can name {classes} classes, got {dtype}, exact up to {2 ** _MANTISSA[dtype]} only')
     return positions
+
+
+@lru_cache(maxsize=1024)
+def look(pred, label, weight, axis, batch_axis, sparse_label):
+    """Check what the arrays of a call look like, each given as (type, dtype, shape), and return what its graph may know of them.
+
+    Cached, as most calls look like the one before.
+    """
+    for name, (kind, *_) in (('pred', pred), ('label', label), *((('sample_weight', weight),) if weight else ())):
+        if not issubclass(kind, _ops.ARRAY):
+            raise TypeError(f'{name}: expected an MXNet array, got {kind.__name__}')
+    dtype, shape, label_dtype, label_shape = _ops.name_of(pred[1]), pred[2], _ops.name_of(label[1]), label[2]
+    weight_shape = weight and weight[2]
+    positions = check_shapes(shape, label_shape, label_dtype, axis, sparse_label)
+    inputs, ndim = 2 + (weight_shape is not None), len(shape)
+    kept = positions[:axis % ndim] + (1,) + positions[axis % ndim:]
+    if weight_shape is None:
+        fits = None
+    elif len(weight_shape) == ndim and all(n in (1, full) for n, full in zip(weight_shape, kept)):
+        fits = 'kept'
+    elif weight_shape == positions:
+        fits = 'positions'
+    elif weight_shape == (kept[batch_axis],):
+        fits = 'batch'
+    else:
+        raise ValueError(f'sample_weight: expected one weight per sample {(kept[batch_axis],)}, one per label {positions}, '
+                         f'or a shape that broadcasts to {kept}, got {weight_shape}')
+    return Seen(inputs, issubclass(pred[0], _ops.NP_STYLE), dtype, ndim, len(label_shape), label_dtype, fits)
 
 
 def check_number(name, value, kind=Real, low=float('-inf'), high=float('inf'), optional=False):
@@ -84,44 +103,28 @@ class Door:
 
     def forward(self, pred, label, sample_weight=None, *others):
         """Check the arrays and run the graph of such a call; a symbol goes into the caller's graph."""
-        inputs = (pred, label, *(() if sample_weight is None else (sample_weight,)), *others)
-        dtype = _ops.dtype_name(pred) if _ops.is_array(pred) or _ops.is_symbol(pred) else None
-        seen = Seen(len(inputs), _ops.is_np_style(pred), dtype)
+        inputs = (pred, label, *others) if sample_weight is None else (pred, label, sample_weight, *others)
         if _ops.is_symbol(pred):
-            seen_before, self._seen = self._seen, seen
+            seen_before, self._seen = self._seen, Seen(len(inputs), _ops.is_np_style(pred), _ops.dtype_name(pred))
             try:
                 return super().forward(*inputs)
             finally:
                 self._seen = seen_before
-        if self._own_inputs:
-            positions = self.check_arrays(pred, label)
-            weight_shape = None if sample_weight is None else self._weight_shape(sample_weight, positions)
-            seen = Seen(len(inputs), seen.np_style, dtype, len(positions) + 1, len(label.shape), _ops.dtype_name(label), weight_shape)
-            if dtype == 'bfloat16' and self._sparse_label:  # the casts that AMP adds to the graph cannot read 64-bit labels
-                inputs = (pred, label.astype('float32'), *inputs[2:])
-        self._use_graph_for(seen)
+        seen = self._look_at(*inputs) if self._own_inputs else Seen(len(inputs), _ops.is_np_style(pred), _ops.dtype_name(pred))
+        if seen != self._seen:
+            self._use_graph_for(seen)
+        if seen.dtype == 'bfloat16' and self._own_inputs and self._sparse_label:  # AMP's casts in a graph cannot read 64-bit labels
+            inputs = (pred, label.astype('float32'), *inputs[2:])
         return super().forward(*inputs)
 
-    def check_arrays(self, pred, label):
-        """Raise unless `pred` and `label` belong together; return the shape of the positions."""
-        return check_arrays(pred, label, self._axis, self._sparse_label)
-
-    def _weight_shape(self, weight, positions):
-        """Which of the three shapes that a sample_weight may have this one has."""
-        if not _ops.is_array(weight):
-            raise TypeError(f'sample_weight: expected an MXNet array, got {type(weight).__name__}')
-        ndim = len(positions) + 1
-        axis = self._axis % ndim
-        kept = positions[:axis] + (1,) + positions[axis:]
-        got = weight.shape
-        if len(got) == ndim and all(n in (1, full) for n, full in zip(got, kept)):
-            return 'kept'
-        if got == positions:
-            return 'positions'
-        if got == (kept[self._batch_axis],):
-            return 'batch'
-        raise ValueError(f'sample_weight: expected one weight per sample {(kept[self._batch_axis],)}, one per label {positions}, '
-                         f'or a shape that broadcasts to {kept}, got {got}')
+    def _look_at(self, pred, label, sample_weight=None):
+        """What is seen of a call with arrays, once they are checked."""
+        try:
+            weight = None if sample_weight is None else (type(sample_weight), sample_weight.dtype, sample_weight.shape)
+            arrays = (type(pred), pred.dtype, pred.shape), (type(label), label.dtype, label.shape), weight
+        except AttributeError:  # no arrays at all
+            arrays = ((type(array), None, None) for array in (pred, label, sample_weight))
+        return look(*arrays, self._axis, self._batch_axis, self._sparse_label)
 
     def _inputs(self, F, pred, label, sample_weight=None):
         """The inputs of the graph as `functional` takes them: pred in the dtype to compute in, the others in their one shape."""
@@ -159,11 +162,10 @@ class Door:
         super().hybridize(active, *args, **kwargs)
 
     def _use_graph_for(self, seen):
-        if seen != self._seen:
-            self._graphs[self._seen] = {name: getattr(self, name, value) for name, value in self._CACHED.items()}
-            for name, value in self._graphs.get(seen, self._CACHED).items():
-                setattr(self, name, value)
-            self._seen = seen
+        self._graphs[self._seen] = {name: getattr(self, name, value) for name, value in self._CACHED.items()}
+        for name, value in self._graphs.get(seen, self._CACHED).items():
+            setattr(self, name, value)
+        self._seen = seen
 
     def _clear_cached_op(self):
         super()._clear_cached_op()

@@ -12,7 +12,8 @@ from mxnet.base import MXNetError
 from mxnet.symbol.numpy import _Symbol as NumpySymbol
 from mxnet.util import is_np_array
 
-_NP_STYLE = (numpy.ndarray, NumpySymbol)
+ARRAY = ndarray.NDArray
+NP_STYLE = (numpy.ndarray, NumpySymbol)
 
 
 def is_symbol(array):
@@ -22,12 +23,12 @@ def is_symbol(array):
 
 def is_array(array):
     """Whether `array` is an MXNet array of either API."""
-    return isinstance(array, ndarray.NDArray)
+    return isinstance(array, ARRAY)
 
 
 def is_np_style(array):
     """Whether `array` belongs to the NumPy-style API (``mx.np``)."""
-    return isinstance(array, _NP_STYLE)
+    return isinstance(array, NP_STYLE)
 
 
 def classic(array):
@@ -48,15 +49,16 @@ def in_mode(array):
 def dtype_name(array):
     """Name of the dtype of an array or, as far as its graph tells, of a symbol (else None)."""
     if not is_symbol(array):
-        return _name(array.dtype)
+        return name_of(array.dtype)
     try:
-        return _name(array.infer_type_partial()[1][0])
+        return name_of(array.infer_type_partial()[1][0])
     except MXNetError:  # operators that refuse to guess, before 1.8
         return None
 
 
 @lru_cache(maxsize=None)
-def _name(dtype):
+def name_of(dtype):
+    """Name of a dtype as MXNet has it, or None of None."""
     if dtype is None:
         return None
     dtype = np.dtype(dtype)

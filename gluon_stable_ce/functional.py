@@ -57,7 +57,7 @@ def read_labels(F, label, pred, ignore_label=None, label_dtype='float64'):
     Labels
         A label outside [0, C), NaN or not an integer is not `valid`; an ignored one is whatever it is, but not `counted`.
     """
-    label = F.BlockGrad(label)  # there is none, but MXNet would try to add up several
+    label = F.BlockGrad(label)  # its gradient is 0, and MXNet's take cannot add up several of those
     index = F.take(F.contrib.arange_like(pred, axis=-1), label, mode='clip')
     found = index
     if label_dtype is not None:
@@ -65,7 +65,7 @@ def read_labels(F, label, pred, ignore_label=None, label_dtype='float64'):
     return Labels(index, found == label, None if ignore_label is None else label != ignore_label)
 
 
-def class_terms(F, pred, index=None, target=None, pred_type='logits', lse=False, spread=False, class_weight=None):
+def class_terms(F, pred, index=None, target=None, pred_type='logits', lse=False, spread=False, class_weight=None, ndim=None):
     r"""Reduce the class axis, the last one, to one number per position. A faster way to do that belongs here; nothing above would notice.
 
     Parameters
@@ -99,9 +99,9 @@ def class_terms(F, pred, index=None, target=None, pred_type='logits', lse=False,
     if index is None:
         nll = _expected_nll(F, log_p, target, log_1)
     else:
-        nll = F.relu(_nll_of(F, log_p, index, log_1))
+        nll = F.relu(_nll_of(F, log_p, index, log_1, ndim))
     if lse:
-        lse = _logsumexp(F, pred, log_p, F.argmax(pred, axis=-1) if index is None else index, log_1)
+        lse = _logsumexp(F, pred, log_p, F.argmax(pred, axis=-1) if index is None else index, log_1, ndim)
     if spread and class_weight is None:
         spread = F.relu(-F.dot(log_p, F.softmax(F.zeros_like(classes))))
     elif spread:
@@ -109,9 +109,12 @@ def class_terms(F, pred, index=None, target=None, pred_type='logits', lse=False,
     return Terms(nll, lse if lse is not False else None, spread if spread is not False else None)
 
 
-def _nll_of(F, log_p, index, log_1):
+def _nll_of(F, log_p, index, log_1, ndim):
     """-log p of the class `index`, with `log_1` for the zero of the scale."""
-    return F.take(log_1, index, mode='clip') - F.pick(log_p, index, axis=-1)
+    picked = F.pick(log_p, index, axis=-1)
+    if ndim == 2:
+        return F.broadcast_sub(log_1, picked)
+    return F.take(log_1, index, mode='clip') - picked  # a broadcast to any rank
 
 
 def _expected_nll(F, log_p, target, log_1):
@@ -121,11 +124,11 @@ def _expected_nll(F, log_p, target, log_1):
     return F.relu(zero_of_scale - F.dot(weighted(F, log_p, target), ones))
 
 
-def _logsumexp(F, logits, log_p, index, log_1):
+def _logsumexp(F, logits, log_p, index, log_1, ndim):
     """Log sum exp of the logits, from any one class of finite logit: its logit less its log-probability."""
     logit = F.pick(logits, index, axis=-1)
     # a label on a logit of -inf has an infinite loss whatever is added to it
-    return F.where(logit == float('-inf'), F.zeros_like(logit), logit + _nll_of(F, log_p, index, log_1))
+    return F.where(logit == float('-inf'), F.zeros_like(logit), logit + _nll_of(F, log_p, index, log_1, ndim))
 
 
 def _at_every_position(F, vector, like):
@@ -160,7 +163,7 @@ def softmax_cross_entropy(F, pred, label, axis=-1, sparse_label=True, pred_type=
     merged = ndim is None and axis != -1  # class_axis_last will have merged axes
     like = label if sparse_label else class_axis_removed(F, pred, axis)
     pred = class_axis_last(F, pred, axis, ndim)
-    terms = {'pred_type': pred_type, 'lse': bool(lse_square_scale), 'class_weight': class_weight}
+    terms = {'pred_type': pred_type, 'lse': bool(lse_square_scale), 'class_weight': class_weight, 'ndim': ndim}
     if sparse_label:
         if merged:
             label = F.reshape_like(label, class_axis_removed(F, pred, -1))
@@ -182,7 +185,7 @@ def softmax_cross_entropy(F, pred, label, axis=-1, sparse_label=True, pred_type=
     if lse_square_scale:
         loss = loss + lse_square_scale * F.square(terms.lse)
     if sparse_label and invalid_label != 'clip':
-        loss = F.where(labels.valid, loss, F.zeros_like(loss) * float('nan'))
+        loss = F.where(labels.valid, loss, labels.index * float('nan'))
     counted = None
     if ignore_label is not None:
         counted = F.where(labels.counted, F.ones_like(loss), F.zeros_like(loss))

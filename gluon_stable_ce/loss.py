@@ -131,20 +131,23 @@ class StableSoftmaxCrossEntropyLoss(Door, gluon.loss.SoftmaxCrossEntropyLoss):
                 self.class_weight = ClassWeight(class_weight)
         self.hybridize()
 
-    def check_arrays(self, pred, label):
-        positions = super().check_arrays(pred, label)
+    def _look_at(self, pred, label, sample_weight=None):
+        seen = super()._look_at(pred, label, sample_weight)
+        if self.class_weight is not None or self._invalid_label == 'raise':
+            self._check_classes(pred, label)
+        return seen
+
+    def _check_classes(self, pred, label):
         classes = pred.shape[self._axis]
         if self.class_weight is not None and self.class_weight.classes != classes:
             raise ValueError(f'class_weight: expected one weight for each of the {classes} classes of pred, '
                              f'got {self.class_weight.classes}')
         if self._invalid_label == 'raise':
-            axis_only = mx.nd.zeros((1, classes), ctx=label.context)
-            labels = functional.read_labels(mx.nd, _ops.classic(label), axis_only, self._ignore_label)
+            labels = functional.read_labels(mx.nd, _ops.classic(label), mx.nd.zeros((1, classes), ctx=label.context), self._ignore_label)
             invalid = 1 - labels.valid if self._ignore_label is None else (1 - labels.valid) * labels.counted
             count = int(invalid.sum().asscalar())
             if count:
                 raise ValueError(f'label: expected integers in [0, {classes}), got {count} others among {label.size}')
-        return positions
 
     def hybrid_forward(self, F, pred, label, sample_weight=None):
         """The graph, of arrays or symbols; the door has said what is known about them."""

@@ -209,7 +209,7 @@ class _LabelNLL(Door, gluon.HybridBlock):
 
     def __init__(self, axis, pred_type, ignore_label, sparse_label):
         super().__init__()
-        self._axis, self._sparse_label = axis, sparse_label
+        self._axis, self._batch_axis, self._sparse_label = axis, 0, sparse_label
         self._pred_type, self._ignore_label = pred_type, ignore_label
         self.hybridize()
 
@@ -219,13 +219,13 @@ class _LabelNLL(Door, gluon.HybridBlock):
         pred = functional.class_axis_last(F, pred, self._axis, ndim)
         if self._sparse_label:
             labels = functional.read_labels(F, label, pred, self._ignore_label, self._label_dtype())
-            nll = F.cast(functional.class_terms(F, pred, index=labels.index, pred_type=self._pred_type).nll, dtype='float64')
+            nll = F.cast(functional.class_terms(F, pred, index=labels.index, pred_type=self._pred_type, ndim=ndim).nll, dtype='float64')
             nll = F.where(labels.valid, nll, F.ones_like(nll) * _INVALID)
             if labels.counted is not None:
                 nll = F.where(labels.counted, nll, F.ones_like(nll) * _IGNORED)
         else:
             target = functional.class_axis_last(F, label, self._axis, ndim)
-            nll = F.cast(functional.class_terms(F, pred, target=target, pred_type=self._pred_type).nll, dtype='float64')
+            nll = F.cast(functional.class_terms(F, pred, target=target, pred_type=self._pred_type, ndim=ndim).nll, dtype='float64')
         return _ops.in_style_of(given, nll)
 
 

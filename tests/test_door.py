@@ -142,6 +142,21 @@ def test_outputs_are_fresh_and_many_losses_live_in_one_record(rng, ctx):
         np.testing.assert_allclose(pred.grad.asnumpy(), expected_gradient, rtol=5e-6, atol=5e-6)
 
 
+@pytest.mark.parametrize('options', [{}, {'class_weight': [1, 2, 3, 4, 5], 'ignore_label': 2, 'label_smoothing': 0.1, 'lse_square_scale': 0.1}])
+def test_labels_that_want_a_gradient_get_zero(options, rng, ctx):
+    """As in gluon, where scripts and Modules ask for the gradient of all inputs."""
+    for shape in ((4, 5), (4, 5, 3)):
+        pred, label = nd.array(rng.normal(0, 1, shape)), nd.array(rng.randint(0, 5, (4, *shape[2:])))
+        for array in (pred, label):
+            array.attach_grad()
+        label.grad[:] = 7
+        with autograd.record():
+            loss = StableSoftmaxCELoss(axis=1, **options)(pred, label)
+        loss.backward()
+        np.testing.assert_array_equal(label.grad.asnumpy(), 0)
+        np.testing.assert_allclose(pred.grad.asnumpy(), reference.loss_and_gradient(pred.asnumpy(), label.asnumpy(), axis=1, **options)[1], rtol=1e-5, atol=1e-5)
+
+
 def test_gradients_add_up(rng, ctx):
     pred, label = nd.array(rng.normal(0, 3, (8, 5))), nd.array(rng.randint(0, 5, 8))
     pred.attach_grad('add')
