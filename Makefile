@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+MATRIX := 1.8.0.post0 1.7.0.post2 1.6.0
 
 .PHONY: help demo test bench docs test-matrix clean
 
@@ -29,6 +30,19 @@ bench: $(VENV)/.cpu-demo $(if $(filter torch,$(WITH)),.venv-torch/bin/torch-is-h
 	$(PYTHON) -m venv .venv-torch
 	.venv-torch/bin/pip install --quiet numpy torch==2.13.0
 	touch $@
+
+# Each older MXNet in an environment of its own; what it can't do is skipped by name.
+test-matrix: $(MATRIX:%=.venv-%/.ready)
+	for version in $(MATRIX); do .venv-$$version/bin/python -m pytest -q -rs -k 'not gpu' $(ARGS) || exit 1; done
+
+.venv-%/.ready: setup.cfg
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --editable '.[demo,test]' 'mxnet==$*'
+	touch $@
+
+docs: $(VENV)/.cpu-docs
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
+	@echo 'build/docs/index.html'
 
 # One environment a set of extras: a single resolve finds versions that work together. Onnxruntime's metadata asks for a newer NumPy
 # than MXNet can live with, though it runs on this one: so it comes without its dependencies, which are listed in setup.cfg.
