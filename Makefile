@@ -8,7 +8,7 @@ MATRIX := 1.8.0.post0 1.7.0.post2 1.6.0
 
 help:
 	@echo 'make demo         train on real digits, and see what an epsilon hides'
-	@echo 'make test         linter, types, doctests and tests'
+	@echo 'make test         linter, doctests and tests'
 	@echo 'make bench        measure speed, memory and accuracy (WITH=torch adds PyTorch)'
 	@echo 'make docs         the API reference as HTML'
 	@echo 'make test-matrix  the tests on every supported MXNet'
@@ -19,7 +19,6 @@ demo: $(VENV)/.cpu-demo
 
 test: $(VENV)/.cpu-demo-onnx-test
 	$(BIN)/ruff check .
-	$(BIN)/mypy
 	$(BIN)/python -m pytest $(ARGS)
 
 # Nothing else should run meanwhile. PyTorch has an environment of its own, since it wants another NumPy.

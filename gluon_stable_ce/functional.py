@@ -100,13 +100,11 @@ def class_terms(F, pred, index=None, target=None, pred_type='logits', lse=False,
         nll = _expected_nll(F, log_p, target, log_1)
     else:
         nll = F.relu(_nll_of(F, log_p, index, log_1, ndim))
-    if lse:
-        lse = _logsumexp(F, pred, log_p, F.argmax(pred, axis=-1) if index is None else index, log_1, ndim)
-    if spread and class_weight is None:
-        spread = F.relu(-F.dot(log_p, F.softmax(F.zeros_like(classes))))
-    elif spread:
-        spread = _expected_nll(F, log_p, _at_every_position(F, F.softmax(F.zeros_like(classes)) * class_weight, log_p), log_1)
-    return Terms(nll, lse if lse is not False else None, spread if spread is not False else None)
+    if lse and index is None:
+        index = F.argmax(pred, axis=-1)
+    return Terms(nll,
+                 _logsumexp(F, pred, log_p, index, log_1, ndim) if lse else None,
+                 _spread(F, log_p, log_1, class_weight) if spread else None)
 
 
 def _nll_of(F, log_p, index, log_1, ndim):
@@ -122,6 +120,14 @@ def _expected_nll(F, log_p, target, log_1):
     ones = F.ones_like(F.contrib.arange_like(log_p, axis=-1))  # (C,)
     zero_of_scale = F.dot(target, F.broadcast_mul(log_1, ones))
     return F.relu(zero_of_scale - F.dot(weighted(F, log_p, target), ones))
+
+
+def _spread(F, log_p, log_1, class_weight):
+    """-1/C sum_j w_j log p_j."""
+    uniform = F.softmax(F.zeros_like(F.contrib.arange_like(log_p, axis=-1)))  # 1/C for each class
+    if class_weight is None:
+        return F.relu(-F.dot(log_p, uniform))
+    return _expected_nll(F, log_p, _at_every_position(F, uniform * class_weight, log_p), log_1)
 
 
 def _logsumexp(F, logits, log_p, index, log_1, ndim):
