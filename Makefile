@@ -8,7 +8,7 @@ MATRIX := 1.8.0.post0 1.7.0.post2 1.6.0
 
 help:
 	@echo 'make demo         train on real digits, and see what an epsilon hides'
-	@echo 'make test         linter, doctests and tests'
+	@echo 'make test         linter, types, doctests and tests'
 	@echo 'make bench        measure speed, memory and accuracy (WITH=torch adds PyTorch)'
 	@echo 'make docs         the API reference as HTML'
 	@echo 'make test-matrix  the tests on every supported MXNet'
@@ -17,8 +17,9 @@ help:
 demo: $(VENV)/.cpu-demo
 	$(BIN)/python -m gluon_stable_ce demo $(ARGS)
 
-test: $(VENV)/.cpu-demo-onnx-test
+test: $(VENV)/.cpu-demo-docs-onnx-test
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 	$(BIN)/python -m pytest $(ARGS)
 
 # Nothing else should run meanwhile. PyTorch has an environment of its own, since it wants another NumPy.
@@ -39,7 +40,7 @@ test-matrix: $(MATRIX:%=.venv-%/.ready)
 	$(@D)/bin/pip install --quiet --editable '.[demo,test]' 'mxnet==$*'
 	touch $@
 
-docs: $(VENV)/.cpu-docs
+docs: $(VENV)/.cpu-demo-docs
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
 	@echo 'build/docs/index.html'
 

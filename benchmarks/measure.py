@@ -1,6 +1,7 @@
 """How to measure: medians of interleaved calls, memory of a fresh process, and what the machine itself can do."""
 import json
 import os
+import random
 import subprocess
 import sys
 import threading
@@ -11,8 +12,10 @@ import numpy as np
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
-def medians(calls, seconds=3.0, least=7, most=1500):
-    """Median time of each call and its quartiles, in seconds. The calls take turns, so that whatever the machine does hits all alike."""
+def medians(calls, seconds=1.0, least=7, most=3000):
+    """Median time of each call and its quartiles, in seconds. The calls take turns, in changing order, so that whatever one leaves behind,
+    and whatever the machine does, hits all alike.
+    """
     times = {name: [] for name in calls}
     for call in calls.values():  # twice to warm up: the first call builds graphs
         call()
@@ -20,7 +23,7 @@ def medians(calls, seconds=3.0, least=7, most=1500):
     begin = time.perf_counter()
     rounds = 0
     while rounds < least or (rounds < most and time.perf_counter() - begin < seconds * len(calls)):
-        for name, call in calls.items():
+        for name, call in random.sample(list(calls.items()), len(calls)):
             start = time.perf_counter()
             call()
             times[name].append(time.perf_counter() - start)

@@ -70,8 +70,8 @@ def markdown(results):
     torch = next((row['version'] for case in results['cases'].values() for row in case['rows'].values() if 'version' in row), None)
     lines = [f"MXNet {about['mxnet']}{f', PyTorch {torch}' if torch else ''}, Python {about['python']}, {about['system']} "
              f"{about['architecture']}, {about['cores']} cores, which copy {about['bandwidth'] / 1e9:.1f} GB/s. Times are medians, with "
-             "quartiles in brackets; ratios are to gluon's loss, hybridized with static memory. The limit is the time to read the logits "
-             'once (forward), or to read them twice and write their gradient once (forward + backward).', '',
+             "quartiles in brackets; ratios are to gluon's loss, hybridized. The machine's limit is the time to read the logits once "
+             '(forward), or to read them twice and write their gradient once (forward + backward).', '',
              '| logits | contender | forward, ms | forward + backward, ms | ratio | peak memory, MB | largest error, nats | relative |',
              '|---|---|---|---|---|---|---|---|']
     for name, case in results['cases'].items():
@@ -109,7 +109,7 @@ def draw(results, path):
         points = [(case['rows'][contender]['both']['median'] / case['rows'][cases.HYBRIDIZED]['both']['median'], place)
                   for place, case in enumerate(results['cases'].values()) if contender in case['rows']]
         if points:
-            axes.barh([place + (offset - 2.5) * 0.14 for _, place in points], [ratio for ratio, _ in points], height=0.13, label=contender)
+            axes.barh([place + (offset - 3) * 0.13 for _, place in points], [ratio for ratio, _ in points], height=0.12, label=contender)
     axes.axvline(1, color='black', linewidth=0.8)
     axes.set(xscale='log', xlabel='forward and backward, relative to the hybridized gluon loss (less is faster)',
              title=f"MXNet {results['machine']['mxnet']}, {results['machine']['cores']} cores")

@@ -1,5 +1,6 @@
 """What all metrics share: a mean of values that the device may still be computing, its windows, its state, and its way to other workers."""
 from collections import deque
+from typing import Any, Dict, Tuple
 
 import numpy as np
 
@@ -17,51 +18,51 @@ class DeferredMean:
     memory pile up. Sums are exact, so the result does not depend on when the queue is read.
     """
 
-    def reset(self):
+    def reset(self) -> None:
         """Forget everything."""
         self._pending = deque()
         self._own = {'local': Sums(), 'global': Sums()}  # seen here
         self._others = {'local': Sums(), 'global': Sums()}  # and by other workers, as of the last all_reduce
 
-    def reset_local(self):
+    def reset_local(self) -> None:
         """Begin a new window for `get`; `get_global` goes on."""
         self._settle()
         self._own['local'] = self._others['local'] = Sums()
 
-    def get(self):
+    def get(self) -> Tuple[str, float]:
         """(name, value) of all that came since the last `reset` or `reset_local`; NaN if nothing did."""
         return self.name, self._value_of(self._window('local'))
 
-    def get_global(self):
+    def get_global(self) -> Tuple[str, float]:
         """(name, value) of all that came since the last `reset`; NaN if nothing did."""
         return self.name, self._value_of(self._window('global'))
 
     @property
-    def num_inst(self):
+    def num_inst(self) -> int:
         """How many values `get` is the mean of."""
         return self._window('local').count
 
     @property
-    def sum_metric(self):
+    def sum_metric(self) -> float:
         """The sum of the values that `get` is the mean of, rounded once."""
         return self._window('local').over(1)
 
     @property
-    def global_num_inst(self):
+    def global_num_inst(self) -> int:
         """How many values `get_global` is the mean of."""
         return self._window('global').count
 
     @property
-    def global_sum_metric(self):
+    def global_sum_metric(self) -> float:
         """The sum of the values that `get_global` is the mean of, rounded once."""
         return self._window('global').over(1)
 
     @property
-    def num_infinite(self):
+    def num_infinite(self) -> int:
         """How many of the values that `get` is the mean of are infinite."""
         return self._window('local').infinite
 
-    def merge(self, other):
+    def merge(self, other: Any) -> None:
         """Take in what another metric of this kind has seen, as if its updates had come here, after ours.
 
         Raises
@@ -77,12 +78,12 @@ class DeferredMean:
             for window in mine:
                 mine[window] = mine[window] + theirs[window]
 
-    def state_dict(self):
+    def state_dict(self) -> Dict[str, Any]:
         """All that was seen, as plain JSON values: what a run that may be killed has to save."""
         self._settle()
         return {part: {window: sums.as_dict() for window, sums in getattr(self, '_' + part).items()} for part in ('own', 'others')}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
         """Go on from a `state_dict`, in the place of what was seen here.
 
         Raises
@@ -97,7 +98,7 @@ class DeferredMean:
         self._pending.clear()
         self._own, self._others = own, others
 
-    def all_reduce(self, kvstore):
+    def all_reduce(self, kvstore: Any) -> None:
         """Let every worker's result be the result of the whole. All workers must call this, with data or without.
 
         Afterwards `get` and `get_global` of each worker are exactly what one process would report that had seen all the data. Updates

@@ -3,6 +3,7 @@ import json
 import math
 import sys
 from numbers import Integral
+from typing import Any, Optional
 
 import mxnet as mx
 import numpy as np
@@ -18,7 +19,8 @@ __all__ = ['Audit', 'audit']
 _FLOOR = 1e-10  # of mx.metric.Perplexity
 _WORST, _SAMPLE = 1000, 10000  # samples that a plot is drawn from
 
-def audit(pred, label, *, pred_type='probs', axis=-1, ignore_label=None, eps=1e-12, worst=10, progress=False) -> Audit:
+def audit(pred: Any, label: Any, *, pred_type: str = 'probs', axis: int = -1, ignore_label: Optional[int] = None, eps: float = 1e-12,
+          worst: int = 10, progress: bool = False) -> Audit:
     r"""Exact mean NLL of the labels, in nats, next to what MXNet's own metrics print for the same samples, and why they differ.
 
     .. math:: \frac{1}{N} \sum_n -\log p_n \quad\text{and}\quad \frac{1}{N} \sum_n -\log(p_n + \epsilon)
@@ -153,7 +155,7 @@ def _curve(largest, spread, count):
     return np.concatenate([worst, [worst[0, -1] + share * (count - worst[0, -1]), *rest]], axis=1)
 
 
-def add_arguments(parser):
+def add_arguments(parser: Any) -> None:
     """Give the command's arguments to an ``argparse`` parser."""
     add = parser.add_argument
     add('files', nargs='+', metavar='FILE', help='one .npz (keys pred, label), two .npy (predictions, then labels), or one .params or .nd '
@@ -167,7 +169,7 @@ def add_arguments(parser):
     add('--max-error', type=float, metavar='R', help='exit 1 if mx.metric.CrossEntropy is off by more than R, relative')
 
 
-def run(args) -> int:
+def run(args: Any) -> int:
     """Run the command on an ``argparse`` namespace; return its exit code.
 
     0; or 1 if the stock cross entropy is off by more than ``--max-error``, or cannot be compared; or 2, with one line on stderr, if files

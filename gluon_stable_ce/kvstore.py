@@ -1,6 +1,7 @@
 """All-reduce of integers over the workers of an MXNet KVStore: exact, whatever the store does to the gradients that it carries."""
 from itertools import count
 from numbers import Integral
+from typing import Any, List
 
 import mxnet as mx
 import numpy as np
@@ -12,7 +13,7 @@ _BYTES = 280  # of two's complement: room for 2**88 times the greatest float64, 
 _KEYS = (key for key in count(2 ** 16) if key * 9973 % 2 ** 32 < 2 ** 31)
 
 
-def all_reduce(kvstore, numbers):
+def all_reduce(kvstore: Any, numbers: List[int]) -> List[int]:
     """Sum each of `numbers` over all workers of a store, exactly. A collective call: it returns when every worker has made it.
 
     Workers exchange their numbers in pieces of 16 bits, which float64 and float32 hold exactly, and each worker adds up all of them in

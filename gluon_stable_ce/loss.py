@@ -1,5 +1,6 @@
 """The loss: a HybridBlock that checks at the door, leaves the mathematics to `functional`, and keeps gluon's manners."""
 from numbers import Integral
+from typing import Any, Optional
 
 import mxnet as mx
 from mxnet import gluon
@@ -97,8 +98,9 @@ class StableSoftmaxCrossEntropyLoss(Door, gluon.loss.SoftmaxCrossEntropyLoss):
     2016, and Chowdhery et al., "PaLM", 2022, section 5 (squared log sum exp).
     """
 
-    def __init__(self, axis=-1, sparse_label=True, from_logits=False, weight=None, batch_axis=0, *, ignore_label=None,
-                 class_weight=None, label_smoothing=0.0, lse_square_scale=0.0, reduction='mean', invalid_label='nan', **kwargs):
+    def __init__(self, axis: int = -1, sparse_label: bool = True, from_logits: bool = False, weight: Optional[float] = None,
+                 batch_axis: int = 0, *, ignore_label: Optional[int] = None, class_weight: Any = None, label_smoothing: float = 0.0,
+                 lse_square_scale: float = 0.0, reduction: str = 'mean', invalid_label: str = 'nan', **kwargs: Any) -> None:
         super().__init__(axis, sparse_label, from_logits, weight, batch_axis, **kwargs)
         check_number('axis', axis, Integral)
         check_number('batch_axis', batch_axis, Integral)
@@ -166,7 +168,7 @@ class StableSoftmaxCrossEntropyLoss(Door, gluon.loss.SoftmaxCrossEntropyLoss):
             loss = F.reshape_like(loss, _ops.classic(given[1]))
         return _ops.in_style_of(given[0], loss if self._weight is None else loss * self._weight)
 
-    def valid_count(self, label):
+    def valid_count(self, label: Any) -> int:
         """How many positions of `label` count, which is what ``trainer.step`` divides a summed loss by.
 
         Parameters
@@ -190,7 +192,7 @@ class StableSoftmaxCrossEntropyLoss(Door, gluon.loss.SoftmaxCrossEntropyLoss):
             return sum(self.valid_count(part) for part in label)
         return label.size if self._ignore_label is None else int((label.asnumpy() != self._ignore_label).sum())
 
-    def create_metric(self, **kwargs):
+    def create_metric(self, **kwargs: Any) -> StableCrossEntropy:
         """A `StableCrossEntropy` that reads what this loss reads, labels and `pred` as they are given to the loss.
 
         It reports the plain NLL: weights, label smoothing and `lse_square_scale` are not in it. `kwargs` are the metric's `name`,

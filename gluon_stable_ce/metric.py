@@ -2,6 +2,7 @@
 import math
 from collections import OrderedDict
 from numbers import Integral
+from typing import Any, List, Optional
 
 import mxnet as mx
 import numpy as np
@@ -31,6 +32,11 @@ class StableLoss(DeferredMean, mx.metric.Loss):
     output_names, label_names : list of str, optional
         What ``update_dict`` picks.
 
+    Raises
+    ------
+    TypeError
+        By `update`, if something else than arrays comes, with nothing taken in.
+
     Notes
     -----
     Numerics: the values are added up without rounding, and divided with one (``test_metric.py::test_sums_are_exact``).
@@ -45,11 +51,11 @@ class StableLoss(DeferredMean, mx.metric.Loss):
     (('loss', inf), 1)
     """
 
-    def update(self, _, preds):
+    def update(self, _: Any, preds: Any) -> None:
         """Take in an array of loss values of any shape, or a list of them, each on a context of its own."""
         self._push(_as_list('preds', preds))
 
-    def update_dict(self, label, pred):
+    def update_dict(self, label: Any, pred: Any) -> None:
         """The same of outputs by name, which are copied: this is how Module calls, and it computes each batch into the same arrays."""
         super().update_dict(label, OrderedDict((name, array.copy()) for name, array in pred.items()))
 
@@ -101,8 +107,8 @@ class StableCrossEntropy(DeferredMean, mx.metric.EvalMetric):
     (27.63, 99.02)
     """
 
-    def __init__(self, axis=-1, pred_type='probs', ignore_label=None, sparse_label=True, name='cross-entropy', output_names=None,
-                 label_names=None):
+    def __init__(self, axis: int = -1, pred_type: str = 'probs', ignore_label: Optional[int] = None, sparse_label: bool = True,
+                 name: str = 'cross-entropy', output_names: Optional[List[str]] = None, label_names: Optional[List[str]] = None) -> None:
         check_number('axis', axis, Integral)
         check_number('ignore_label', ignore_label, Integral, optional=True)
         check_choice('pred_type', pred_type, ('probs', 'logits', 'log_probs'))
@@ -114,7 +120,7 @@ class StableCrossEntropy(DeferredMean, mx.metric.EvalMetric):
         self._classes = None
         self._nll = _LabelNLL(axis, pred_type, ignore_label, sparse_label)
 
-    def update(self, labels, preds):
+    def update(self, labels: Any, preds: Any) -> None:
         """Take in labels and predictions: an array each, or lists of as many arrays, of which each pair lives on a context of its own."""
         labels, preds = _as_list('labels', labels), _as_list('preds', preds)
         if len(labels) != len(preds):
@@ -170,8 +176,8 @@ class StablePerplexity(StableCrossEntropy):
     ('perplexity', 8.0)
     """
 
-    def __init__(self, axis=-1, pred_type='probs', ignore_label=None, sparse_label=True, name='perplexity', output_names=None,
-                 label_names=None):
+    def __init__(self, axis: int = -1, pred_type: str = 'probs', ignore_label: Optional[int] = None, sparse_label: bool = True,
+                 name: str = 'perplexity', output_names: Optional[List[str]] = None, label_names: Optional[List[str]] = None) -> None:
         super().__init__(axis, pred_type, ignore_label, sparse_label, name, output_names, label_names)
 
     def _value_of(self, sums):
@@ -196,8 +202,8 @@ class StableBitsPerToken(StableCrossEntropy):
     ('bits-per-token', 2.0)
     """
 
-    def __init__(self, axis=-1, pred_type='probs', ignore_label=None, sparse_label=True, name='bits-per-token', output_names=None,
-                 label_names=None):
+    def __init__(self, axis: int = -1, pred_type: str = 'probs', ignore_label: Optional[int] = None, sparse_label: bool = True,
+                 name: str = 'bits-per-token', output_names: Optional[List[str]] = None, label_names: Optional[List[str]] = None) -> None:
         super().__init__(axis, pred_type, ignore_label, sparse_label, name, output_names, label_names)
 
     def _value_of(self, sums):

@@ -7,19 +7,21 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import count
 from threading import Lock
+from typing import Any, Dict
 
 import mxnet as mx
 import numpy as np
 
 __all__ = ['export_model']
 
-_CONVERTERS = {}
+_CONVERTERS: Dict[str, Any] = {}
 _OPSETS = (12, 13)  # those that MXNet has converters for
 _LOCK = Lock()  # what an export changes for a while belongs to the whole process
 
 
-def export_model(sym, params, in_shapes=None, in_types=np.float32, onnx_file_path='model.onnx', verbose=False, dynamic=False,
-                 dynamic_input_shapes=None, run_shape_inference=False, input_type=None, input_shape=None, *, opset_version=13):
+def export_model(sym: Any, params: Any, in_shapes: Any = None, in_types: Any = np.float32, onnx_file_path: str = 'model.onnx',
+                 verbose: bool = False, dynamic: bool = False, dynamic_input_shapes: Any = None, run_shape_inference: bool = False,
+                 input_type: Any = None, input_shape: Any = None, *, opset_version: int = 13) -> str:
     """Export a graph that may contain the loss to an ONNX file: ``mx.onnx.export_model`` with the converters that it lacks.
 
     MXNet converts to operators of opset 12 or 13 and labels the model with the newest opset that the installed onnx knows; here it is
@@ -45,6 +47,13 @@ def export_model(sym, params, in_shapes=None, in_types=np.float32, onnx_file_pat
     ------
     ImportError
         Without onnx, or with an MXNet older than 1.9.
+    ValueError, NotImplementedError
+        For another opset; for an operator in a form that has no converter.
+
+    Examples
+    --------
+    >>> export_model('net-symbol.json', 'net-0000.params', [(8, 3, 32, 32), (8,)], onnx_file_path='net.onnx')  # doctest: +SKIP
+    'net.onnx'
     """
     onnx = _import_onnx()
     if opset_version not in _OPSETS:
