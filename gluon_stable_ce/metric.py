@@ -23,8 +23,9 @@ _IGNORED, _INVALID = -1.0, -2.0  # marks among NLLs, which are never negative
 class StableLoss(DeferredMean, mx.metric.Loss):
     """Mean of loss values that are already there, in the place of `mx.metric.Loss`, whose subclass it is.
 
-    An update takes two microseconds and waits for nothing: the arrays are kept, and read some updates later. So do not change them in
-    place afterwards.
+    An update does no work on the device: the arrays are kept, and read some updates later. So do not change them in place afterwards, and
+    hand over a copy of what an executor or a Module will write over, as ``metric.update(None, executor.outputs[0].copy())``; Module's own
+    ``update_metric`` is taken care of.
 
     Parameters
     ----------
