@@ -1,6 +1,6 @@
 """What all metrics share: a mean of values that the device may still be computing, its windows, its state, and its way to other workers."""
 from collections import deque
-from typing import Any, Dict, Tuple
+from typing import Any, Deque, Dict, Tuple
 
 import numpy as np
 
@@ -18,9 +18,11 @@ class DeferredMean:
     memory pile up. Sums are exact, so the result does not depend on when the queue is read.
     """
 
+    name: str  # EvalMetric's
+
     def reset(self) -> None:
         """Forget everything."""
-        self._pending = deque()
+        self._pending: Deque[Any] = deque()
         self._own = {'local': Sums(), 'global': Sums()}  # seen here
         self._others = {'local': Sums(), 'global': Sums()}  # and by other workers, as of the last all_reduce
 

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from . import _ops
 from .functional import class_axis_removed
 
-Seen = namedtuple('Seen', 'inputs np_style dtype ndim label_ndim label_dtype weight_shape', defaults=(None,) * 5)
+Seen = namedtuple('Seen', 'inputs np_style dtype ndim label_ndim label_dtype weight_shape', defaults=(None, None, None, None, None))
 Seen.__doc__ = """What the door saw of a call, for the graph to rely on: how many inputs, whether they are of the NumPy API, dtype and
 rank of pred, rank and dtype of label, whose shape sample_weight has ('kept', 'positions', 'batch'). None for what is not known."""
 
