@@ -98,7 +98,7 @@ class Audit:
             lines += [f"{', '.join(map(str, index)):<26} {label:>7} {p:>14.6g} {nll:>14.6g}" for index, label, p, nll in self.worst]
         return '\n'.join(lines)
 
-    def plot(self, path=None):
+    def plot(self, path: Any = None) -> Any:
         """Draw each sample's NLL, exact and stock, over its rank from the worst on, so that the stock curve's ceiling shows.
 
         Drawn from the 1000 worst samples, and 10000 or so spread evenly over all, whose ranks are estimates. Saved to `path` if given.

@@ -11,6 +11,7 @@ own errors: the checks are the loss's.
 array([99.    ,  0.3133], dtype=float32)
 """
 from collections import namedtuple
+from typing import Any, Dict, Optional, Tuple
 
 __all__ = ['class_axis_last', 'class_terms', 'read_labels', 'reduce_positions', 'softmax_cross_entropy', 'weighted']
 
@@ -21,7 +22,7 @@ Terms = namedtuple('Terms', 'nll lse spread')
 Terms.__doc__ = "Per position: `nll`; and, or None if not asked for, `lse`, log sum exp of the logits, and `spread`, -1/C sum w_j log p_j."
 
 
-def class_axis_last(F, array, axis, ndim=None):
+def class_axis_last(F: Any, array: Any, axis: int, ndim: Optional[int] = None) -> Any:
     """`array` with its class axis last; where the rank is unknown, the axes on one side of it come out merged.
 
     MXNet's fast log_softmax serves only the last axis, and costs a third of the other one with the transpose paid for.
@@ -41,12 +42,12 @@ def class_axis_last(F, array, axis, ndim=None):
     return F.transpose(array, axes=(0, *range(2, after + 2), 1))
 
 
-def weighted(F, term, weight):
+def weighted(F: Any, term: Any, weight: Any) -> Any:
     """`term` times `weight`, where a weight of 0 removes the term, be it infinite or NaN: 0 * -inf is 0, in value and gradient."""
     return F.where(weight == 0, F.zeros_like(term), term * weight)
 
 
-def read_labels(F, label, pred, ignore_label=None, label_dtype='float64'):
+def read_labels(F: Any, label: Any, pred: Any, ignore_label: Optional[int] = None, label_dtype: Optional[str] = 'float64') -> Labels:
     """What sparse labels mean: the one place that decides which of them are valid and which count.
 
     Parameters
@@ -71,7 +72,8 @@ def read_labels(F, label, pred, ignore_label=None, label_dtype='float64'):
     return Labels(index, found == label, None if ignore_label is None else label != ignore_label)
 
 
-def class_terms(F, pred, index=None, target=None, pred_type='logits', lse=False, spread=False, class_weight=None, ndim=None):
+def class_terms(F: Any, pred: Any, index: Any = None, target: Any = None, pred_type: str = 'logits', lse: bool = False,
+                spread: bool = False, class_weight: Any = None, ndim: Optional[int] = None) -> Terms:
     r"""Reduce the class axis, the last one, to one number per position. A faster way to do that belongs here; nothing above would notice.
 
     Parameters
@@ -149,8 +151,10 @@ def _at_every_position(F, vector, like):
     return F.dot(ones, F.expand_dims(vector, axis=0))
 
 
-def softmax_cross_entropy(F, pred, label, axis=-1, sparse_label=True, pred_type='logits', ignore_label=None, class_weight=None,
-                          label_smoothing=0.0, lse_square_scale=0.0, invalid_label='nan', label_dtype='float64', ndim=None):
+def softmax_cross_entropy(F: Any, pred: Any, label: Any, axis: int = -1, sparse_label: bool = True, pred_type: str = 'logits',
+                          ignore_label: Optional[int] = None, class_weight: Any = None, label_smoothing: float = 0.0,
+                          lse_square_scale: float = 0.0, invalid_label: str = 'nan', label_dtype: Optional[str] = 'float64',
+                          ndim: Optional[int] = None) -> Tuple[Any, Any]:
     r"""Cross entropy of every position, in nats.
 
     .. math:: \ell = (1-a)\, w_y (-\log p_y) + \frac{a}{C} \sum_j w_j (-\log p_j) + s \log^2 \sum_j e^{z_j}
@@ -175,12 +179,12 @@ def softmax_cross_entropy(F, pred, label, axis=-1, sparse_label=True, pred_type=
     merged = ndim is None and axis != -1  # class_axis_last will have merged axes
     like = label if sparse_label else class_axis_removed(F, pred, axis)
     pred = class_axis_last(F, pred, axis, ndim)
-    terms = {'pred_type': pred_type, 'lse': bool(lse_square_scale), 'class_weight': class_weight, 'ndim': ndim}
+    wanted: Dict[str, Any] = {'pred_type': pred_type, 'lse': bool(lse_square_scale), 'class_weight': class_weight, 'ndim': ndim}
     if sparse_label:
         if merged:
             label = F.reshape_like(label, class_axis_removed(F, pred, -1))
         labels = read_labels(F, label, pred, ignore_label, label_dtype)
-        terms = class_terms(F, pred, index=labels.index, spread=bool(label_smoothing), **terms)
+        terms = class_terms(F, pred, index=labels.index, spread=bool(label_smoothing), **wanted)
         loss = terms.nll
         if class_weight is not None:
             loss = weighted(F, loss, F.take(class_weight, labels.index, mode='clip'))
@@ -192,7 +196,7 @@ def softmax_cross_entropy(F, pred, label, axis=-1, sparse_label=True, pred_type=
             target = (1 - label_smoothing) * target + label_smoothing * F.softmax(F.zeros_like(target), axis=-1)
         if class_weight is not None:
             target = target * _at_every_position(F, class_weight, target)
-        terms = class_terms(F, pred, target=target, **terms)
+        terms = class_terms(F, pred, target=target, **wanted)
         loss = terms.nll
     if lse_square_scale:
         loss = loss + lse_square_scale * F.square(terms.lse)
@@ -213,7 +217,8 @@ def class_axis_removed(F, pred, axis):
     return F.BlockGrad(F.squeeze(F.slice_axis(pred, axis=axis, begin=0, end=1), axis=axis))
 
 
-def reduce_positions(F, loss, counted=None, axis=-1, batch_axis=0, reduction='mean', sample_weight=None, ndim=None):
+def reduce_positions(F: Any, loss: Any, counted: Any = None, axis: int = -1, batch_axis: int = 0, reduction: str = 'mean',
+                     sample_weight: Any = None, ndim: Optional[int] = None) -> Any:
     """Weigh the losses of all positions and reduce them to one per sample.
 
     Parameters
