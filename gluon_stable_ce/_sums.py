@@ -1,23 +1,33 @@
 """Exact sums: what makes a metric independent of batches, devices and workers, and of when somebody asks."""
+import math
+
 import numpy as np
 
-_UNIT = 1126  # every finite float64 is a mantissa of 53 bits times 2**-1126 or more
-_HALF = 27  # bits of the mantissa's lower half; float64 adds up 2**26 of either half without rounding
-_CHUNK = 2 ** 22
+_UNIT = 1126  # every finite float64 is an integer of 53 bits times 2**-1126 or more
+_CHUNK = 2 ** 16  # values that a cache holds
+_HUGE = 2.0 ** 900  # from here on values are scaled down first, so that nothing overflows
 
 
 def exact_sum(values):
     """Sum of finite float64 `values`, (N,), without any rounding: an integer, in units of 2**-1126."""
-    total = 0
-    for start in range(0, len(values), _CHUNK):
-        mantissa, exponent = np.frexp(values[start:start + _CHUNK])
-        mantissa = np.ldexp(mantissa, 53).astype(np.int64)
-        lowest = exponent.min()
-        exponent -= lowest
-        high = np.bincount(exponent, weights=mantissa >> _HALF)
-        low = np.bincount(exponent, weights=mantissa & (2 ** _HALF - 1))
-        for place in np.flatnonzero(high + low):
-            total += ((int(high[place]) << _HALF) + int(low[place])) << int(place + lowest) - 53 + _UNIT
+    return sum(_sum_of_chunk(values[start:start + _CHUNK]) for start in range(0, len(values), _CHUNK))
+
+
+def _sum_of_chunk(rest):
+    """The same of a few values. Their leading bits, down to one place, add up in float64 without rounding; then those below, and so on
+    (Rump, Ogita and Oishi, "Accurate Floating-Point Summation", 2008).
+    """
+    total, largest = 0, np.abs(rest).max()
+    if largest >= _HUGE:
+        huge = np.abs(rest) >= _HUGE
+        return (exact_sum(rest[huge] / _HUGE) << 900) + exact_sum(rest[~huge])
+    while largest:
+        top = 2.0 ** (math.frexp(largest)[1] + len(rest).bit_length() + 1)
+        leading = rest + top - top  # multiples of the ulp of top, whose sum is less than it
+        mantissa, exponent = math.frexp(leading.sum())
+        total += int(math.ldexp(mantissa, 53)) << exponent - 53 + _UNIT
+        rest = rest - leading
+        largest = np.abs(rest).max()
     return total
 
 

@@ -317,12 +317,15 @@ def test_update_inside_record_leaves_the_graph_alone(rng):
 
 
 def test_sums_are_exact(rng):
-    """10 million terms of mixed size against math.fsum, which rounds once; and odd terms against fractions."""
+    """10 million terms of mixed size against math.fsum, which rounds once; and odd and any terms against fractions."""
     values = np.concatenate([rng.rand(5 * 10 ** 6) * 1e-6, rng.rand(5 * 10 ** 6) * 100])
     rng.shuffle(values)
     assert Sums.of(values).over(1) == math.fsum(values)
     odd = np.concatenate([rng.normal(0, 1, 1000) * 10.0 ** rng.randint(-300, 300, 1000), [5e-324, -1.7e308, 0.0, -0.0, 2.0 ** 53 + 2]])
-    assert Fraction(exact_sum(odd), 2 ** 1126) == sum(map(Fraction, odd.tolist()))
+    bits = rng.randint(0, 2 ** 63, 1000, dtype='int64').view('float64')
+    largest = np.full(1000, np.finfo('float64').max)
+    for terms in (odd, bits[np.isfinite(bits)], -largest, np.concatenate([largest, odd]), odd[:0], odd[:1]):
+        assert Fraction(exact_sum(terms), 2 ** 1126) == sum(map(Fraction, terms.tolist()))
 
 
 def test_the_public_names():
