@@ -2,19 +2,30 @@
 
 Checks that raise, the rank and dtype that let the graph be short, and one cached graph for each kind of call.
 """
-from collections import namedtuple
 from functools import lru_cache
 from numbers import Integral, Real
 from types import MappingProxyType
+from typing import NamedTuple, Optional
 
 from . import _ops
 from .functional import class_axis_removed
 
-Seen = namedtuple('Seen', 'inputs np_style dtype ndim label_ndim label_dtype weight_shape', defaults=(None, None, None, None, None))
-Seen.__doc__ = """What the door saw of a call, for the graph to rely on: how many inputs, whether they are of the NumPy API, dtype and
-rank of pred, rank and dtype of label, whose shape sample_weight has ('kept', 'positions', 'batch'). None for what is not known."""
+
+class Seen(NamedTuple):
+    """What the door saw of a call, for the graph to rely on. None for what is not known."""
+
+    inputs: int
+    np_style: bool  # whether they are of the NumPy API
+    dtype: Optional[str] = None
+    ndim: Optional[int] = None
+    classes: Optional[int] = None
+    label_ndim: Optional[int] = None
+    label_dtype: Optional[str] = None
+    weight_shape: Optional[str] = None  # whose shape sample_weight has: 'kept', 'positions', 'batch'
+
 
 LABEL_DTYPES = ('int8', 'uint8', 'int32', 'int64', 'float16', 'float32', 'float64')
+_GRAPHS = 16  # once a block has so many, the numbers of classes that are still to come share one
 _MANTISSA = {'float16': 11, 'float32': 24}  # bits, counting the hidden one: integers up to 2**bits are exact
 
 
@@ -66,7 +77,7 @@ def look(pred, label, weight, axis, batch_axis, sparse_label):
     else:
         raise ValueError(f'sample_weight: expected one weight per sample {(kept[batch_axis],)}, one per label {positions}, '
                          f'or a shape that broadcasts to {kept}, got {weight_shape}')
-    return Seen(inputs, issubclass(pred[0], _ops.NP_STYLE), dtype, ndim, len(label_shape), label_dtype, fits)
+    return Seen(inputs, issubclass(pred[0], _ops.NP_STYLE), dtype, ndim, shape[axis], len(label_shape), label_dtype, fits)
 
 
 def check_number(name, value, kind=Real, low=float('-inf'), high=float('inf'), optional=False):
@@ -162,6 +173,8 @@ class Door:
         super().hybridize(active, *args, **kwargs)
 
     def _use_graph_for(self, seen):
+        if seen not in self._graphs and len(self._graphs) >= _GRAPHS:
+            seen = seen._replace(classes=None)
         self._graphs[self._seen] = {name: getattr(self, name, value) for name, value in self._CACHED.items()}
         for name, value in self._graphs.get(seen, self._CACHED).items():
             setattr(self, name, value)

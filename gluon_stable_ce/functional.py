@@ -16,17 +16,14 @@ from typing import Any, Dict, Optional, Tuple
 __all__ = ['class_axis_last', 'class_terms', 'read_labels', 'reduce_positions', 'softmax_cross_entropy', 'weighted']
 
 Labels = namedtuple('Labels', 'index valid counted')
-Labels.__doc__ = "Per position: the class `index`, clipped into [0, C); whether the label is `valid`; and `counted`, or None for all."
+Labels.__doc__ = "Per position: the class `index`, in [0, C) or NaN of NaN; whether the label is `valid`; and `counted`, or None for all."
 
 Terms = namedtuple('Terms', 'nll lse spread')
 Terms.__doc__ = "Per position: `nll`; and, or None if not asked for, `lse`, log sum exp of the logits, and `spread`, -1/C sum w_j log p_j."
 
 
 def class_axis_last(F: Any, array: Any, axis: int, ndim: Optional[int] = None) -> Any:
-    """`array` with its class axis last; where the rank is unknown, the axes on one side of it come out merged.
-
-    MXNet's fast log_softmax serves only the last axis, and costs a third of the other one with the transpose paid for.
-    """
+    """`array` with its class axis last, as MXNet's fast log_softmax wants it; of unknown rank, the axes on one side come out merged."""
     if ndim is not None:
         axis %= ndim
         if axis == ndim - 1:
@@ -47,7 +44,8 @@ def weighted(F: Any, term: Any, weight: Any) -> Any:
     return F.where(weight == 0, F.zeros_like(term), term * weight)
 
 
-def read_labels(F: Any, label: Any, pred: Any, ignore_label: Optional[int] = None, label_dtype: Optional[str] = 'float64') -> Labels:
+def read_labels(F: Any, label: Any, pred: Any, ignore_label: Optional[int] = None, label_dtype: Optional[str] = 'float64',
+                classes: Optional[int] = None) -> Labels:
     """What sparse labels mean: the one place that decides which of them are valid and which count.
 
     Parameters
@@ -58,6 +56,8 @@ def read_labels(F: Any, label: Any, pred: Any, ignore_label: Optional[int] = Non
     label_dtype : 'float32', 'float64' or None
         In which dtype labels are compared. 'float64' holds every label of every dtype. 'float32' holds all classes of integers and of
         narrower floats, and rounds none of their other values to a class. None if `label` and `pred` have the same dtype.
+    classes : int, optional
+        C, if it is known: then nothing of that length is made.
 
     Returns
     -------
@@ -65,21 +65,23 @@ def read_labels(F: Any, label: Any, pred: Any, ignore_label: Optional[int] = Non
         A label outside [0, C), NaN or not an integer is not `valid`; an ignored one is whatever it is, but not `counted`.
     """
     label = F.BlockGrad(label)  # its gradient is 0, and MXNet's take cannot add up several of those
-    index = F.take(F.contrib.arange_like(pred, axis=-1), label, mode='clip')
-    found = index
     if label_dtype is not None:
-        label, found = F.cast(label, dtype=label_dtype), F.cast(index, dtype=label_dtype)
-    return Labels(index, found == label, None if ignore_label is None else label != ignore_label)
+        label = F.cast(label, dtype=label_dtype)
+    if classes is not None:
+        index = F.floor(F.clip(label, 0, classes - 1))
+    else:
+        index = F.take(F.contrib.arange_like(pred, axis=-1), label, mode='clip')
+        index = index if label_dtype is None else F.cast(index, dtype=label_dtype)
+    return Labels(index, index == label, None if ignore_label is None else label != ignore_label)
 
 
 def class_terms(F: Any, pred: Any, index: Any = None, target: Any = None, pred_type: str = 'logits', lse: bool = False,
-                spread: bool = False, class_weight: Any = None, ndim: Optional[int] = None) -> Terms:
+                spread: bool = False, class_weight: Any = None) -> Terms:
     r"""Reduce the class axis, the last one, to one number per position. A faster way to do that belongs here; nothing above would notice.
 
     Parameters
     ----------
-    pred : (positions..., C)
-        What `pred_type` says: 'logits', 'log_probs' or 'probs'.
+    pred : (positions..., C); what `pred_type` says: 'logits', 'log_probs' or 'probs'
     index : (positions...)
         The class of each position, or None if there is a `target`.
     target : (positions..., C)
@@ -96,31 +98,26 @@ def class_terms(F: Any, pred: Any, index: Any = None, target: Any = None, pred_t
     """
     if index is not None and pred_type == 'probs':  # take one number per position first, then be exact about it
         return Terms(F.relu(-F.log(F.cast(F.pick(pred, index, axis=-1), dtype='float64'))), None, None)
-    classes = F.contrib.arange_like(pred, axis=-1)  # (C,)
+    zero = F.slice_axis(F.contrib.arange_like(pred, axis=0), axis=0, begin=0, end=1)  # (1,)
     if pred_type == 'logits':
-        log_p = F.log_softmax(pred, axis=-1)
         # oneDNN answers log 1 with -1.4e-6, and that is nearly all of its error where p is nearly 1: measure it on one class, take it out
-        log_1 = F.log_softmax(F.slice_axis(classes, axis=0, begin=0, end=1), axis=-1)  # (1,)
+        log_p, log_1 = F.log_softmax(pred, axis=-1), F.log_softmax(zero, axis=-1)
     else:
-        log_p = pred if pred_type == 'log_probs' else F.log(pred)
-        log_1 = F.slice_axis(classes, axis=0, begin=0, end=1)
+        log_p, log_1 = pred if pred_type == 'log_probs' else F.log(pred), zero
     if index is None:
         nll = _expected_nll(F, log_p, target, log_1)
     else:
-        nll = F.relu(_nll_of(F, log_p, index, log_1, ndim))
+        nll = F.relu(_nll_of(F, log_p, index, log_1))
     if lse and index is None:
         index = F.argmax(pred, axis=-1)
     return Terms(nll,
-                 _logsumexp(F, pred, log_p, index, log_1, ndim) if lse else None,
+                 _logsumexp(F, pred, log_p, index, log_1) if lse else None,
                  _spread(F, log_p, log_1, class_weight) if spread else None)
 
 
-def _nll_of(F, log_p, index, log_1, ndim):
+def _nll_of(F, log_p, index, log_1):
     """-log p of the class `index`, with `log_1` for the zero of the scale."""
-    picked = F.pick(log_p, index, axis=-1)
-    if ndim == 2:
-        return F.broadcast_sub(log_1, picked)
-    return F.take(log_1, index, mode='clip') - picked  # a broadcast to any rank
+    return F.take(log_1, index, mode='clip') - F.pick(log_p, index, axis=-1)  # take broadcasts to any rank
 
 
 def _expected_nll(F, log_p, target, log_1):
@@ -138,11 +135,11 @@ def _spread(F, log_p, log_1, class_weight):
     return _expected_nll(F, log_p, _at_every_position(F, uniform * class_weight, log_p), log_1)
 
 
-def _logsumexp(F, logits, log_p, index, log_1, ndim):
+def _logsumexp(F, logits, log_p, index, log_1):
     """Log sum exp of the logits, from any one class of finite logit: its logit less its log-probability."""
     logit = F.pick(logits, index, axis=-1)
     # a label on a logit of -inf has an infinite loss whatever is added to it
-    return F.where(logit == float('-inf'), F.zeros_like(logit), logit + _nll_of(F, log_p, index, log_1, ndim))
+    return F.where(logit == float('-inf'), F.zeros_like(logit), logit + _nll_of(F, log_p, index, log_1))
 
 
 def _at_every_position(F, vector, like):
@@ -154,7 +151,7 @@ def _at_every_position(F, vector, like):
 def softmax_cross_entropy(F: Any, pred: Any, label: Any, axis: int = -1, sparse_label: bool = True, pred_type: str = 'logits',
                           ignore_label: Optional[int] = None, class_weight: Any = None, label_smoothing: float = 0.0,
                           lse_square_scale: float = 0.0, invalid_label: str = 'nan', label_dtype: Optional[str] = 'float64',
-                          ndim: Optional[int] = None) -> Tuple[Any, Any]:
+                          ndim: Optional[int] = None, classes: Optional[int] = None) -> Tuple[Any, Any]:
     r"""Cross entropy of every position, in nats.
 
     .. math:: \ell = (1-a)\, w_y (-\log p_y) + \frac{a}{C} \sum_j w_j (-\log p_j) + s \log^2 \sum_j e^{z_j}
@@ -168,7 +165,7 @@ def softmax_cross_entropy(F: Any, pred: Any, label: Any, axis: int = -1, sparse_
     class_weight : (C,) of `pred`'s dtype, optional
     axis, sparse_label, ignore_label, label_smoothing, lse_square_scale, invalid_label
         As for `StableSoftmaxCrossEntropyLoss`; 'raise' cannot be told in a graph, and is 'nan' here.
-    label_dtype
+    label_dtype, classes
         As for `read_labels`.
 
     Returns
@@ -179,11 +176,11 @@ def softmax_cross_entropy(F: Any, pred: Any, label: Any, axis: int = -1, sparse_
     merged = ndim is None and axis != -1  # class_axis_last will have merged axes
     like = label if sparse_label else class_axis_removed(F, pred, axis)
     pred = class_axis_last(F, pred, axis, ndim)
-    wanted: Dict[str, Any] = {'pred_type': pred_type, 'lse': bool(lse_square_scale), 'class_weight': class_weight, 'ndim': ndim}
+    wanted: Dict[str, Any] = {'pred_type': pred_type, 'lse': bool(lse_square_scale), 'class_weight': class_weight}
     if sparse_label:
         if merged:
             label = F.reshape_like(label, class_axis_removed(F, pred, -1))
-        labels = read_labels(F, label, pred, ignore_label, label_dtype)
+        labels = read_labels(F, label, pred, ignore_label, label_dtype, classes)
         terms = class_terms(F, pred, index=labels.index, spread=bool(label_smoothing), **wanted)
         loss = terms.nll
         if class_weight is not None:
@@ -201,7 +198,7 @@ def softmax_cross_entropy(F: Any, pred: Any, label: Any, axis: int = -1, sparse_
     if lse_square_scale:
         loss = loss + lse_square_scale * F.square(terms.lse)
     if sparse_label and invalid_label != 'clip':
-        loss = F.where(labels.valid, loss, labels.index * float('nan'))
+        loss = F.where(labels.valid, loss, F.ones_like(loss) * float('nan'))
     counted = None
     if ignore_label is not None:
         counted = F.where(labels.counted, F.ones_like(loss), F.zeros_like(loss))

@@ -225,14 +225,14 @@ class _LabelNLL(Door, gluon.HybridBlock):
         pred, label, _ = self._inputs(F, pred, label)
         pred = functional.class_axis_last(F, pred, self._axis, ndim)
         if self._sparse_label:
-            labels = functional.read_labels(F, label, pred, self._ignore_label, self._label_dtype())
-            nll = F.cast(functional.class_terms(F, pred, index=labels.index, pred_type=self._pred_type, ndim=ndim).nll, dtype='float64')
+            labels = functional.read_labels(F, label, pred, self._ignore_label, self._label_dtype(), self._seen.classes)
+            nll = F.cast(functional.class_terms(F, pred, index=labels.index, pred_type=self._pred_type).nll, dtype='float64')
             nll = F.where(labels.valid, nll, F.ones_like(nll) * _INVALID)
             if labels.counted is not None:
                 nll = F.where(labels.counted, nll, F.ones_like(nll) * _IGNORED)
         else:
             target = functional.class_axis_last(F, label, self._axis, ndim)
-            nll = F.cast(functional.class_terms(F, pred, target=target, pred_type=self._pred_type, ndim=ndim).nll, dtype='float64')
+            nll = F.cast(functional.class_terms(F, pred, target=target, pred_type=self._pred_type).nll, dtype='float64')
         return _ops.in_style_of(given, nll)
 
 

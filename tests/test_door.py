@@ -7,6 +7,7 @@ import reference
 from mxnet import autograd, gluon
 
 from gluon_stable_ce import StableSoftmaxCELoss
+from gluon_stable_ce.functional import read_labels
 
 nd = mx.nd
 
@@ -84,9 +85,11 @@ def test_every_label_dtype(dtype, ctx):
     ('float64', [1 + 1e-9, np.inf, -np.inf, np.nan, 2.0 ** 32 + 1]), ('float32', [0.5, 1e30, -1e-30, np.nan]), ('float16', [0.5, np.nan, np.inf]),
 ])
 def test_labels_that_name_no_class_are_nan_and_never_another_class(dtype, values, ctx):
-    pred = nd.zeros((len(values), 3))
-    loss = StableSoftmaxCELoss()(pred, nd.array(values, dtype=dtype)).asnumpy()
-    np.testing.assert_array_equal(loss, np.nan)
+    pred, label = nd.zeros((len(values), 3)), nd.array(values, dtype=dtype)
+    np.testing.assert_array_equal(StableSoftmaxCELoss()(pred, label).asnumpy(), np.nan)
+    for classes in (None, 3):  # as a graph of symbols reads them, and as one of arrays does
+        assert not read_labels(nd, label, pred, classes=classes).valid.asnumpy().any()
+        assert read_labels(nd, nd.array([0, 1, 2], dtype=dtype), pred, classes=classes).valid.asnumpy().all()
 
 
 def test_invalid_label_raise_counts_and_clip_is_stock(ctx):
@@ -125,6 +128,17 @@ def test_one_loss_serves_calls_of_every_kind(rng, ctx):
                     for mode in (modes.default, modes.np_mode):
                         np.testing.assert_allclose(mode(loss_fn, *arrays)[0], reference.loss_and_gradient(*arrays, ignore_label=-1)[0], rtol=2e-5,
                                                    atol=5e-6)
+
+
+def test_one_loss_serves_any_number_of_classes_with_few_graphs(rng, ctx):
+    """A graph may know its number of classes; but candidates to rank come in all numbers, and each graph keeps its memory."""
+    loss_fn = StableSoftmaxCELoss(ignore_label=-1)
+    for _ in range(2):
+        for classes in range(1, 60):
+            arrays = rng.normal(0, 1, (5, classes)).astype('float32'), rng.randint(-1, classes, 5).astype('float32')
+            np.testing.assert_allclose(loss_fn(*map(nd.array, arrays)).asnumpy(), reference.loss_and_gradient(*arrays, ignore_label=-1)[0], rtol=2e-5,
+                                       atol=5e-6)
+    assert len(loss_fn._graphs) < 20
 
 
 def test_outputs_are_fresh_and_many_losses_live_in_one_record(rng, ctx):
