@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 
 import numpy as np
 
@@ -29,6 +30,26 @@ def medians(calls, seconds=1.0, least=7, most=3000):
             times[name].append(time.perf_counter() - start)
         rounds += 1
     return {name: dict(zip(('median', 'low', 'high'), np.percentile(taken, [50, 25, 75]).tolist())) for name, taken in times.items()}
+
+
+def epochs(metrics, updates=100):
+    """Of each (metric, labels, preds) the median times, in seconds, of an update, and of an epoch with the get() at its end, per update.
+
+    The second has all the work in it, also what the updates have put off.
+    """
+    single = {name: [] for name in metrics}
+
+    def epoch(name):
+        metric, labels, preds = metrics[name]
+        metric.reset()
+        for _ in range(updates):
+            start = time.perf_counter()
+            metric.update(labels, preds)
+            single[name].append(time.perf_counter() - start)
+        metric.get()
+
+    whole = medians({name: partial(epoch, name) for name in metrics})
+    return {name: {'update': float(np.median(single[name])), 'epoch': whole[name]['median'] / updates} for name in metrics}
 
 
 def bandwidth(megabytes=256):

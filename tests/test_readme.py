@@ -105,6 +105,14 @@ def test_the_benchmark_is_the_one_that_was_measured():
     check_section('benchmarks/results.md', read('benchmarks/results.md'))
 
 
+def test_the_bounds_hold_in_the_benchmark():
+    """They are in its last table; nothing is timed here."""
+    table = read('benchmarks/results.md').split('\n\n')[-1]
+    bounds = [(float(bound), float(measured)) for bound, measured in re.findall(r'\| ([\d.]+) \| ([\d.]+)[^|]*\|$', table, re.M)]
+    assert len(bounds) == 9 and 'not met' not in table
+    assert all(measured <= bound for bound, measured in bounds)
+
+
 def test_links_lead_somewhere():
     readme = read(README)
     headings = {re.sub('[^a-z0-9 -]', '', line.lstrip('# ').lower()).replace(' ', '-') for line in readme.splitlines() if line.startswith('#')}
