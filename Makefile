@@ -40,7 +40,7 @@ test-matrix: $(MATRIX:%=.venv-%/.ready)
 	$(@D)/bin/pip install --quiet --editable '.[demo,test]' 'mxnet==$*'
 	touch $@
 
-docs: $(VENV)/.cpu-demo-docs
+docs: $(VENV)/.cpu-docs
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
 	@echo 'build/docs/index.html'
 

@@ -124,7 +124,8 @@ def draw(results, path):
     axes.set_yticks(range(len(names)))
     axes.set_yticklabels(names)
     axes.invert_yaxis()
-    axes.legend()
+    axes.margins(y=0.01)
+    figure.legend(loc='outside lower center', ncols=4)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -80,6 +80,13 @@ def look(pred, label, weight, axis, batch_axis, sparse_label):
     return Seen(inputs, issubclass(pred[0], _ops.NP_STYLE), dtype, ndim, shape[axis], len(label_shape), label_dtype, fits)
 
 
+def check_contexts(pred, label, sample_weight=None):
+    """Raise ValueError unless the arrays live on one context."""
+    for name, array in (('label', label), ('sample_weight', sample_weight)):
+        if array is not None and array.context != pred.context:
+            raise ValueError(f'{name}: expected an array on {pred.context} like pred, got one on {array.context}')
+
+
 def check_number(name, value, kind=Real, low=float('-inf'), high=float('inf'), optional=False):
     """Raise TypeError or ValueError unless the option `name` is a number of that kind and range, or None if `optional`."""
     if value is None and optional:
@@ -110,7 +117,9 @@ class Door:
 
     _seen = Seen(0, False)
     _own_inputs = True  # False if a subclass's hybrid_forward decides what the inputs mean
-    _CACHED = MappingProxyType({'_cached_graph': (), '_cached_op': None, '_cached_op_args': (), '_in_format': None, '_out_format': None})
+    _order = None  # in which the cached graph takes the inputs, if it takes nothing else
+    _CACHED = MappingProxyType({'_cached_graph': (), '_cached_op': None, '_cached_op_args': (), '_in_format': None, '_out_format': None,
+                                '_order': None})
 
     def forward(self, pred, label, sample_weight=None, *others):
         """Check the arrays and run the graph of such a call; a symbol goes into the caller's graph."""
@@ -126,7 +135,20 @@ class Door:
             self._use_graph_for(seen)
         if seen.dtype == 'bfloat16' and self._own_inputs and self._sparse_label:  # AMP's casts in a graph cannot read 64-bit labels
             inputs = (pred, label.astype('float32'), *inputs[2:])
-        return super().forward(*inputs)
+        try:
+            return self._run(inputs)
+        except (_ops.MXNetError, ValueError):  # MXNet's error and gluon's name no argument
+            check_contexts(*inputs[:3])
+            raise
+
+    def _run(self, inputs):
+        """What gluon's forward does; but once a graph is there, without the Python that other blocks need, a twentieth of a small step."""
+        if self._order is not None and not self._callback:
+            return self._cached_op(*[inputs[i] for i in self._order])
+        out = super().forward(*inputs)
+        if self._active and self._own_inputs and all(is_input for is_input, _ in self._cached_op_args):
+            self._order = [i for _, i in self._cached_op_args]
+        return out
 
     def _look_at(self, pred, label, sample_weight=None):
         """What is seen of a call with arrays, once they are checked."""
@@ -182,4 +204,4 @@ class Door:
 
     def _clear_cached_op(self):
         super()._clear_cached_op()
-        self._graphs = {}
+        self._graphs, self._order = {}, None

@@ -69,6 +69,17 @@ def test_wrong_types_are_refused(args, message):
         StableSoftmaxCELoss()(*args)
 
 
+def test_arrays_on_several_contexts_are_refused(rng):
+    for loss_fn in (StableSoftmaxCELoss(), StableSoftmaxCELoss(class_weight=[1, 2, 3])):
+        pred, label, weight = nd.zeros((4, 3)), nd.zeros(4), nd.ones(4)
+        for _ in range(2):  # without a graph and with one
+            with pytest.raises(ValueError, match=r'^label: expected an array on cpu\(0\) like pred, got one on cpu\(1\)$'):
+                loss_fn(pred, label.as_in_context(mx.cpu(1)))
+            with pytest.raises(ValueError, match=r'^sample_weight: expected an array on cpu\(0\) like pred, got one on cpu\(1\)$'):
+                loss_fn(pred, label, weight.as_in_context(mx.cpu(1)))
+            assert loss_fn(pred, label).shape == loss_fn(pred, label, weight).shape == (4,)
+
+
 @pytest.mark.parametrize('dtype', ['int8', 'uint8', 'int32', 'int64', 'float16', 'float32', 'float64'])
 def test_every_label_dtype(dtype, ctx):
     for mode in modes.ALL:
@@ -208,6 +219,16 @@ def test_class_weights_travel(rng, tmp_path):
     np.testing.assert_array_equal(loss_fn(pred, label).asnumpy(), expected)
     gluon.Trainer(loss_fn.collect_params(), 'sgd').step(1)
     np.testing.assert_array_equal(loss_fn(pred, label).asnumpy(), expected)
+
+
+def test_hooks_on_operators_are_called(rng):
+    loss_fn, seen = StableSoftmaxCELoss(), []
+    loss_fn.hybridize(static_alloc=False)  # with static memory MXNet calls them for some operators only
+    batch = nd.zeros((4, 3)), nd.zeros(4)
+    loss_fn(*batch)
+    loss_fn.register_op_hook(lambda name, op, array: seen.append(op))
+    loss_fn(*batch).wait_to_read()
+    assert b'pick' in seen
 
 
 def test_people_subclass_it(rng, ctx):
