@@ -138,7 +138,8 @@ class Door:
         try:
             return self._run(inputs)
         except (_ops.MXNetError, ValueError):  # MXNet's error and gluon's name no argument
-            check_contexts(*inputs[:3])
+            if self._own_inputs:
+                check_contexts(*inputs)
             raise
 
     def _run(self, inputs):
