@@ -64,7 +64,7 @@ def markdown(results):
     about = results['machine']
     torch = next((row['version'] for case in results['cases'].values() for row in case['rows'].values() if 'version' in row), None)
     lines = [f"MXNet {about['mxnet']}{f', PyTorch {torch}' if torch else ''}, Python {about['python']}, {about['system']} "
-             f"{about['architecture']}, {about['cores']} cores, which copy {about['bandwidth'] / 1e9:.1f} GB/s. Times are medians, with "
+             f"{about['architecture']}, {about['cores']} cores, which read and write {about['bandwidth'] / 1e9:.1f} GB/s. Times are medians, with "
              "quartiles in brackets; ratios are to gluon's loss, hybridized. The machine's limit is the time to read the logits once "
              '(forward), or to read them twice and write their gradient once (forward + backward).', '',
              '| logits | contender | forward, ms | forward + backward, ms | ratio | peak memory, MB | largest error, nats | relative |',

@@ -1,6 +1,6 @@
 """The door: where arrays come in, what needs a shape or a dtype is decided here, before the mathematics.
 
-Checks that raise, the rank and dtype that let the graph be short, and one cached graph for each kind of call.
+Checks that raise, what lets the graph be short (see `Seen`), and one cached graph for each kind of call.
 """
 from functools import lru_cache
 from numbers import Integral, Real
@@ -18,7 +18,7 @@ class Seen(NamedTuple):
     np_style: bool  # whether they are of the NumPy API
     dtype: Optional[str] = None
     ndim: Optional[int] = None
-    classes: Optional[int] = None
+    classes: Optional[int] = None  # told only to a block that asks for them, whose graphs then serve no other number
     label_ndim: Optional[int] = None
     label_dtype: Optional[str] = None
     weight_shape: Optional[str] = None  # whose shape sample_weight has: 'kept', 'positions', 'batch'
@@ -53,7 +53,7 @@ def check_shapes(shape, got, dtype, axis, sparse_label=True):
 
 
 @lru_cache(maxsize=1024)
-def look(pred, label, weight, axis, batch_axis, sparse_label):
+def look(pred, label, weight, axis, batch_axis, sparse_label, tell_classes):
     """Check what the arrays of a call look like, each given as (type, dtype, shape), and return what its graph may know of them.
 
     Cached, as most calls look like the one before.
@@ -77,7 +77,8 @@ def look(pred, label, weight, axis, batch_axis, sparse_label):
     else:
         raise ValueError(f'sample_weight: expected one weight per sample {(kept[batch_axis],)}, one per label {positions}, '
                          f'or a shape that broadcasts to {kept}, got {weight_shape}')
-    return Seen(inputs, issubclass(pred[0], _ops.NP_STYLE), dtype, ndim, shape[axis], len(label_shape), label_dtype, fits)
+    classes = shape[axis] if tell_classes else None
+    return Seen(inputs, issubclass(pred[0], _ops.NP_STYLE), dtype, ndim, classes, len(label_shape), label_dtype, fits)
 
 
 def check_contexts(pred, label, sample_weight=None):
@@ -117,6 +118,7 @@ class Door:
 
     _seen = Seen(0, False)
     _own_inputs = True  # False if a subclass's hybrid_forward decides what the inputs mean
+    _tell_classes = False  # True if hybrid_forward wants to know their number
     _order = None  # in which the cached graph takes the inputs, if it takes nothing else
     _CACHED = MappingProxyType({'_cached_graph': (), '_cached_op': None, '_cached_op_args': (), '_in_format': None, '_out_format': None,
                                 '_order': None})
@@ -144,7 +146,7 @@ class Door:
 
     def _run(self, inputs):
         """What gluon's forward does; but once a graph is there, without the Python that other blocks need, a twentieth of a small step."""
-        if self._order is not None and not self._callback:
+        if self._order is not None and self._active and not self._callback:
             return self._cached_op(*[inputs[i] for i in self._order])
         out = super().forward(*inputs)
         if self._active and self._own_inputs and all(is_input for is_input, _ in self._cached_op_args):
@@ -158,7 +160,7 @@ class Door:
             arrays = (type(pred), pred.dtype, pred.shape), (type(label), label.dtype, label.shape), weight
         except AttributeError:  # no arrays at all
             arrays = ((type(array), None, None) for array in (pred, label, sample_weight))
-        return look(*arrays, self._axis, self._batch_axis, self._sparse_label)
+        return look(*arrays, self._axis, self._batch_axis, self._sparse_label, self._tell_classes)
 
     def _inputs(self, F, pred, label, sample_weight=None):
         """The inputs of the graph as `functional` takes them: pred in the dtype to compute in, the others in their one shape."""
@@ -193,6 +195,7 @@ class Door:
         if active and not args:
             kwargs.setdefault('static_alloc', True)
             kwargs.setdefault('static_shape', kwargs['static_alloc'])
+        self._order = None  # as another graph may come, with clear=False too
         super().hybridize(active, *args, **kwargs)
 
     def _use_graph_for(self, seen):

@@ -57,7 +57,7 @@ def read_labels(F: Any, label: Any, pred: Any, ignore_label: Optional[int] = Non
         In which dtype labels are compared. 'float64' holds every label of every dtype. 'float32' holds all classes of integers and of
         narrower floats, and rounds none of their other values to a class. None if `label` and `pred` have the same dtype.
     classes : int, optional
-        C, if it is known: then nothing of that length is made.
+        C, where a graph may rely on it: then no array of all classes is made.
 
     Returns
     -------
@@ -65,14 +65,13 @@ def read_labels(F: Any, label: Any, pred: Any, ignore_label: Optional[int] = Non
         A label outside [0, C), NaN or not an integer is not `valid`; an ignored one is whatever it is, but not `counted`.
     """
     label = F.BlockGrad(label)  # its gradient is 0, and MXNet's take cannot add up several of those
-    if label_dtype is not None:
-        label = F.cast(label, dtype=label_dtype)
-    if classes is not None:
-        index = F.floor(F.clip(label, 0, classes - 1))
+    compared = label if label_dtype is None else F.cast(label, dtype=label_dtype)
+    if classes is not None and classes <= 2 ** 24:  # up to which float32, the type of the bounds, holds all integers
+        index = found = F.floor(F.clip(compared, 0, classes - 1))
     else:
-        index = F.take(F.contrib.arange_like(pred, axis=-1), label, mode='clip')
-        index = index if label_dtype is None else F.cast(index, dtype=label_dtype)
-    return Labels(index, index == label, None if ignore_label is None else label != ignore_label)
+        index = F.take(F.contrib.arange_like(pred, axis=-1), label, mode='clip')  # of pred's dtype
+        found = index if label_dtype is None else F.cast(index, dtype=label_dtype)
+    return Labels(index, found == compared, None if ignore_label is None else compared != ignore_label)
 
 
 def class_terms(F: Any, pred: Any, index: Any = None, target: Any = None, pred_type: str = 'logits', lse: bool = False,
@@ -98,7 +97,7 @@ def class_terms(F: Any, pred: Any, index: Any = None, target: Any = None, pred_t
     """
     if index is not None and pred_type == 'probs':  # take one number per position first, then be exact about it
         return Terms(F.relu(-F.log(F.cast(F.pick(pred, index, axis=-1), dtype='float64'))), None, None)
-    zero = F.slice_axis(F.contrib.arange_like(pred, axis=0), axis=0, begin=0, end=1)  # (1,)
+    zero = F.slice_axis(F.contrib.arange_like(pred, axis=-1), axis=0, begin=0, end=1)  # (1,)
     if pred_type == 'logits':
         # oneDNN answers log 1 with -1.4e-6, and that is nearly all of its error where p is nearly 1: measure it on one class, take it out
         log_p, log_1 = F.log_softmax(pred, axis=-1), F.log_softmax(zero, axis=-1)
@@ -151,7 +150,7 @@ def _at_every_position(F, vector, like):
 def softmax_cross_entropy(F: Any, pred: Any, label: Any, axis: int = -1, sparse_label: bool = True, pred_type: str = 'logits',
                           ignore_label: Optional[int] = None, class_weight: Any = None, label_smoothing: float = 0.0,
                           lse_square_scale: float = 0.0, invalid_label: str = 'nan', label_dtype: Optional[str] = 'float64',
-                          ndim: Optional[int] = None, classes: Optional[int] = None) -> Tuple[Any, Any]:
+                          ndim: Optional[int] = None) -> Tuple[Any, Any]:
     r"""Cross entropy of every position, in nats.
 
     .. math:: \ell = (1-a)\, w_y (-\log p_y) + \frac{a}{C} \sum_j w_j (-\log p_j) + s \log^2 \sum_j e^{z_j}
@@ -165,7 +164,7 @@ def softmax_cross_entropy(F: Any, pred: Any, label: Any, axis: int = -1, sparse_
     class_weight : (C,) of `pred`'s dtype, optional
     axis, sparse_label, ignore_label, label_smoothing, lse_square_scale, invalid_label
         As for `StableSoftmaxCrossEntropyLoss`; 'raise' cannot be told in a graph, and is 'nan' here.
-    label_dtype, classes
+    label_dtype
         As for `read_labels`.
 
     Returns
@@ -180,7 +179,7 @@ def softmax_cross_entropy(F: Any, pred: Any, label: Any, axis: int = -1, sparse_
     if sparse_label:
         if merged:
             label = F.reshape_like(label, class_axis_removed(F, pred, -1))
-        labels = read_labels(F, label, pred, ignore_label, label_dtype, classes)
+        labels = read_labels(F, label, pred, ignore_label, label_dtype)
         terms = class_terms(F, pred, index=labels.index, spread=bool(label_smoothing), **wanted)
         loss = terms.nll
         if class_weight is not None:
@@ -198,7 +197,7 @@ def softmax_cross_entropy(F: Any, pred: Any, label: Any, axis: int = -1, sparse_
     if lse_square_scale:
         loss = loss + lse_square_scale * F.square(terms.lse)
     if sparse_label and invalid_label != 'clip':
-        loss = F.where(labels.valid, loss, F.ones_like(loss) * float('nan'))
+        loss = F.where(labels.valid, loss, labels.index * float('nan'))
     counted = None
     if ignore_label is not None:
         counted = F.where(labels.counted, F.ones_like(loss), F.zeros_like(loss))

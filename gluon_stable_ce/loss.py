@@ -145,7 +145,7 @@ class StableSoftmaxCrossEntropyLoss(Door, gluon.loss.SoftmaxCrossEntropyLoss):
             raise ValueError(f'class_weight: expected one weight for each of the {classes} classes of pred, '
                              f'got {self.class_weight.classes}')
         if self._invalid_label == 'raise':
-            labels = functional.read_labels(mx.nd, _ops.classic(label), None, self._ignore_label, classes=classes)
+            labels = functional.read_labels(mx.nd, _ops.classic(label), mx.nd.zeros((1, classes), ctx=label.context), self._ignore_label)
             invalid = 1 - labels.valid if self._ignore_label is None else (1 - labels.valid) * labels.counted
             count = int(invalid.sum().asscalar())
             if count:
@@ -162,7 +162,7 @@ class StableSoftmaxCrossEntropyLoss(Door, gluon.loss.SoftmaxCrossEntropyLoss):
             F, pred, label, axis=self._axis, sparse_label=self._sparse_label, pred_type='log_probs' if self._from_logits else 'logits',
             ignore_label=self._ignore_label, class_weight=class_weight, label_smoothing=self._label_smoothing,
             lse_square_scale=self._lse_square_scale, invalid_label=self._invalid_label, label_dtype=self._label_dtype(),
-            ndim=seen.ndim, classes=seen.classes)
+            ndim=seen.ndim)
         loss = functional.reduce_positions(F, loss, counted, self._axis, self._batch_axis, self._reduction, sample_weight, seen.ndim)
         if self._reduction == 'none' and self._sparse_label and seen.label_ndim in (None, seen.ndim):  # the label may have kept an axis
             loss = F.reshape_like(loss, _ops.classic(given[1]))

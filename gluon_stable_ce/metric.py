@@ -218,6 +218,7 @@ class _LabelNLL(Door, gluon.HybridBlock):
         super().__init__()
         self._axis, self._batch_axis, self._sparse_label = axis, 0, sparse_label
         self._pred_type, self._ignore_label = pred_type, ignore_label
+        self._tell_classes = pred_type == 'probs'  # then nothing else takes time
         self.hybridize()
 
     def hybrid_forward(self, F, pred, label):

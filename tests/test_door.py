@@ -6,7 +6,7 @@ import pytest
 import reference
 from mxnet import autograd, gluon
 
-from gluon_stable_ce import StableSoftmaxCELoss
+from gluon_stable_ce import StableCrossEntropy, StableSoftmaxCELoss
 from gluon_stable_ce.functional import read_labels
 
 nd = mx.nd
@@ -141,15 +141,48 @@ def test_one_loss_serves_calls_of_every_kind(rng, ctx):
                                                    atol=5e-6)
 
 
-def test_one_loss_serves_any_number_of_classes_with_few_graphs(rng, ctx):
-    """A graph may know its number of classes; but candidates to rank come in all numbers, and each graph keeps its memory."""
-    loss_fn = StableSoftmaxCELoss(ignore_label=-1)
+def test_any_number_of_classes_with_few_graphs(rng, ctx):
+    """Candidates to rank come in all numbers, and each graph keeps its memory."""
+    loss_fn, metric = StableSoftmaxCELoss(ignore_label=-1), StableCrossEntropy(ignore_label=-1)
+    seen = []
+    for classes in [*range(1, 40), *range(1, 40)]:
+        pred, label = rng.normal(0, 1, (5, classes)).astype('float32'), rng.randint(-1, classes, 5).astype('float32')
+        expected = reference.loss_and_gradient(pred, label, ignore_label=-1)[0]
+        np.testing.assert_allclose(loss_fn(nd.array(pred), nd.array(label)).asnumpy(), expected, rtol=2e-5, atol=5e-6)
+        metric.update(nd.array(label), nd.softmax(nd.array(pred)))
+        seen.append(expected[label != -1])
+    np.testing.assert_allclose(metric.get()[1], np.concatenate(seen).mean(), rtol=1e-6)
+    assert len(loss_fn._graphs) < 3
+    assert len(metric._nll._graphs) < 20
+
+
+def test_an_exported_loss_serves_any_number_of_classes(rng, tmp_path):
+    loss_fn = StableSoftmaxCELoss()
+    loss_fn(nd.zeros((4, 3)), nd.zeros(4))
+    loss_fn.export(str(tmp_path / 'loss'))
+    loaded = gluon.SymbolBlock.imports(str(tmp_path / 'loss-symbol.json'), ['data0', 'data1'])
+    for classes in (2, 3, 50):
+        pred, label = nd.array(rng.normal(0, 1, (4, classes))), nd.array([0, classes - 1, classes, 1])
+        np.testing.assert_array_equal(loaded(pred, label).asnumpy(), loss_fn(pred, label).asnumpy())
+        np.testing.assert_array_equal(np.isnan(loaded(pred, label).asnumpy()), [False, False, True, False])
+
+
+def test_switching_graphs_off_takes_effect_at_once():
+    class Counting(StableSoftmaxCELoss):
+        calls = 0
+
+        def _inputs(self, *args):
+            self.calls += 1
+            return super()._inputs(*args)
+
+    loss_fn, batch = Counting(), (nd.zeros((4, 3)), nd.zeros(4))
     for _ in range(2):
-        for classes in range(1, 60):
-            arrays = rng.normal(0, 1, (5, classes)).astype('float32'), rng.randint(-1, classes, 5).astype('float32')
-            np.testing.assert_allclose(loss_fn(*map(nd.array, arrays)).asnumpy(), reference.loss_and_gradient(*arrays, ignore_label=-1)[0], rtol=2e-5,
-                                       atol=5e-6)
-    assert len(loss_fn._graphs) < 20
+        loss_fn(*batch)
+    assert loss_fn.calls == 1
+    loss_fn.hybridize(False, **({'clear': False} if modes.VERSION >= (1, 8) else {}))
+    for _ in range(2):
+        loss_fn(*batch)
+    assert loss_fn.calls == 3
 
 
 def test_outputs_are_fresh_and_many_losses_live_in_one_record(rng, ctx):
