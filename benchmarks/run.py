@@ -1,6 +1,5 @@
 """Measure ours against stock MXNet, in the same process: one table, as markdown and as a picture (``make bench``)."""
 import argparse
-import json
 import os
 import platform
 import sys
@@ -17,7 +16,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--with-torch', metavar='PYTHON', help='a Python that has PyTorch, to measure beside')
     parser.add_argument('--only', default='', help='measure only cases with this in their name')
-    parser.add_argument('--out', default=HERE, metavar='DIR', help='where results.json, results.md and results.png go')
+    parser.add_argument('--out', default=HERE, metavar='DIR', help='where results.md and results.png go')
     args = parser.parse_args()
     chosen = [(index, case) for index, case in enumerate(cases.CASES) if args.only in case.name]
     results = {'machine': machine(), 'cases': {}}
@@ -25,8 +24,6 @@ def main():
         results['cases'][case.name] = run_case(index, case, args.with_torch, results['machine']['bandwidth'])
     results['metrics'] = {name: measure.epochs(metrics) for name, metrics in cases.make_metrics().items()}
     os.makedirs(args.out, exist_ok=True)
-    with open(os.path.join(args.out, 'results.json'), 'w') as file:
-        json.dump(results, file, indent=1)
     text = markdown(results)
     with open(os.path.join(args.out, 'results.md'), 'w') as file:
         file.write(text)
@@ -64,9 +61,9 @@ def markdown(results):
     about = results['machine']
     torch = next((row['version'] for case in results['cases'].values() for row in case['rows'].values() if 'version' in row), None)
     lines = [f"MXNet {about['mxnet']}{f', PyTorch {torch}' if torch else ''}, Python {about['python']}, {about['system']} "
-             f"{about['architecture']}, {about['cores']} cores, which read and write {about['bandwidth'] / 1e9:.1f} GB/s. Times are medians, with "
-             "quartiles in brackets; ratios are to gluon's loss, hybridized. The machine's limit is the time to read the logits once "
-             '(forward), or to read them twice and write their gradient once (forward + backward).', '',
+             f"{about['architecture']}, {about['cores']} cores, which read and write {about['bandwidth'] / 1e9:.1f} GB/s. "
+             "Times are medians, with quartiles in brackets; ratios are to gluon's loss, hybridized. The machine's limit is the time to "
+             'read the logits once (forward), or to read them twice and write their gradient once (forward + backward).', '',
              '| logits | contender | forward, ms | forward + backward, ms | ratio | peak memory, MB | largest error, nats | relative |',
              '|---|---|---|---|---|---|---|---|']
     for name, case in results['cases'].items():
