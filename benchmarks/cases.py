@@ -21,6 +21,7 @@ OURS, HYBRIDIZED, STATIC, EAGER = 'ours', 'gluon, hybridized', 'gluon, static_al
 CONTENDERS = [OURS, HYBRIDIZED, STATIC, EAGER, 'SoftmaxOutput', 'softmax_cross_entropy']
 TORCH = 'PyTorch F.cross_entropy'
 PROBS, LOSSES = 'cross entropy from probabilities, 512 x 50257', 'loss from 512 values'
+UPDATES = 100  # of a metric, between two get()
 
 # What ours may take at most, as a ratio to another contender, forward and backward; of a metric, to the stock one.
 BOUNDS = {('64 x 10', HYBRIDIZED): 1.2, ('128 x 1000', HYBRIDIZED): 1.05, ('512 x 50257', HYBRIDIZED): 1.05, ('512 x 50257', EAGER): 0.4,

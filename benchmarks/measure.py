@@ -32,7 +32,7 @@ def medians(calls, seconds=1.0, least=7, most=3000):
     return {name: dict(zip(('median', 'low', 'high'), np.percentile(taken, [50, 25, 75]).tolist())) for name, taken in times.items()}
 
 
-def epochs(metrics, updates=100):
+def epochs(metrics, updates):
     """Of each (metric, labels, preds) the median times, in seconds, of an update, and of an epoch with the get() at its end, per update.
 
     The second has all the work in it, also what the updates have put off.

@@ -22,7 +22,7 @@ def main():
     results = {'machine': machine(), 'cases': {}}
     for index, case in tqdm(chosen, unit='case', file=sys.stdout):
         results['cases'][case.name] = run_case(index, case, args.with_torch, results['machine']['bandwidth'])
-    results['metrics'] = {name: measure.epochs(metrics) for name, metrics in cases.make_metrics().items()}
+    results['metrics'] = {name: measure.epochs(metrics, cases.UPDATES) for name, metrics in cases.make_metrics().items()}
     os.makedirs(args.out, exist_ok=True)
     text = markdown(results)
     with open(os.path.join(args.out, 'results.md'), 'w') as file:
@@ -74,7 +74,8 @@ def markdown(results):
         limit = case['limit']
         lines.append(f"| {name} | *the machine's limit* | {limit['forward'] * 1e3:.3g} | {limit['both'] * 1e3:.3g} | "
                      f"{limit['both'] / base:.2f} | | | |")
-    lines += ['', 'Metrics: an update; and of an epoch of 100 with the `get()` at its end, per update, so with what updates put off.', '',
+    lines += ['', f'Metrics: an update; and of an epoch of {cases.UPDATES} with the `get()` at its end, per update, so with what '
+              'updates put off.', '',
               '| metric | contender | an update, us | ratio | an epoch, per update, us | ratio |', '|---|---|---|---|---|---|']
     for name, metrics in results['metrics'].items():
         for contender, row in metrics.items():

@@ -69,7 +69,7 @@ def test_wrong_types_are_refused(args, message):
         StableSoftmaxCELoss()(*args)
 
 
-def test_arrays_on_several_contexts_are_refused(rng):
+def test_arrays_on_several_contexts_are_refused():
     for loss_fn in (StableSoftmaxCELoss(), StableSoftmaxCELoss(class_weight=[1, 2, 3])):
         pred, label, weight = nd.zeros((4, 3)), nd.zeros(4), nd.ones(4)
         for _ in range(2):  # without a graph and with one
@@ -98,9 +98,18 @@ def test_every_label_dtype(dtype, ctx):
 def test_labels_that_name_no_class_are_nan_and_never_another_class(dtype, values, ctx):
     pred, label = nd.zeros((len(values), 3)), nd.array(values, dtype=dtype)
     np.testing.assert_array_equal(StableSoftmaxCELoss()(pred, label).asnumpy(), np.nan)
-    for classes in (None, 3):  # as a graph of symbols reads them, and as one of arrays does
+    for classes in (None, 3):  # as the loss reads them, and as the metric from probabilities does
         assert not read_labels(nd, label, pred, classes=classes).valid.asnumpy().any()
         assert read_labels(nd, nd.array([0, 1, 2], dtype=dtype), pred, classes=classes).valid.asnumpy().all()
+
+
+def test_more_classes_than_float32_can_count(ctx):
+    """The bounds of MXNet's clip are float32, which would take the label C for C - 1."""
+    classes = 2 ** 24 + 2
+    label = nd.array([0, classes - 1, classes], dtype='float64')
+    labels = read_labels(nd, label, nd.zeros((1, classes), dtype='float64'), classes=classes)
+    np.testing.assert_array_equal(labels.valid.asnumpy(), [1, 1, 0])
+    assert labels.index.asnumpy()[1] == classes - 1
 
 
 def test_invalid_label_raise_counts_and_clip_is_stock(ctx):
@@ -254,7 +263,7 @@ def test_class_weights_travel(rng, tmp_path):
     np.testing.assert_array_equal(loss_fn(pred, label).asnumpy(), expected)
 
 
-def test_hooks_on_operators_are_called(rng):
+def test_hooks_on_operators_are_called():
     loss_fn, seen = StableSoftmaxCELoss(), []
     loss_fn.hybridize(static_alloc=False)  # with static memory MXNet calls them for some operators only
     batch = nd.zeros((4, 3)), nd.zeros(4)
