@@ -1,58 +1,93 @@
-"""Class weights as a constant of the loss's graph: saved and exported with it, and there on every device without being initialised."""
+"""Class weights as a constant of the loss's graph: saved and exported with it, and on every device without being initialised."""
+
+from threading import RLock
+from typing import Any, List
+
 import mxnet as mx
 import numpy as np
 from mxnet import gluon
 
-from . import _ops
+from . import _array_api
+from ._array_api import Array, F
+from ._options import FLOAT32_MAX
+
+_LOCK = RLock()  # a constant is put on a device by the first call there, in whatever thread
 
 
 class ClassWeight(gluon.HybridBlock):
-    """The weights of a loss's classes as a constant of its graph, (C,) float32. Called with anything on the context in question."""
+    """The weights of a loss's classes as a constant of its graph, (C,) float32. Called with any array or symbol."""
 
-    def __init__(self, weights, **kwargs):
+    def __init__(self, weights: Any, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        weights = np.asarray(weights.asnumpy() if _ops.is_array(weights) else weights, dtype='float64')
-        if weights.ndim != 1 or not np.all(np.isfinite(weights)) or np.any(weights < 0):
-            raise ValueError(f'class_weight: expected one finite weight >= 0 per class, got {weights} of shape {weights.shape}')
+        weights = as_weights(weights)
         self.classes = len(weights)
         self.value = _Everywhere(self.prefix + 'value', mx.nd.array(weights, dtype='float32'))
-        self.value.lr_mult = self.value.wd_mult = 0  # for a Module that goes on training an exported graph
         self.params.update({self.value.name: self.value})
 
-    def cast(self, dtype):
+    def cast(self, dtype: Any) -> None:
         """Stay in float32: the graph casts to what it computes in, and a weight of 0.1 is not to become 0.09998 on the way."""
 
-    def hybrid_forward(self, F, like, value):
+    def hybrid_forward(self, F: F, like: Array, value: Array) -> Array:
+        """Return the weights, as part of the graph of `like`."""
         return value
 
 
-class _Everywhere(gluon.Constant):
-    """A Constant that is there on whatever context asks for it, initialised or not, in np mode or not."""
+def as_weights(weights: Any) -> np.ndarray:
+    """Check class weights and return them as float64, (C,)."""
+    given = weights.asnumpy() if _array_api.is_array(weights) else weights
+    if not isinstance(given, (np.ndarray, list, tuple)):
+        raise TypeError(f'class_weight: expected an array or a list of numbers, got {type(given).__name__}')
+    values = np.asarray(given)
+    if values.dtype.kind not in 'iuf':
+        raise TypeError(f'class_weight: expected an array or a list of numbers, got {given!r:.80}')
+    values = values.astype('float64')
+    if values.ndim != 1 or not values.size or not np.all((values >= 0) & (values <= FLOAT32_MAX)):
+        raise ValueError(
+            f'class_weight: expected one finite weight >= 0 per class, up to {FLOAT32_MAX:.3g}, '
+            f'got {given!r:.80} of shape {values.shape}'
+        )
+    return values
 
-    def initialize(self, *args, **kwargs):
+
+class _Everywhere(gluon.Constant):
+    """A Constant that is on whatever context asks for it, initialised or not, in np mode or not."""
+
+    def __init__(self, name: str, value: Array) -> None:
+        super().__init__(name, value)
+        self.lr_mult = self.wd_mult = 0  # for a Module that goes on training an exported graph
+
+    def __reduce__(self) -> Any:  # gluon's own holds a class that can't be pickled
+        return type(self), (self.name, self.value)
+
+    def initialize(self, *args: Any, **kwargs: Any) -> None:
         with mx.util.np_array(False):  # its value is a classic array
             super().initialize(*args, **kwargs)
 
-    def reset_ctx(self, ctx):
+    def reset_ctx(self, ctx: Any) -> None:
         with mx.util.np_array(False):
             super().reset_ctx(ctx)
 
-    def data(self, ctx=None):
+    def data(self, ctx: Any = None) -> Array:
         ctx = ctx or mx.current_context()
-        known = self._known()
+        if ctx not in self._contexts():
+            with _LOCK:
+                self._add(ctx)
+        return _array_api.in_mode(super().data(ctx))
+
+    def list_data(self) -> List[Array]:
+        if not self._contexts():
+            self.data()
+        return [_array_api.in_mode(array) for array in super().list_data()]
+
+    def _add(self, ctx: Any) -> None:
+        known = self._contexts()
         if not known:
             self.initialize(ctx=ctx)
         elif ctx not in known:
-            with known[0]:  # where gluon will look for the value
-                self.reset_ctx(known + [ctx])
-        return _ops.in_mode(super().data(ctx))
+            with known[0]:  # where gluon looks for the value
+                self.reset_ctx([*known, ctx])
 
-    def list_data(self):
-        if not self._known():
-            self.data()
-        return [_ops.in_mode(array) for array in super().list_data()]
-
-    def _known(self):
+    def _contexts(self) -> List[Any]:
         try:
             return self.list_ctx()
         except RuntimeError:  # not initialised

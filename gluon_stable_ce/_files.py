@@ -10,8 +10,8 @@ import mxnet as mx
 import numpy as np
 from numpy.lib import format as npy
 
-from . import _ops
-from ._door import check_shapes
+from . import _array_api
+from ._signature import check_shapes
 
 NAMES = ('pred', 'label')
 _BROKEN = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, LookupError, OverflowError)  # what zipfile raises
@@ -157,7 +157,7 @@ def _check_names(path, names):
 def check_arrays(pred, label, axis):
     """The shape of the positions; ValueError or TypeError unless `label` fits `pred`."""
     for name, array, kinds in (('pred', pred, 'f'), ('label', label, 'iuf')):
-        if not isinstance(array, (np.ndarray, Member)) and not _ops.is_array(array):
+        if not isinstance(array, (np.ndarray, Member)) and not _array_api.is_array(array):
             raise TypeError(f'{name}: expected a NumPy array or an MXNet array, got {type(array).__name__}')
         if getattr(array, 'stype', 'default') != 'default':
             raise TypeError(f'{name}: expected a dense array, got {array.stype}')
@@ -199,7 +199,7 @@ def _with_bar(starts):
 
 
 def _on_host(array):
-    return array.asnumpy() if _ops.is_array(array) else np.asarray(array)
+    return array.asnumpy() if _array_api.is_array(array) else np.asarray(array)
 
 
 def _let_go(array):

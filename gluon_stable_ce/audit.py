@@ -9,10 +9,10 @@ import mxnet as mx
 import numpy as np
 
 from . import functional
-from ._door import check_choice, check_number
+from ._options import check_choice, check_number
 from ._files import check_arrays, chunks, read_files
 from ._report import Audit, Worst
-from ._sums import Sums
+from ._running_mean import ExactSums as Sums
 
 __all__ = ['Audit', 'audit']
 
@@ -79,11 +79,11 @@ def audit(pred: Any, label: Any, *, pred_type: str = 'probs', axis: int = -1, ig
     ignored, bad_rows, largest, spread = 0, 0, None, []
     with np.errstate(all='ignore'):
         for start, rows, labels in chunks(pred, label, axis, progress):  # (n, C), (n,)
-            read = functional.read_labels(mx.nd, mx.nd.array(labels, dtype='float64'), like, ignore_label)
-            index, valid = read.index.asnumpy().astype('int64'), read.valid.asnumpy() != 0
+            read = functional.read_labels(mx.nd, mx.nd.array(labels, dtype="float64"), like, ignore_label=ignore_label)
+            index, valid = read.index.asnumpy().astype('int64'), read.is_valid.asnumpy() != 0
             place = np.arange(start, start + len(labels))
-            if read.counted is not None:
-                kept = read.counted.asnumpy() != 0
+            if read.is_counted is not None:
+                kept = read.is_counted.asnumpy() != 0
                 ignored += int((~kept).sum())
                 rows, index, valid, place = rows if kept.all() else rows[kept], index[kept], valid[kept], place[kept]
             if pred_type != 'logits':

@@ -1,22 +1,111 @@
-"""The loss: a HybridBlock that checks at the door, leaves the mathematics to `functional`, and keeps gluon's manners."""
+"""The loss: its options, and its graph as a short composition of `functional`."""
+
 from numbers import Integral
-from typing import Any, Optional
+from threading import get_ident, main_thread
+from typing import Any, Iterable, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
 import mxnet as mx
 from mxnet import gluon
 
-from . import _ops, functional
+from . import _array_api, functional
+from ._array_api import Array, F
 from ._class_weight import ClassWeight
-from ._door import Door, check_choice, check_number, compute_dtype
+from ._graphs import INPUTS, STATIC, Graph, compiled, trace
+from ._options import (
+    FLOAT32_MAX,
+    INTEGERS,
+    INVALID_LABELS,
+    REDUCTIONS,
+    check_choice,
+    check_number,
+)
+from ._signature import Signature, infer_signature, on_one_context
 from .metric import StableCrossEntropy
 
 __all__ = ['StableSoftmaxCELoss', 'StableSoftmaxCrossEntropyLoss']
 
 
-class StableSoftmaxCrossEntropyLoss(Door, gluon.loss.SoftmaxCrossEntropyLoss):
-    r"""Softmax cross entropy in nats, with no floor under small probabilities and never below 0. (alias: StableSoftmaxCELoss)
+_Loss = gluon.loss.Loss
+_MAIN_THREAD = main_thread().ident
+_FLAGS = ('static_alloc', 'static_shape', 'inline_limit', 'forward_bulk_size', 'backward_bulk_size')
 
-    Takes the place of `gluon.loss.SoftmaxCrossEntropyLoss`, whose subclass it is: the first five arguments and the call are gluon's.
+
+class LossOptions(NamedTuple):
+    """What the graph of a loss depends on, beside the signature of a call."""
+
+    axis: int
+    batch_axes: Tuple[int, ...]
+    sparse_label: bool
+    pred_type: str
+    weight: Optional[float]
+    ignore_label: Optional[int]
+    label_smoothing: float
+    lse_square_scale: float
+    reduction: str
+    invalid_label: str
+
+
+def compose_loss(
+    F: F,
+    options: LossOptions,
+    signature: Signature,
+    pred: Array,
+    label: Array,
+    sample_weight: Optional[Array] = None,
+    class_weight: Optional[Array] = None,
+) -> Array:
+    """Compose the loss of each sample, of arrays or symbols; the signature is what is known of them."""
+    given, given_label = pred, _array_api.as_classic(label)
+    pred, sample_weight, class_weight = map(_array_api.as_classic, (pred, sample_weight, class_weight))
+    axis, ndim, dtype = options.axis, signature.ndim, signature.compute_dtype
+    label = given_label
+    if options.sparse_label:
+        label = functional.align_label(F, label, pred, axis, ndim, signature.label_ndim)
+    elif signature.label_dtype not in (None, dtype):
+        label = F.cast(label, dtype=dtype)
+    if class_weight is not None:
+        class_weight = F.BlockGrad(F.cast(class_weight, dtype=dtype))
+    if sample_weight is not None and signature.dtype is not None:
+        sample_weight = F.cast(sample_weight, dtype=dtype)
+    loss, is_counted = functional.softmax_cross_entropy(
+        F,
+        pred,
+        label,
+        axis=axis,
+        sparse_label=options.sparse_label,
+        pred_type=options.pred_type,
+        ignore_label=options.ignore_label,
+        class_weight=class_weight,
+        label_smoothing=options.label_smoothing,
+        lse_square_scale=options.lse_square_scale,
+        invalid_label=options.invalid_label,
+        ndim=ndim,
+        dtype=signature.dtype,
+        kernel=signature.kernel,
+        label_dtype=signature.label_compare_dtype,
+        few_classes=signature.few_classes,
+    )
+    loss = functional.reduce_positions(
+        F,
+        loss,
+        is_counted,
+        axis=axis,
+        batch_axes=options.batch_axes,
+        reduction=options.reduction,
+        sample_weight=sample_weight,
+        weight_layout=signature.weight_layout,
+        ndim=ndim,
+    )
+    if options.reduction == 'none' and options.sparse_label and signature.label_ndim in (None, ndim):
+        loss = F.reshape_like(loss, given_label)  # it may have kept the class axis
+    return _array_api.in_style_of(given, loss if options.weight is None else loss * options.weight)
+
+
+class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
+    r"""Compute the softmax cross entropy in nats, with no floor under small probabilities and never below 0.
+
+    Takes the place of `gluon.loss.SoftmaxCrossEntropyLoss`, of which it is a subclass. The first five arguments and the call are gluon's.
+    `StableSoftmaxCELoss` is an alias.
 
     .. math::
 
@@ -36,23 +125,24 @@ class StableSoftmaxCrossEntropyLoss(Door, gluon.loss.SoftmaxCrossEntropyLoss):
         Whether ``pred`` holds log-probabilities (gluon's name for it), and not logits.
     weight : float, optional
         Multiplies the loss.
-    batch_axis : int, default 0
-        Batch axis of ``pred``.
+    batch_axis : int or sequence of int, default 0
+        Batch axes of ``pred``.
     ignore_label : int, optional
         Positions with this label have loss 0 and gradient 0, and do not count in the mean.
     class_weight : (C,) array or list of finite numbers >= 0, optional
-        Multiplies each class's term. The divisor of the mean stays the count, as for ``sample_weight``, where PyTorch divides by the sum of
-        the weights. Held in float32, as a constant of the graph that needs no initialisation.
+        Multiplies each class's term. The divisor of the mean stays the count, as for ``sample_weight``, where PyTorch divides by the sum
+        of the weights. Held in float32, as a constant of the graph that needs no initialisation.
     label_smoothing : float from 0 to 1, default 0
         How much of the target is spread over all C classes, as in PyTorch and Keras; `SoftmaxOutput` spreads over the other C - 1.
     lse_square_scale : float >= 0, default 0
-        Adds this times the squared log sum exp of the logits (z-loss).
+        Adds this times the squared logsumexp of the logits (z-loss).
     reduction : 'mean', 'sum' or 'none'
         Per sample over the positions that count, or no reduction.
     invalid_label : 'nan', 'raise' or 'clip'
-        What a label does that is outside [0, C), NaN or not an integer. 'nan': its loss is NaN and its gradient 0, on every device, without
-        waiting. 'raise': ValueError; waits for the labels at every call, so it is for debugging, and in a graph of symbols it is 'nan'.
-        'clip': it trains the nearest class, as in gluon.
+        How to treat labels that are outside [0, C), NaN or not an integer. 'nan': the loss is NaN and its gradient 0, on every device,
+        without synchronisation. 'raise': ValueError; waits for the labels at every call, so it is for debugging, and in a graph of symbols
+        it is 'nan'. 'clip': trains the nearest class, a fraction the class of its integer part, and NaN class 0. For labels that fit
+        int32, that is what gluon does.
     **kwargs
         ``prefix`` and ``params`` of a Block.
 
@@ -60,8 +150,9 @@ class StableSoftmaxCrossEntropyLoss(Door, gluon.loss.SoftmaxCrossEntropyLoss):
         - **pred** : (N, ..., C at `axis`, ...) float16, bfloat16, float32 or float64; logits, finite or -inf.
         - **label** : ``pred``'s shape without `axis`, or with 1 there; class indices in int8, uint8, int32, int64, float16 (up to 2048
           classes), float32 or float64. With ``sparse_label=False``: ``pred``'s shape.
-        - **sample_weight** : optional; (N,), or ``pred``'s shape without `axis`, or one that broadcasts to ``pred``'s with 1 at `axis`
-          (gluon's, and the only one that symbols may have). A weight of 0 removes a position, be it infinite or NaN.
+        - **sample_weight** : optional; (N,), or ``pred``'s shape without `axis`, or a shape that broadcasts to ``pred``'s with 1 at `axis`
+          (gluon's), or to ``pred``'s, of which the mean over the classes counts. A weight of 0 removes a position, also if its loss is
+          infinite or NaN. In a graph of symbols: (N,) with ``batch_axis=0``, or gluon's shape.
     Outputs
         - **loss** : (N,) nats, or with ``reduction='none'`` the shape of ``label``; float32, or float64 if ``pred`` is.
 
@@ -73,15 +164,28 @@ class StableSoftmaxCrossEntropyLoss(Door, gluon.loss.SoftmaxCrossEntropyLoss):
 
     Notes
     -----
-    Numerics: float16 and bfloat16 are computed in float32. With the kernels of MXNet 1.9.1 the loss of one position is off by less than
-    8e-6 nats for up to 1000 classes and 6e-5 for 50257 (that is float32's sum), and by less than 3e-7 where p > 0.98 and C <= 10: oneDNN
-    answers log 1 with -1.4e-6, which is measured in the graph and taken out. In float64 it is 1e-12. To this comes the rounding of the
-    largest logit, if that is large (``test_loss.py::test_the_stated_bounds``, ``::test_both_tails_of_two_logits``). A probability of 0
-    gives inf. NaN or +inf at the label gives NaN; a NaN of another class shows in the gradient, but oneDNN's kernel hides it from the
-    loss. A logit of -inf masks a class: that is harmless, unless the class is the label.
+    *Numerics.* float16 and bfloat16 are computed in float32. The loss of one position, with the kernels of MXNet 1.9.1, is off by at most
 
-    Graph and memory: the block runs its own graph with static memory by default, and its outputs are fresh arrays;
-    ``hybridize(False)`` switches that off, for debugging.
+    ======== ===================== =========
+    dtype    classes               nats
+    ======== ===================== =========
+    float32  2 to 1,000            8e-6
+    float32  50,257                6e-5
+    float32  2 to 10, if p > 0.98  3e-7
+    float64  2 to 50,257           1e-12
+    ======== ===================== =========
+
+    and by the rounding of the largest logit, if that is large (``test_loss.py::test_stated_bounds``, ``::test_two_logits``). A probability
+    of 0 gives inf. NaN or +inf at the label gives NaN. oneDNN's kernel hides a NaN of another class from the loss; it shows in the
+    gradient. A logit of -inf masks a class: that changes nothing, unless the class is the label.
+
+    *Gradients.* Where the loss rounds to 0, the gradient goes on. The gradient with respect to a sample weight of 0 is 0, where gluon's is
+    the loss; likewise with respect to dense targets of 0.
+
+    *Graphs.* A call with arrays runs a compiled graph with static memory, and its outputs are fresh arrays. Losses of equal options share
+    their graphs, of which a process keeps the 64 used last, each with the memory of its last batch. ``hybridize(False)`` computes
+    operator by operator, for debugging. A subclass with a `hybrid_forward` of its own is computed so unless it calls ``hybridize()``.
+    One loss may be called from several threads.
 
     Examples
     --------
@@ -95,81 +199,202 @@ class StableSoftmaxCrossEntropyLoss(Door, gluon.loss.SoftmaxCrossEntropyLoss):
     References
     ----------
     Szegedy et al., "Rethinking the Inception Architecture", 2016, section 7 (label smoothing); de Brebisson and Vincent, "The Z-loss",
-    2016, and Chowdhery et al., "PaLM", 2022, section 5 (squared log sum exp).
+    2016, and Chowdhery et al., "PaLM", 2022, section 5 (squared logsumexp).
     """
 
-    def __init__(self, axis: int = -1, sparse_label: bool = True, from_logits: bool = False, weight: Optional[float] = None,
-                 batch_axis: int = 0, *, ignore_label: Optional[int] = None, class_weight: Any = None, label_smoothing: float = 0.0,
-                 lse_square_scale: float = 0.0, reduction: str = 'mean', invalid_label: str = 'nan', **kwargs: Any) -> None:
-        super().__init__(axis, sparse_label, from_logits, weight, batch_axis, **kwargs)
-        check_number('axis', axis, Integral)
-        check_number('batch_axis', batch_axis, Integral)
-        check_number('weight', weight, optional=True)
-        check_number('ignore_label', ignore_label, Integral, optional=True)
-        check_number('label_smoothing', label_smoothing, low=0, high=1)
-        check_number('lse_square_scale', lse_square_scale, low=0)
-        check_choice('reduction', reduction, ('mean', 'sum', 'none'))
-        check_choice('invalid_label', invalid_label, ('nan', 'raise', 'clip'))
-        if axis == batch_axis:
-            raise ValueError(f'batch_axis: expected another axis than the class axis, got {batch_axis} for both')
-        if from_logits and lse_square_scale:
-            raise ValueError('lse_square_scale: expected 0 with from_logits=True, as log-probabilities have a log sum exp of 0; '
-                             f'got {lse_square_scale}')
-        if not sparse_label and ignore_label is not None:
-            raise ValueError('ignore_label: expected None with sparse_label=False, as a distribution has no label to compare with '
-                             f'{ignore_label}; a sample_weight of 0 removes a position')
-        if not sparse_label and invalid_label != 'nan':
-            raise ValueError("invalid_label: expected 'nan' with sparse_label=False, as a distribution has no label to check; "
-                             f'got {invalid_label!r}')
-        self._ignore_label = ignore_label
-        self._label_smoothing = label_smoothing
-        self._lse_square_scale = lse_square_scale
-        self._reduction = reduction
-        self._invalid_label = invalid_label
-        self._own_inputs = type(self).hybrid_forward is StableSoftmaxCrossEntropyLoss.hybrid_forward
+    def __init__(
+        self,
+        axis: int = -1,
+        sparse_label: bool = True,
+        from_logits: bool = False,
+        weight: Optional[float] = None,
+        batch_axis: Union[int, Sequence[int]] = 0,
+        *,
+        ignore_label: Optional[int] = None,
+        class_weight: Any = None,
+        label_smoothing: float = 0.0,
+        lse_square_scale: float = 0.0,
+        reduction: str = 'mean',
+        invalid_label: str = 'nan',
+        **kwargs: Any,
+    ) -> None:
+        # not through SoftmaxCrossEntropyLoss.__init__, which looks up its own name and would find ours if that was put in its place
+        _Loss.__init__(self, weight, batch_axis, **kwargs)
+        self._axis, self._sparse_label, self._from_logits = axis, sparse_label, from_logits
+        batch_axes = tuple(batch_axis) if isinstance(batch_axis, (list, tuple)) else (batch_axis,)
+        self._options = LossOptions(
+            axis=axis,
+            batch_axes=batch_axes,
+            sparse_label=sparse_label,
+            pred_type='log_probs' if from_logits else 'logits',
+            weight=weight,
+            ignore_label=ignore_label,
+            label_smoothing=label_smoothing,
+            lse_square_scale=lse_square_scale,
+            reduction=reduction,
+            invalid_label=invalid_label,
+        )
+        _check_options(self._options)
         self.class_weight = None
         if class_weight is not None:
             with self.name_scope():
                 self.class_weight = ClassWeight(class_weight)
-        self.hybridize()
+        self._is_compiled, self._graph_flags = True, STATIC
+        self._op_hook: Optional[Tuple[Any, bool]] = None
+        self._call_kinds: Set[Tuple[Optional[str], Optional[str]]] = set()  # dtypes and weight layouts, for `export`
 
-    def _look_at(self, pred, label, sample_weight=None):
-        seen = super()._look_at(pred, label, sample_weight)
-        if self.class_weight is not None or self._invalid_label == 'raise':
-            self._check_classes(pred, label)
-        return seen
+    def forward(self, pred: Array, label: Array, sample_weight: Optional[Array] = None, *others: Array) -> Array:
+        """Compute the loss of arrays in a compiled graph; a symbol becomes part of the caller's graph."""
+        if _array_api.is_symbol(pred) or self._has_own_graph:
+            weight = () if sample_weight is None and not others else (sample_weight,)
+            return super().forward(pred, label, *weight, *others)
+        if others:
+            raise TypeError(f'expected pred, label and sample_weight, got {3 + len(others)} inputs')
+        try:
+            return self._compute(pred, label, sample_weight)
+        except _array_api.MXNetError:  # it may be that of a graph whose inputs are on several contexts
+            moved = on_one_context(pred, label, sample_weight)
+            if all(before is after for before, after in zip((pred, label, sample_weight), moved)):
+                raise
+            return self._compute(*moved)
 
-    def _check_classes(self, pred, label):
-        classes = pred.shape[self._axis]
-        if self.class_weight is not None and self.class_weight.classes != classes:
-            raise ValueError(f'class_weight: expected one weight for each of the {classes} classes of pred, '
-                             f'got {self.class_weight.classes}')
-        if self._invalid_label == 'raise':
-            labels = functional.read_labels(mx.nd, _ops.classic(label), mx.nd.zeros((1, classes), ctx=label.context), self._ignore_label)
-            invalid = 1 - labels.valid if self._ignore_label is None else (1 - labels.valid) * labels.counted
-            count = int(invalid.sum().asscalar())
-            if count:
-                raise ValueError(f'label: expected integers in [0, {classes}), got {count} others among {label.size}')
-
-    def hybrid_forward(self, F, pred, label, sample_weight=None):
-        """The graph, of arrays or symbols; the door has said what is known about them."""
-        given, seen = (pred, label), self._seen
-        pred, label, sample_weight = self._inputs(F, pred, label, sample_weight)
-        class_weight = self.class_weight
+    def _compute(self, pred, label, sample_weight):
+        options = self._options
+        signature = infer_signature(
+            pred, label, sample_weight, options.axis, options.batch_axes, options.sparse_label
+        )
+        self._call_kinds.add((signature.dtype, signature.weight_layout))
+        if self.class_weight is not None:
+            self._check_number_of_classes(pred)
+        if options.invalid_label == 'raise':
+            self._check_labels(pred, label)
+        if signature.dtype == 'bfloat16' and options.sparse_label:  # AMP's casts in a graph cannot read 64-bit labels
+            label = label.astype('float32')
+        if not self._is_compiled:
+            return self.hybrid_forward(mx.nd, pred, label, sample_weight)
+        class_weight = None if self.class_weight is None else self.class_weight.value.data(pred.context)
+        if get_ident() != _MAIN_THREAD:
+            label, class_weight = self._unmarked(label), self._unmarked(class_weight)
+        names, inputs = INPUTS[:2], (pred, label)
+        if sample_weight is not None:
+            names, inputs = (*names, 'sample_weight'), (*inputs, sample_weight)
         if class_weight is not None:
-            class_weight = F.BlockGrad(F.cast(_ops.classic(class_weight(pred)), dtype=compute_dtype(seen.dtype)))
-        loss, counted = functional.softmax_cross_entropy(
-            F, pred, label, axis=self._axis, sparse_label=self._sparse_label, pred_type='log_probs' if self._from_logits else 'logits',
-            ignore_label=self._ignore_label, class_weight=class_weight, label_smoothing=self._label_smoothing,
-            lse_square_scale=self._lse_square_scale, invalid_label=self._invalid_label, label_dtype=self._label_dtype(),
-            ndim=seen.ndim)
-        loss = functional.reduce_positions(F, loss, counted, self._axis, self._batch_axis, self._reduction, sample_weight, seen.ndim)
-        if self._reduction == 'none' and self._sparse_label and seen.label_ndim in (None, seen.ndim):  # the label may have kept an axis
-            loss = F.reshape_like(loss, _ops.classic(given[1]))
-        return _ops.in_style_of(given[0], loss if self._weight is None else loss * self._weight)
+            names, inputs = (*names, 'class_weight'), (*inputs, class_weight)
+        return self._graph(signature, names)(*inputs)
+
+    def _unmarked(self, array: Optional[Array]) -> Optional[Array]:
+        """Return a new handle of an array that needs no gradient, so that threads may share the array.
+
+        Autograd marks the inputs of what it records, and two threads that mark one handle crash. The main thread may do so as long as
+        the others use handles of their own.
+        """
+        return array.detach() if array is not None and self._options.sparse_label and array.grad is None else array
+
+    def _graph(self, signature, names):
+        if self._op_hook is None:
+            return compiled(compose_loss, self._options, signature, names, self._graph_flags)
+        graph = Graph(compose_loss, self._options, signature, names, ())
+        graph.cached_op._register_op_hook(*self._op_hook)
+        return graph
+
+    @property
+    def _has_own_graph(self) -> bool:
+        """Whether a subclass has its own `hybrid_forward`, which decides what the inputs mean."""
+        return type(self).hybrid_forward is not StableSoftmaxCrossEntropyLoss.hybrid_forward
+
+    def _check_number_of_classes(self, pred):
+        classes = pred.shape[self._options.axis]
+        if self.class_weight.classes != classes:
+            raise ValueError(
+                f'class_weight: expected one weight for each of the {classes} classes of pred, '
+                f'got {self.class_weight.classes}'
+            )
+
+    def _check_labels(self, pred, label):
+        pred, label, _ = map(_array_api.as_classic, on_one_context(pred, label, None))
+        labels = functional.read_labels(mx.nd, label, pred, self._options.axis, self._options.ignore_label)
+        is_invalid = 1 - labels.is_valid
+        if labels.is_counted is not None:
+            is_invalid = is_invalid * labels.is_counted
+        count = int(is_invalid.sum().asscalar())
+        if count:
+            classes = pred.shape[self._options.axis]
+            raise ValueError(f'label: expected integers in [0, {classes}), got {count} others among {label.size}')
+
+    def hybrid_forward(self, F: F, pred: Array, label: Array, sample_weight: Optional[Array] = None) -> Array:
+        """Compose the graph, of symbols or, with ``hybridize(False)``, operator by operator of arrays."""
+        options = self._options
+        signature = infer_signature(
+            pred, label, sample_weight, options.axis, options.batch_axes, options.sparse_label
+        )
+        class_weight = None if self.class_weight is None else self.class_weight(pred)
+        return compose_loss(F, options, signature, pred, label, sample_weight, class_weight)
+
+    def hybridize(self, active: bool = True, *args: Any, **kwargs: Any) -> None:
+        """Switch compiled graphs on or off. They have static memory unless told otherwise.
+
+        Parameters
+        ----------
+        active : bool, default True
+        static_alloc, static_shape, inline_limit, forward_bulk_size, backward_bulk_size : optional
+            As in gluon. `static_alloc` is True by default, and `static_shape` what that is; outputs are fresh arrays all the same.
+        """
+        super().hybridize(active, *args, **kwargs)  # for the graph that a subclass has of its own
+        flags = {name: kwargs[name] for name in _FLAGS if kwargs.get(name) is not None}
+        flags.setdefault('static_alloc', True)
+        flags.setdefault('static_shape', flags['static_alloc'])
+        self._is_compiled, self._graph_flags = active, tuple(flags.items())
+
+    def register_op_hook(self, callback: Any, monitor_all: bool = False) -> None:
+        """Call `callback` with the name and the output of every operator, as in gluon. Compiles at every call from then on."""
+        super().register_op_hook(callback, monitor_all)
+        self._op_hook = (callback, monitor_all) if callback else None
+
+    def export(
+        self, path: str, epoch: int = 0, remove_amp_cast: bool = True, *, sample_weight: Optional[bool] = None
+    ) -> Tuple[str, str]:
+        """Export the loss as a graph of stock operators, as ``HybridBlock.export`` does, at any time.
+
+        The inputs are ``data0`` (pred) and ``data1`` (label). With `sample_weight` there is a third one, ``data2``. What is written does
+        not depend on the order of earlier calls: of them it uses what all have in common, the dtype of ``pred`` and the layout of
+        ``sample_weight``. Without that, ``pred`` is float32 if there are class weights, and ``sample_weight`` has a shape that a graph of
+        symbols accepts.
+
+        Parameters
+        ----------
+        path : str
+            The files are ``path-symbol.json`` and ``path-0000.params``.
+        epoch : int
+            The number in the name of the second file.
+        sample_weight : bool, optional
+            Whether there is a third input. By default there is one if all calls so far had one, and there was a call.
+
+        Returns
+        -------
+        (str, str)
+            The names of the two files.
+        """
+        if self._has_own_graph:
+            return super().export(path, epoch, remove_amp_cast)
+        dtype, layout = (_common(values) for values in zip(*self._call_kinds)) if self._call_kinds else (None, None)
+        if sample_weight is None:
+            sample_weight = all(layout for _, layout in self._call_kinds) and bool(self._call_kinds)
+        np_style = mx.util.is_np_array()
+        names = INPUTS[: 3 if sample_weight else 2]
+        inputs = {name: _array_api.variable(f'data{i}', np_style) for i, name in enumerate(names)}
+        params = {}
+        if self.class_weight is not None:
+            value = self.class_weight.value
+            inputs['class_weight'] = value.var()
+            params[f'arg:{value.name}'] = value.data(mx.cpu())
+        symbol = trace(compose_loss, self._options, Signature(np_style, dtype, weight_layout=layout), inputs)
+        symbol_file, params_file = f'{path}-symbol.json', f'{path}-{epoch:04d}.params'
+        symbol.save(symbol_file, remove_amp_cast=remove_amp_cast)
+        (mx.npx if np_style else mx.nd).save(params_file, params)
+        return symbol_file, params_file
 
     def valid_count(self, label: Any) -> int:
-        """How many positions of `label` count, which is what ``trainer.step`` divides a summed loss by.
+        """Count the positions of `label` that count, by which ``trainer.step`` divides a summed loss.
 
         Parameters
         ----------
@@ -179,7 +404,8 @@ class StableSoftmaxCrossEntropyLoss(Door, gluon.loss.SoftmaxCrossEntropyLoss):
         Returns
         -------
         int
-            The number of labels other than `ignore_label`, invalid ones included.
+            The number of positions with another label than `ignore_label`, invalid ones included. It may be 0: write
+            ``trainer.step(max(1, loss_fn.valid_count(label)))``.
 
         Examples
         --------
@@ -190,10 +416,13 @@ class StableSoftmaxCrossEntropyLoss(Door, gluon.loss.SoftmaxCrossEntropyLoss):
         """
         if isinstance(label, (list, tuple)):
             return sum(self.valid_count(part) for part in label)
-        return label.size if self._ignore_label is None else int((label.asnumpy() != self._ignore_label).sum())
+        if not self._options.sparse_label:
+            return label.size // label.shape[self._options.axis]
+        is_counted = functional.is_counted(mx.nd, _array_api.as_classic(label), self._options.ignore_label)
+        return label.size if is_counted is None else int(is_counted.sum().asscalar())
 
     def create_metric(self, **kwargs: Any) -> StableCrossEntropy:
-        """A `StableCrossEntropy` that reads what this loss reads, labels and `pred` as they are given to the loss.
+        """Create a `StableCrossEntropy` that reads labels and predictions as they are given to this loss.
 
         It reports the plain NLL: weights, label smoothing and `lse_square_scale` are not in it. `kwargs` are the metric's `name`,
         `output_names` and `label_names`.
@@ -205,8 +434,52 @@ class StableSoftmaxCrossEntropyLoss(Door, gluon.loss.SoftmaxCrossEntropyLoss):
         >>> metric.get()
         ('val-nll', nan)
         """
-        return StableCrossEntropy(axis=self._axis, pred_type='log_probs' if self._from_logits else 'logits',
-                                  ignore_label=self._ignore_label, sparse_label=self._sparse_label, **kwargs)
+        options = self._options
+        return StableCrossEntropy(
+            axis=options.axis,
+            pred_type=options.pred_type,
+            ignore_label=options.ignore_label,
+            sparse_label=options.sparse_label,
+            **kwargs,
+        )
+
+
+def _common(values: Iterable[Any]) -> Any:
+    """Return the value that all are, or None."""
+    first, *others = set(values)
+    return None if others else first
+
+
+def _check_options(options: LossOptions) -> None:
+    """Raise TypeError or ValueError unless the options, and their combination, mean something."""
+    check_number('axis', options.axis, Integral)
+    for batch_axis in options.batch_axes:
+        check_number('batch_axis', batch_axis, Integral)
+    check_number('weight', options.weight, low=-FLOAT32_MAX, high=FLOAT32_MAX, optional=True)
+    check_number('ignore_label', options.ignore_label, Integral, low=-INTEGERS, high=INTEGERS, optional=True)
+    check_number('label_smoothing', options.label_smoothing, low=0, high=1)
+    check_number('lse_square_scale', options.lse_square_scale, low=0, high=FLOAT32_MAX)
+    check_choice('reduction', options.reduction, REDUCTIONS)
+    check_choice('invalid_label', options.invalid_label, INVALID_LABELS)
+    if options.axis in options.batch_axes:
+        raise ValueError(
+            f'batch_axis: expected another axis than the class axis, got {options.axis} for both'
+        )
+    if options.pred_type == 'log_probs' and options.lse_square_scale:
+        raise ValueError(
+            'lse_square_scale: expected 0 with from_logits=True, as log-probabilities have a logsumexp of 0; '
+            f'got {options.lse_square_scale}'
+        )
+    if not options.sparse_label and options.ignore_label is not None:
+        raise ValueError(
+            'ignore_label: expected None with sparse_label=False, as a distribution has no label to compare with '
+            f'{options.ignore_label}; a sample_weight of 0 removes a position'
+        )
+    if not options.sparse_label and options.invalid_label != 'nan':
+        raise ValueError(
+            "invalid_label: expected 'nan' with sparse_label=False, as a distribution has no label to check; "
+            f'got {options.invalid_label!r}'
+        )
 
 
 StableSoftmaxCELoss = StableSoftmaxCrossEntropyLoss

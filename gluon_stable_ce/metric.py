@@ -1,31 +1,33 @@
-"""Metrics: the same numerics as the loss, exact sums, and no waiting for the device."""
+"""Metrics: what the loss computes, with exact sums and without waiting for the device."""
+
 import math
-from collections import OrderedDict
 from numbers import Integral
-from typing import Any, List, Optional
+from typing import Any, List, NamedTuple, Optional
 
 import mxnet as mx
 import numpy as np
-from mxnet import autograd, gluon
+from mxnet import autograd
 
-from . import _ops, functional
-from ._deferred import DeferredMean
-from ._door import Door, check_choice, check_number
-from ._sums import Sums
+from . import _array_api, functional
+from ._array_api import Array, Arrays, F
+from ._graphs import STATIC, compiled
+from ._options import INTEGERS, PRED_TYPES, check_choice, check_number
+from ._running_mean import ExactSums, RunningMean
+from ._signature import Signature, check_array_type, infer_signature
+from .kernels import class_terms
 
 __all__ = ['StableBitsPerToken', 'StableCrossEntropy', 'StableLoss', 'StablePerplexity']
 
-_IGNORED, _INVALID = -1.0, -2.0  # marks among NLLs, which are never negative
+_EvalMetric = mx.metric.EvalMetric
+_IGNORED, _INVALID = -1.0, -2.0  # marks among NLLs of sparse labels, which are never negative
 
 
 @mx.metric.register
 @mx.metric.alias('stable_loss')
-class StableLoss(DeferredMean, mx.metric.Loss):
-    """Mean of loss values that are already there, in the place of `mx.metric.Loss`, whose subclass it is.
+class StableLoss(RunningMean, mx.metric.Loss):
+    """Mean of given loss values, in the place of `mx.metric.Loss`, of which it is a subclass.
 
-    An update does no work on the device: the arrays are kept, and read some updates later. So do not change them in place afterwards, and
-    hand over a copy of what an executor or a Module will write over, as ``metric.update(None, executor.outputs[0].copy())``; Module's own
-    ``update_metric`` is taken care of.
+    The values are copied on their device and read some updates later, so they may be written over afterwards.
 
     Parameters
     ----------
@@ -36,11 +38,11 @@ class StableLoss(DeferredMean, mx.metric.Loss):
     Raises
     ------
     TypeError
-        By `update`, if something else than arrays comes, with nothing taken in.
+        By `update`, if it is given something else than arrays; then nothing is taken in.
 
     Notes
     -----
-    Numerics: the values are added up without rounding, and divided with one (``test_metric.py::test_sums_are_exact``).
+    *Numerics.* The values are added up without rounding, and divided with one (``test_running_mean.py::test_sums_are_exact``).
 
     Examples
     --------
@@ -52,18 +54,58 @@ class StableLoss(DeferredMean, mx.metric.Loss):
     (('loss', inf), 1)
     """
 
-    def update(self, _: Any, preds: Any) -> None:
-        """Take in an array of loss values of any shape, or a list of them, each on a context of its own."""
-        self._push(_as_list('preds', preds))
+    def __init__(
+        self,
+        name: str = 'loss',
+        output_names: Optional[List[str]] = None,
+        label_names: Optional[List[str]] = None,
+    ) -> None:
+        # not through mx.metric.Loss.__init__, which may be ours if that was put in its place
+        _EvalMetric.__init__(self, name, output_names, label_names, has_global_stats=True)
 
-    def update_dict(self, label: Any, pred: Any) -> None:
-        """The same of outputs by name, which are copied: this is how Module calls, and it computes each batch into the same arrays."""
-        super().update_dict(label, OrderedDict((name, array.copy()) for name, array in pred.items()))
+    def update(self, _: Any, preds: Arrays) -> None:
+        """Take in an array of loss values of any shape, or a list of them, each on its own context."""
+        self._push([array.copy() for array in _as_list('preds', preds)])
+
+
+class MetricOptions(NamedTuple):
+    """What the graph of a metric depends on, beside the signature of a call."""
+
+    axis: int
+    pred_type: str
+    ignore_label: Optional[int]
+    sparse_label: bool
+
+
+def compose_nll(
+    F: F, options: MetricOptions, signature: Signature, pred: Array, label: Array, *_: Optional[Array]
+) -> Array:
+    """Compose the NLL of each position, float64, with marks for ignored positions and invalid labels."""
+    given = pred
+    pred, label = _array_api.as_classic(pred), _array_api.as_classic(label)
+    known = {'pred_type': options.pred_type, 'ndim': signature.ndim, 'dtype': signature.dtype}
+    if not options.sparse_label:
+        target = F.cast(label, dtype=signature.compute_dtype)
+        terms = class_terms(F, signature.kernel, pred, options.axis, target=target, **known)
+        return _array_api.in_style_of(given, F.cast(terms.nll, dtype='float64'))
+    label = functional.align_label(F, label, pred, options.axis, signature.ndim, signature.label_ndim)
+    labels = functional.read_labels(
+        F,
+        label,
+        pred,
+        options.axis,
+        options.ignore_label,
+        label_dtype=signature.label_compare_dtype,
+        few_classes=signature.few_classes,
+    )
+    terms = class_terms(F, signature.kernel, pred, options.axis, labels.index, **known)
+    nll = functional.mask(F, F.cast(terms.nll, dtype='float64'), labels, _INVALID, _IGNORED)
+    return _array_api.in_style_of(given, nll)
 
 
 @mx.metric.register
 @mx.metric.alias('stable_cross_entropy')
-class StableCrossEntropy(DeferredMean, mx.metric.EvalMetric):
+class StableCrossEntropy(RunningMean, mx.metric.EvalMetric):
     r"""Mean negative log-likelihood of the labels, in nats, with no epsilon: :math:`\frac{1}{N} \sum_n -\log p_{n, y_n}`.
 
     Reads labels as the loss does and computes what the loss computes, without weights or smoothing. Invalid labels are counted apart, and
@@ -86,16 +128,17 @@ class StableCrossEntropy(DeferredMean, mx.metric.EvalMetric):
     Raises
     ------
     TypeError, ValueError
-        By `update`, if arrays do not fit each other, with nothing taken in; by `get`, if there were invalid labels, until `reset`.
+        By `update`, if arrays do not fit each other; then nothing is taken in. By `get`, if there were invalid labels, until `reset`.
 
     Notes
     -----
-    Shapes: as for the loss, float16, float32 or float64. Labels of any shape also fit 2-D predictions with as many rows, as in `mx.metric`.
+    Shapes are those of the loss; float16, float32 or float64. Labels of any shape also fit 2-D predictions with as many rows, as in
+    `mx.metric`.
 
-    Numerics: probabilities are picked first, and their logarithm is taken in float64 (1e-15 relative); logits are reduced as in the
-    loss, with its error. Sums are exact and the division rounds once, so the result is the same to the last bit however the data comes in
-    batches, devices and workers (``test_metric.py::test_results_do_not_depend_on_batches_devices_or_when_somebody_looks``). An update
-    only waits for the one four updates ago.
+    *Numerics.* Probabilities are picked first, and their logarithm is taken in float64 (1e-15 relative). Logits are reduced as in the loss,
+    with its error. Sums are exact and the division rounds once, so the result is the same to the last bit however the data is split into
+    batches, devices and workers (``test_metric.py::test_results_do_not_depend_on_batches_devices_or_when_get_is_called``). An update only
+    waits for the one four updates ago.
 
     Examples
     --------
@@ -108,56 +151,67 @@ class StableCrossEntropy(DeferredMean, mx.metric.EvalMetric):
     (27.63, 99.02)
     """
 
-    def __init__(self, axis: int = -1, pred_type: str = 'probs', ignore_label: Optional[int] = None, sparse_label: bool = True,
-                 name: str = 'cross-entropy', output_names: Optional[List[str]] = None, label_names: Optional[List[str]] = None) -> None:
+    def __init__(
+        self,
+        *,
+        axis: int = -1,
+        pred_type: str = 'probs',
+        ignore_label: Optional[int] = None,
+        sparse_label: bool = True,
+        name: str = 'cross-entropy',
+        output_names: Optional[List[str]] = None,
+        label_names: Optional[List[str]] = None,
+    ) -> None:
         check_number('axis', axis, Integral)
-        check_number('ignore_label', ignore_label, Integral, optional=True)
-        check_choice('pred_type', pred_type, ('probs', 'logits', 'log_probs'))
+        check_number('ignore_label', ignore_label, Integral, low=-INTEGERS, high=INTEGERS, optional=True)
+        check_choice('pred_type', pred_type, PRED_TYPES)
         if not sparse_label and ignore_label is not None:
-            raise ValueError('ignore_label: expected None with sparse_label=False, as a distribution has no label to compare with '
-                             f'{ignore_label}')
-        super().__init__(name, output_names, label_names, axis=axis, pred_type=pred_type, ignore_label=ignore_label,
-                         sparse_label=sparse_label, has_global_stats=True)
-        self._classes = None
-        self._nll = _LabelNLL(axis, pred_type, ignore_label, sparse_label)
+            raise ValueError(
+                'ignore_label: expected None with sparse_label=False, as a distribution has no label to compare with '
+                f'{ignore_label}'
+            )
+        self._options = MetricOptions(axis, pred_type, ignore_label, sparse_label)
+        self._classes: Optional[int] = None
+        _EvalMetric.__init__(
+            self, name, output_names, label_names, has_global_stats=True, **self._options._asdict()
+        )
 
-    def update(self, labels: Any, preds: Any) -> None:
-        """Take in labels and predictions: an array each, or lists of as many arrays, of which each pair lives on a context of its own."""
+    def update(self, labels: Arrays, preds: Arrays) -> None:
+        """Take in labels and predictions: an array each, or lists of as many arrays, each pair on its own context."""
         labels, preds = _as_list('labels', labels), _as_list('preds', preds)
         if len(labels) != len(preds):
             raise ValueError(f'labels: expected as many arrays as preds, {len(preds)}, got {len(labels)}')
         with autograd.pause():
-            self._push([self._nll(pred, self._fit(label, pred)) for label, pred in zip(labels, preds)])
+            self._push([self._nll(label, pred) for label, pred in zip(labels, preds)])
         if preds:
-            self._classes = preds[-1].shape[self._kwargs['axis']]
+            self._classes = preds[-1].shape[self._options.axis]
 
-    def _fit(self, label, pred):
-        """`label` next to `pred`, and flat where the rows of `pred` are the positions of a label of any shape, as in mx.metric."""
-        if label.context != pred.context:
-            label = label.as_in_context(pred.context)
-        flat = self._kwargs['sparse_label'] and len(pred.shape) == 2 and len(label.shape) > 1 and label.size == pred.shape[0]
-        return label.reshape((-1,)) if flat else label
+    def _nll(self, label: Any, pred: Any) -> Array:
+        """Compute the NLL of each position; `label` is moved to the context of `pred`."""
+        options = self._options
+        label = label.as_in_context(pred.context)
+        if options.sparse_label and len(pred.shape) == 2 and len(label.shape) > 1 and label.size == pred.shape[0]:
+            label = label.reshape((-1,))  # the rows of `pred` are the positions, as in mx.metric
+        signature = infer_signature(pred, label, axis=options.axis, sparse_label=options.sparse_label)
+        if signature.dtype == 'bfloat16' and options.sparse_label:  # AMP's casts in a graph cannot read 64-bit labels
+            label = label.astype('float32')
+        return compiled(compose_nll, options, signature, ('pred', 'label'), STATIC)(pred, label)
 
-    def _sums_of(self, values):
-        marked = values < 0
-        if not marked.any():
-            return Sums.of(values)
-        return Sums.of(values[~marked], invalid=int((values == _INVALID).sum()))
+    def _sums_of(self, values: np.ndarray) -> ExactSums:
+        if not self._options.sparse_label:
+            return ExactSums.of(values)
+        is_marked = values < 0
+        if not is_marked.any():
+            return ExactSums.of(values)
+        return ExactSums.of(values[~is_marked], invalid=int((values == _INVALID).sum()))
 
-    def _value_of(self, sums):
+    def _value_of(self, sums: ExactSums) -> float:
         if sums.invalid:
-            raise ValueError(f"labels: expected integers in [0, {self._classes or 'C'}), got {sums.invalid} others beside {sums.count} "
-                             'valid ones; reset() forgets them')
+            raise ValueError(
+                f'labels: expected integers in [0, {self._classes or "C"}), got {sums.invalid} others beside '
+                f'{sums.count} valid ones; reset() forgets them'
+            )
         return super()._value_of(sums)
-
-    def __getstate__(self):
-        state = super().__getstate__()
-        del state['_nll']  # its compiled graphs stay behind
-        return state
-
-    def __setstate__(self, state):
-        self.__dict__.update(state)
-        self._nll = _LabelNLL(**self._kwargs)
 
 
 @mx.metric.register
@@ -165,23 +219,37 @@ class StableCrossEntropy(DeferredMean, mx.metric.EvalMetric):
 class StablePerplexity(StableCrossEntropy):
     """exp of the mean negative log-likelihood of the labels, with no floor, where `mx.metric.Perplexity` has one at p = 1e-10.
 
-    Parameters, shapes, errors and numerics are those of `StableCrossEntropy`.
+    The positional arguments are those of `mx.metric.Perplexity`. Parameters, shapes, errors and numerics are those of `StableCrossEntropy`.
 
     Examples
     --------
     >>> import mxnet as mx
     >>> from gluon_stable_ce import StablePerplexity
-    >>> metric = StablePerplexity(pred_type='logits', ignore_label=0)
+    >>> metric = StablePerplexity(0, pred_type='logits')
     >>> metric.update(mx.nd.array([[1, 0], [3, 2]]), mx.nd.zeros((4, 8)))
     >>> metric.get()[0], round(metric.get()[1], 5)
     ('perplexity', 8.0)
     """
 
-    def __init__(self, axis: int = -1, pred_type: str = 'probs', ignore_label: Optional[int] = None, sparse_label: bool = True,
-                 name: str = 'perplexity', output_names: Optional[List[str]] = None, label_names: Optional[List[str]] = None) -> None:
-        super().__init__(axis, pred_type, ignore_label, sparse_label, name, output_names, label_names)
+    def __init__(
+        self,
+        ignore_label: Optional[int] = None,
+        axis: int = -1,
+        name: str = 'perplexity',
+        output_names: Optional[List[str]] = None,
+        label_names: Optional[List[str]] = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            ignore_label=ignore_label,
+            axis=axis,
+            name=name,
+            output_names=output_names,
+            label_names=label_names,
+            **kwargs,
+        )
 
-    def _value_of(self, sums):
+    def _value_of(self, sums: ExactSums) -> float:
         with np.errstate(over='ignore'):
             return float(np.exp(super()._value_of(sums)))
 
@@ -203,43 +271,15 @@ class StableBitsPerToken(StableCrossEntropy):
     ('bits-per-token', 2.0)
     """
 
-    def __init__(self, axis: int = -1, pred_type: str = 'probs', ignore_label: Optional[int] = None, sparse_label: bool = True,
-                 name: str = 'bits-per-token', output_names: Optional[List[str]] = None, label_names: Optional[List[str]] = None) -> None:
-        super().__init__(axis, pred_type, ignore_label, sparse_label, name, output_names, label_names)
+    def __init__(self, *, name: str = 'bits-per-token', **kwargs: Any) -> None:
+        super().__init__(name=name, **kwargs)
 
-    def _value_of(self, sums):
+    def _value_of(self, sums: ExactSums) -> float:
         return super()._value_of(sums) / math.log(2)
 
 
-class _LabelNLL(Door, gluon.HybridBlock):
-    """Negative log-likelihood of each label, float64; -1 marks an ignored position and -2 an invalid label."""
-
-    def __init__(self, axis, pred_type, ignore_label, sparse_label):
-        super().__init__()
-        self._axis, self._batch_axis, self._sparse_label = axis, 0, sparse_label
-        self._pred_type, self._ignore_label = pred_type, ignore_label
-        self._tell_classes = pred_type == 'probs'  # then nothing else takes time
-        self.hybridize()
-
-    def hybrid_forward(self, F, pred, label):
-        given, ndim = pred, self._seen.ndim
-        pred, label, _ = self._inputs(F, pred, label)
-        pred = functional.class_axis_last(F, pred, self._axis, ndim)
-        if self._sparse_label:
-            labels = functional.read_labels(F, label, pred, self._ignore_label, self._label_dtype(), self._seen.classes)
-            nll = F.cast(functional.class_terms(F, pred, index=labels.index, pred_type=self._pred_type).nll, dtype='float64')
-            nll = F.where(labels.valid, nll, F.ones_like(nll) * _INVALID)
-            if labels.counted is not None:
-                nll = F.where(labels.counted, nll, F.ones_like(nll) * _IGNORED)
-        else:
-            target = functional.class_axis_last(F, label, self._axis, ndim)
-            nll = F.cast(functional.class_terms(F, pred, target=target, pred_type=self._pred_type).nll, dtype='float64')
-        return _ops.in_style_of(given, nll)
-
-
-def _as_list(name, arrays):
+def _as_list(name: str, arrays: Any) -> List[Array]:
     arrays = list(arrays) if isinstance(arrays, (list, tuple)) else [arrays]
     for array in arrays:
-        if not _ops.is_array(array):
-            raise TypeError(f'{name}: expected MXNet arrays, got {type(array).__name__}')
+        check_array_type(name, type(array))
     return arrays

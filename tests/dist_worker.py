@@ -8,8 +8,8 @@ import mxnet as mx
 import numpy as np
 from mxnet import autograd, gluon
 
-from gluon_stable_ce import StableCrossEntropy, kvstore
-from gluon_stable_ce.kvstore import all_reduce
+from gluon_stable_ce import StableCrossEntropy, distributed
+from gluon_stable_ce.distributed import all_reduce
 
 CLASSES = 10
 SHARDS = ((0, 70), (70, 70), (70, 83))  # worker 1 has no data
@@ -45,7 +45,7 @@ def reduces(kind='dist_sync', calls='3'):
 def reduces_from(key):
     """Reduces whose keys begin at `key`."""
     store = mx.kv.create('dist_sync')
-    while next(kvstore._KEYS) < int(key):
+    while next(distributed._KEYS) < int(key):
         pass
     return [all_reduce(store, numbers_of(store.rank, call)) for call in range(8)]
 

@@ -55,6 +55,7 @@ def exported(loss_fn, *arrays):
 
 
 def exported_alone(loss_fn, *arrays):
+    loss_fn.hybridize()  # as a subclass with a graph of its own needs
     return _run(_export_and_load(loss_fn, *arrays), *arrays)
 
 

@@ -6,10 +6,10 @@ import sys
 import pytest
 
 import gluon_stable_ce
-from gluon_stable_ce import functional, kvstore, onnx
+from gluon_stable_ce import distributed, functional, onnx
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(gluon_stable_ce.__file__)))
-PUBLIC = [(module, name) for module in (gluon_stable_ce, kvstore, onnx) for name in module.__all__]
+PUBLIC = [(module, name) for module in (gluon_stable_ce, distributed, onnx) for name in module.__all__]
 
 
 @pytest.mark.parametrize(('module', 'name'), PUBLIC, ids=[name for _, name in PUBLIC])

@@ -14,7 +14,7 @@ import pytest
 from dist_worker import numbers_of
 
 from gluon_stable_ce import StableCrossEntropy, StableSoftmaxCrossEntropyLoss
-from gluon_stable_ce.kvstore import all_reduce
+from gluon_stable_ce.distributed import all_reduce
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TIMEOUT = 120  # seconds for a whole job; one takes three

@@ -1,0 +1,79 @@
+"""One vocabulary over nd/sym and np/npx: the only file that knows which array API is in use.
+
+The mathematics is written once, in MXNet's classic operators. They exist in every MXNet 1.x, export, and run in np mode as well: a NumPy-style
+array or symbol is viewed as a classic one (no copy, gradients included) on the way in, and the result is viewed back on the way out.
+"""
+
+from functools import lru_cache
+from types import ModuleType
+from typing import Any, List, Optional, Union
+
+import mxnet as mx
+import numpy as np
+from mxnet import ndarray, numpy, symbol
+from mxnet.base import MXNetError
+from mxnet.symbol.numpy import _Symbol as NumpySymbol
+from mxnet.util import is_np_array
+
+F = ModuleType  # mx.nd or mx.sym: the operators to compute with
+Array = Union[ndarray.NDArray, symbol.Symbol]  # of either API
+Arrays = Union[Array, List[Array]]
+
+ARRAY = ndarray.NDArray
+NP_STYLE = (numpy.ndarray, NumpySymbol)
+SPARSE = ndarray.sparse.BaseSparseNDArray
+
+
+def is_symbol(array: Any) -> bool:
+    """Whether `array` stands for a node of a graph, whose shape and dtype may be unknown."""
+    return isinstance(array, symbol.Symbol)
+
+
+def is_array(array: Any) -> bool:
+    """Whether `array` is an MXNet array of either API."""
+    return isinstance(array, ARRAY)
+
+
+def is_np_style(array: Any) -> bool:
+    """Whether `array` belongs to the NumPy-style API (``mx.np``)."""
+    return isinstance(array, NP_STYLE)
+
+
+def as_classic(array: Any) -> Any:
+    """View `array`, which may be None, as a member of the classic API."""
+    return array.as_nd_ndarray() if is_np_style(array) else array
+
+
+def in_style_of(example: Array, array: Array) -> Array:
+    """View the classic `array` as a member of the API that `example` belongs to."""
+    return array.as_np_ndarray() if is_np_style(example) else array
+
+
+def in_mode(array: Array) -> Array:
+    """View `array` as a member of the API that MXNet is set to."""
+    return array.as_np_ndarray() if is_np_array() else array.as_nd_ndarray()
+
+
+def variable(name: str, np_style: bool) -> Array:
+    """Make an input of a graph, a symbol of either API."""
+    symbol_ = mx.sym.var(name)
+    return symbol_.as_np_ndarray() if np_style else symbol_
+
+
+def dtype_name(array: Array) -> Optional[str]:
+    """Name the dtype of an array or, as far as its graph knows it, of a symbol (else None)."""
+    if not is_symbol(array):
+        return name_of(array.dtype)
+    try:
+        return name_of(array.infer_type_partial()[1][0])
+    except MXNetError:  # operators that do not infer a partial type, before 1.8
+        return None
+
+
+@lru_cache(maxsize=None)
+def name_of(dtype: Any) -> Optional[str]:
+    """Name a dtype as MXNet does; None for None."""
+    if dtype is None:
+        return None
+    dtype = np.dtype(dtype)
+    return dtype.names[0] if dtype.names else dtype.name  # bfloat16 is a record of that name

@@ -1,0 +1,264 @@
+"""What all metrics share: a mean with exact sums, of values that the device may still be computing."""
+
+import copy
+import math
+from collections import deque
+from threading import RLock
+from typing import Any, Deque, Dict, List, Tuple
+
+import numpy as np
+
+from ._array_api import Array, MXNetError
+
+_AHEAD = 4  # updates that the device may be behind
+_AT_ONCE = 32  # arrays that are read together
+_WINDOWS = ('local', 'global')
+
+_UNIT = 1126  # every finite float64 is an integer of 53 bits times 2**-1126 or more
+_CHUNK = 2 ** 16  # values that a cache holds
+_HUGE = 2.0 ** 900  # from here on values are scaled down first, so that nothing overflows
+
+
+def exact_sum(values):
+    """Sum finite float64 `values`, (N,), without any rounding: an integer, in units of 2**-1126."""
+    return sum(_sum_of_chunk(values[start:start + _CHUNK]) for start in range(0, len(values), _CHUNK))
+
+
+def _sum_of_chunk(rest):
+    """Sum a few values. Their leading bits, down to one place, add up in float64 without rounding; then those below, and so on.
+
+    See Rump, Ogita and Oishi, "Accurate Floating-Point Summation", 2008.
+    """
+    total, largest = 0, np.abs(rest).max()
+    if largest >= _HUGE:
+        huge = np.abs(rest) >= _HUGE
+        return (exact_sum(rest[huge] / _HUGE) << 900) + exact_sum(rest[~huge])
+    while largest:
+        top = 2.0 ** (math.frexp(largest)[1] + len(rest).bit_length() + 1)
+        leading = rest + top - top  # multiples of the ulp of top, whose sum is less than it
+        mantissa, exponent = math.frexp(leading.sum())
+        total += int(math.ldexp(mantissa, 53)) << exponent - 53 + _UNIT
+        rest = rest - leading
+        largest = np.abs(rest).max()
+    return total
+
+
+class ExactSums:
+    """Sums of the values that a metric is the mean of: integers only, which add up exactly and in any order.
+
+    Attributes
+    ----------
+    total : sum of the finite values in units of 2**-1126
+    count : how many values, finite or not
+    infinite, minus_infinite, nan : how many of them are not finite
+    invalid : how many labels had no value
+    """
+
+    FIELDS = ('total', 'count', 'infinite', 'minus_infinite', 'nan', 'invalid')
+    __slots__ = FIELDS
+
+    def __init__(self, total=0, count=0, infinite=0, minus_infinite=0, nan=0, invalid=0):
+        self.total, self.count, self.invalid = total, count, invalid
+        self.infinite, self.minus_infinite, self.nan = infinite, minus_infinite, nan
+
+    @classmethod
+    def of(cls, values, invalid=0):
+        """Sum float64 `values`, (N,)."""
+        finite = np.isfinite(values)
+        if finite.all():
+            return cls(total=exact_sum(values), count=len(values), invalid=invalid)
+        return cls(total=exact_sum(values[finite]), count=len(values), infinite=int((values == np.inf).sum()),
+                   minus_infinite=int((values == -np.inf).sum()), nan=int(np.isnan(values).sum()), invalid=invalid)
+
+    def as_dict(self):
+        """Return JSON values by name; the total in hexadecimal, as other readers of JSON take no number of that length."""
+        return {name: f'{value:x}' if name == 'total' else value for name, value in zip(self.FIELDS, self)}
+
+    @classmethod
+    def from_dict(cls, fields):
+        """Return the sums that `as_dict` was made from; ValueError if it was made from none."""
+        try:
+            fields = {name: int(fields[name], 16) if name == 'total' else fields[name] for name in cls.FIELDS}
+        except (TypeError, KeyError, ValueError) as error:
+            raise ValueError(f'state: expected sums with {", ".join(cls.FIELDS)}, got {fields!r}') from error
+        if any(isinstance(value, bool) or not isinstance(value, int) for value in fields.values()):
+            raise ValueError(f'state: expected sums of integers, got {fields!r}')
+        return cls(**fields)
+
+    def __iter__(self):
+        return (getattr(self, name) for name in self.FIELDS)
+
+    def __add__(self, other):
+        return ExactSums(*map(int.__add__, self, other))
+
+    def __sub__(self, other):
+        return ExactSums(*map(int.__sub__, self, other))
+
+    def over(self, count):
+        """Divide the sum of all values by the integer `count`, with one rounding; not finite if the values are not."""
+        if self.nan or not count or (self.infinite and self.minus_infinite):
+            return float('nan')
+        if self.infinite or self.minus_infinite:
+            return float('inf') if self.infinite else float('-inf')
+        try:
+            return self.total / (count << _UNIT)
+        except OverflowError:
+            return float('inf') if self.total > 0 else float('-inf')
+
+
+class RunningMean:
+    """Mixin for an EvalMetric: the mean of values that the device may still be computing.
+
+    `push` queues arrays of one value per position, and only waits for those of `_AHEAD` updates ago, so that neither work nor memory pile
+    up. Sums are exact, so the result does not depend on when the queue is read. Updates may come from several threads.
+    """
+
+    name: str  # EvalMetric's
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.__dict__.setdefault('_lock', RLock())
+        with self._lock:
+            self._pending: Deque[Array] = deque()
+            self._sums = {window: ExactSums() for window in _WINDOWS}
+
+    def reset_local(self) -> None:
+        """Begin a new window for `get`; `get_global` goes on."""
+        with self._lock:
+            self._drain()
+            self._sums['local'] = ExactSums()
+
+    def get(self) -> Tuple[str, float]:
+        """Return (name, value) of all that came since the last `reset` or `reset_local`; NaN if nothing did."""
+        return self.name, self._value_of(self._window('local'))
+
+    def get_global(self) -> Tuple[str, float]:
+        """Return (name, value) of all that came since the last `reset`; NaN if nothing did."""
+        return self.name, self._value_of(self._window('global'))
+
+    @property
+    def num_inst(self) -> int:
+        """How many values `get` is the mean of."""
+        return self._window('local').count
+
+    @property
+    def sum_metric(self) -> float:
+        """The sum of the values that `get` is the mean of, rounded once."""
+        return self._window('local').over(1)
+
+    @property
+    def global_num_inst(self) -> int:
+        """How many values `get_global` is the mean of."""
+        return self._window('global').count
+
+    @property
+    def global_sum_metric(self) -> float:
+        """The sum of the values that `get_global` is the mean of, rounded once."""
+        return self._window('global').over(1)
+
+    @property
+    def num_infinite(self) -> int:
+        """How many of the values that `get` is the mean of are infinite."""
+        return self._window('local').infinite
+
+    def merge(self, other: Any) -> None:
+        """Take in what another metric of this kind holds, as if its updates had come here, after ours.
+
+        Raises
+        ------
+        TypeError
+            If `other` is not the same class of metric.
+        """
+        if type(other) is not type(self):
+            raise TypeError(f'other: expected a {type(self).__name__}, got {type(other).__name__}')
+        theirs = {window: other._window(window) for window in _WINDOWS}
+        with self._lock:
+            self._drain()
+            self._sums = {window: self._sums[window] + theirs[window] for window in _WINDOWS}
+
+    def state_dict(self) -> Dict[str, Any]:
+        """Return all that the metric holds as plain JSON values, which can go into a checkpoint."""
+        return {window: self._window(window).as_dict() for window in _WINDOWS}
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        """Go on from a `state_dict`, in the place of what the metric holds.
+
+        Raises
+        ------
+        ValueError
+            If `state` is something else; nothing is changed then.
+        """
+        try:
+            sums = {window: ExactSums.from_dict(state[window]) for window in _WINDOWS}
+        except (TypeError, KeyError) as error:
+            raise ValueError(f'state: expected what state_dict() returns, got {state!r:.200}') from error
+        with self._lock:
+            self._pending.clear()
+            self._sums = sums
+
+    def all_reduce(self, store: Any) -> Any:
+        """Return a metric of what all workers hold; this one stays as it is. All workers must call this, with data or without.
+
+        The result's `get` and `get_global` are exactly what one process would report that had received all updates.
+
+        Parameters
+        ----------
+        store : mxnet.kvstore.KVStore, or another store with ``rank``, ``num_workers`` and ``pushpull``
+            See `gluon_stable_ce.distributed.all_reduce`.
+        """
+        from .distributed import all_reduce  # only metrics of many workers need it
+
+        local = [self._window(window) for window in _WINDOWS]
+        numbers = all_reduce(store, [number for sums in local for number in sums])
+        size = len(ExactSums.FIELDS)
+        whole = copy.copy(self)
+        whole._sums = {
+            window: ExactSums(*numbers[i * size : (i + 1) * size]) for i, window in enumerate(_WINDOWS)
+        }
+        return whole
+
+    def _push(self, arrays: List[Array]) -> None:
+        """Queue arrays that the device may still be computing."""
+        with self._lock:
+            self._pending.extend(arrays)
+            if len(self._pending) > _AT_ONCE + _AHEAD:
+                self._drain(_AHEAD)
+            waited_for = self._pending[-_AHEAD - 1] if len(self._pending) > _AHEAD else None
+        if waited_for is not None:
+            waited_for.wait_to_read()
+
+    def _drain(self, ahead: int = 0) -> None:
+        """Take all but the last `ahead` arrays of the queue into the sums."""
+        values, failed = [], None
+        while len(self._pending) > ahead:
+            try:
+                values.append(self._pending.popleft().asnumpy().ravel())
+            except MXNetError as error:  # of the device; what came before and after is right
+                failed = error
+        if values:
+            sums = self._sums_of(np.concatenate(values).astype('float64', copy=False))
+            self._sums = {window: before + sums for window, before in self._sums.items()}
+        if failed is not None:
+            raise failed
+
+    def _window(self, window: str) -> ExactSums:
+        with self._lock:
+            self._drain()
+            return self._sums[window]
+
+    def _value_of(self, sums: ExactSums) -> float:
+        return sums.over(sums.count)
+
+    def _sums_of(self, values: np.ndarray) -> ExactSums:
+        return ExactSums.of(values)
+
+    def __getstate__(self) -> Dict[str, Any]:
+        """Return what a copy needs: the sums, without arrays on a device and without the lock."""
+        with self._lock:
+            self._drain()
+            state = dict(self.__dict__, _sums=dict(self._sums), _pending=deque())
+        del state['_lock']
+        return state
+
+    def __setstate__(self, state: Dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=RLock())

@@ -1,0 +1,173 @@
+"""What is known of a call before it is computed, and the checks that raise."""
+
+from functools import lru_cache
+from typing import Any, NamedTuple, Optional, Tuple
+
+from . import _array_api
+from ._array_api import Array
+
+LABEL_DTYPES = ('int8', 'uint8', 'int32', 'int64', 'float16', 'float32', 'float64')
+PRED_DTYPES = ('float16', 'bfloat16', 'float32', 'float64')
+_MANTISSA = {'float16': 11, 'float32': 24}  # bits, counting the hidden one: integers up to 2**bits are exact
+_FEW = 2048  # classes
+_NARROW = ('int8', 'uint8', 'float16', 'float32')  # labels that float32 holds as they are
+_HOST = ('cpu_pinned', 'cpu_shared')  # where DataLoader puts batches; for gluon they are the CPU
+
+
+class Signature(NamedTuple):
+    """What is known of a call: all that its graph may rely on. None for what a symbol does not know."""
+
+    np_style: bool = False  # whether the inputs are of the NumPy-style API
+    dtype: Optional[str] = None
+    ndim: Optional[int] = None
+    label_dtype: Optional[str] = None
+    label_ndim: Optional[int] = None
+    weight_layout: Optional[str] = None  # of sample_weight: 'kept', 'pred', 'positions' or 'batch'; see align_sample_weight
+    few_classes: bool = False  # so few that an array of them is cheap, and that `dtype` tells all labels apart from them
+    kernel: str = 'stock'
+
+    @property
+    def compute_dtype(self) -> str:
+        """In what the class axis is reduced."""
+        return 'float64' if self.dtype == 'float64' else 'float32'
+
+    @property
+    def label_compare_dtype(self) -> str:
+        """In what labels are compared. float64 holds every class. AMP, which makes bfloat16, cannot read it in a graph."""
+        return self.compute_dtype if self.few_classes else 'float32' if self.dtype == 'bfloat16' else 'float64'
+
+
+def infer_signature(
+    pred: Any,
+    label: Any,
+    sample_weight: Any = None,
+    axis: int = -1,
+    batch_axes: Tuple[int, ...] = (0,),
+    sparse_label: bool = True,
+) -> Signature:
+    """Infer the signature of a call, once its arrays are checked.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the inputs are no arrays, or do not fit each other. Symbols are not checked.
+    """
+    if _array_api.is_symbol(pred):
+        return Signature(_array_api.is_np_style(pred), _array_api.dtype_name(pred))
+    weight = None if sample_weight is None else _describe(sample_weight)
+    return _signature_of(_describe(pred), _describe(label), weight, axis, batch_axes, sparse_label)
+
+
+def _describe(array: Any) -> Tuple[type, Any, Any]:
+    try:
+        return type(array), array.dtype, array.shape
+    except AttributeError:
+        return type(array), None, None
+
+
+@lru_cache(maxsize=1024)  # most calls look like one before
+def _signature_of(
+    pred: Any, label: Any, weight: Any, axis: int, batch_axes: Tuple[int, ...], sparse_label: bool
+) -> Signature:
+    for name, described in (('pred', pred), ('label', label), ('sample_weight', weight)):
+        if described is not None:
+            check_array_type(name, described[0])
+    (kind, dtype, shape), (_, label_dtype, label_shape) = pred, label
+    dtype, label_dtype = _array_api.name_of(dtype), _array_api.name_of(label_dtype)
+    if dtype not in PRED_DTYPES:
+        raise TypeError(f'pred: expected one of the dtypes {", ".join(PRED_DTYPES)}, got {dtype}')
+    positions = check_shapes(shape, label_shape, label_dtype, axis, sparse_label)
+    layout = None if weight is None else _weight_layout(weight[2], shape, positions, axis, batch_axes)
+    np_style = issubclass(kind, _array_api.NP_STYLE)
+    few_classes = shape[axis] <= _FEW and dtype in ('float32', 'float64') and label_dtype in (dtype, *_NARROW)
+    return Signature(np_style, dtype, len(shape), label_dtype, len(label_shape), layout, few_classes)
+
+
+def check_array_type(name: str, kind: type) -> None:
+    """Raise TypeError unless `kind` is a type of dense MXNet arrays."""
+    if not issubclass(kind, _array_api.ARRAY):
+        raise TypeError(f'{name}: expected an MXNet array, got {kind.__name__}')
+    if issubclass(kind, _array_api.SPARSE):
+        raise TypeError(f'{name}: expected a dense array, got {kind.__name__}')
+
+
+def check_shapes(
+    shape: Tuple[int, ...], label_shape: Tuple[int, ...], label_dtype: str, axis: int, sparse_label: bool = True
+) -> Tuple[int, ...]:
+    """Raise TypeError or ValueError unless a label fits predictions of `shape`; return the positions' shape."""
+    ndim = len(shape)
+    if ndim < 2 or not -ndim <= axis < ndim or not shape[axis]:
+        raise ValueError(f'pred: expected at least 2 axes, with the classes on axis {axis}, got shape {shape}')
+    axis %= ndim
+    positions = shape[:axis] + shape[axis + 1 :]
+    if not sparse_label:
+        if label_shape != shape:
+            hint = '; class indices need sparse_label=True' if label_shape == positions else ''
+            raise ValueError(
+                f'label: expected shape {shape} like pred with sparse_label=False, got {label_shape}{hint}'
+            )
+        return positions
+    if label_shape not in (positions, shape[:axis] + (1,) + shape[axis + 1 :]):
+        hint = '; one-hot labels and distributions need sparse_label=False' if label_shape == shape else ''
+        raise ValueError(
+            f'label: expected shape {positions} for pred of shape {shape} with the classes on axis {axis}, '
+            f'got {label_shape}{hint}'
+        )
+    if label_dtype not in LABEL_DTYPES:
+        raise TypeError(f'label: expected one of the dtypes {", ".join(LABEL_DTYPES)}, got {label_dtype}')
+    largest = 2 ** _MANTISSA.get(label_dtype, 53)
+    if shape[axis] > largest:
+        raise TypeError(
+            f'label: expected a dtype that can name {shape[axis]} classes, got {label_dtype}, '
+            f'exact up to {largest} only'
+        )
+    return positions
+
+
+def _weight_layout(
+    got: Tuple[int, ...],
+    shape: Tuple[int, ...],
+    positions: Tuple[int, ...],
+    axis: int,
+    batch_axes: Tuple[int, ...],
+) -> str:
+    """Name the layout of a sample_weight of shape `got`."""
+    ndim = len(shape)
+    kept = tuple(1 if i == axis % ndim else size for i, size in enumerate(shape))
+    batch = tuple(shape[i] for i in sorted(axis % ndim for axis in batch_axes))
+    if len(got) == ndim and all(size in (1, full) for size, full in zip(got, kept)):
+        return 'kept'
+    if len(got) == ndim and all(size in (1, full) for size, full in zip(got, shape)):
+        return 'pred'
+    if got == positions:
+        return 'positions'
+    if got in (batch, (1,) * len(batch)):
+        return 'batch'
+    raise ValueError(
+        f'sample_weight: expected one weight per sample {batch}, one per label {positions}, '
+        f'or a shape that broadcasts to {kept}, or to {shape} for the mean over the classes, got {got}'
+    )
+
+
+def on_one_context(pred: Array, *others: Optional[Array]) -> Tuple[Optional[Array], ...]:
+    """Return the arrays, each on the context of `pred`. Pinned and shared memory of the CPU is copied.
+
+    Raises
+    ------
+    ValueError
+        If an array is on another device.
+    """
+    moved = [pred]
+    for name, array in zip(('label', 'sample_weight'), others):
+        if array is not None and array.context != pred.context:
+            if not _is_same_place(array.context, pred.context):
+                raise ValueError(f'{name}: expected an array on {pred.context} like pred, got one on {array.context}')
+            array = array.as_in_context(pred.context)
+        moved.append(array)
+    return tuple(moved)
+
+
+def _is_same_place(one: Any, other: Any) -> bool:
+    """Whether one of two contexts is a CPU's and the other its pinned or shared memory."""
+    kinds = {one.device_type, other.device_type}
+    return bool(kinds & set(_HOST)) and kinds <= {'cpu', *_HOST}

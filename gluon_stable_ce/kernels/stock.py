@@ -1,0 +1,158 @@
+"""The class axis reduced by MXNet's log_softmax and pick: for every MXNet 1.x and every device, and to be exported.
+
+The layout of the class axis, casts of 16-bit floats and graphs of unknown rank are dealt with here, because only this kernel needs it.
+"""
+
+from typing import Any, Optional, Tuple
+
+from .._array_api import Array, F
+
+HALF = ('float16', 'bfloat16')
+Terms = Tuple[Array, Optional[Array], Optional[Array]]  # nll, logsumexp, uniform_nll
+
+
+def class_terms(
+    F: F,
+    pred: Array,
+    axis: int,
+    index: Optional[Array],
+    target: Optional[Array],
+    pred_type: str,
+    logsumexp: bool,
+    uniform: bool,
+    class_weight: Optional[Array],
+    ndim: Optional[int],
+    dtype: Optional[str],
+) -> Terms:
+    """Reduce the class axis as `kernels.class_terms` describes."""
+    if index is not None and pred_type == 'probs':  # one number per position is enough
+        probs = F.cast(F.pick(pred, index, axis=axis), dtype='float64')  # (positions...)
+        return _clamped(F, -F.log(probs)), None, None
+    if dtype in HALF:  # unlike log_softmax's own `dtype`, a cast in front of it reaches the fast kernel
+        pred = F.cast(pred, dtype='float32')
+    if ndim is not None or axis == -1:
+        pred = class_axis_last(F, pred, axis, ndim)  # (positions..., C)
+        if target is not None:
+            target = class_axis_last(F, target, axis, ndim)
+        return _terms(F, pred, index, target, pred_type, logsumexp, uniform, class_weight)
+    like = class_axis_removed(F, pred, axis) if index is None else index  # (positions...)
+    if target is not None:
+        like = same_positions(F, like, target, axis)
+        target = class_axis_last(F, target, axis)
+    pred = class_axis_last(F, pred, axis)  # some axes of the positions merged
+    if index is not None:
+        index = F.reshape_like(index, class_axis_removed(F, pred, -1))
+    nll, *others = _terms(F, pred, index, target, pred_type, logsumexp, uniform, class_weight)
+    return (F.reshape_like(nll, like), *(None if term is None else F.reshape_like(term, like) for term in others))
+
+
+def class_axis_last(F: F, array: Array, axis: int, ndim: Optional[int] = None) -> Array:
+    """Move the class axis to the end, as MXNet's fast log_softmax needs it. Of unknown rank, the axes on one side come out merged."""
+    if ndim is not None:
+        axis %= ndim
+        if axis == ndim - 1:
+            return array
+        return F.transpose(array, axes=(*range(axis), *range(axis + 1, ndim), axis))
+    if axis == -1:
+        return array
+    if axis >= 0:
+        array = F.reshape(array, shape=(0,) * (axis + 1) + (-1,))  # (before..., C, A)
+        return F.transpose(array, axes=(*range(axis), axis + 1, axis))  # (before..., A, C)
+    after = -axis - 1
+    array = F.reshape(array, shape=(-1,) + (0,) * (after + 1), reverse=True)  # (B, C, after...)
+    return F.transpose(array, axes=(0, *range(2, after + 2), 1))  # (B, after..., C)
+
+
+def class_axis_removed(F: F, pred: Array, axis: int) -> Array:
+    """Take one class of `pred`, (positions...), for its shape."""
+    return F.BlockGrad(F.squeeze(F.slice_axis(pred, axis=axis, begin=0, end=1), axis=axis))
+
+
+def same_positions(F: F, like: Array, target: Array, axis: int) -> Array:
+    """Return `like`, (positions...); in a graph, `where` refuses a `target` of other positions, which merged axes would hide."""
+    return F.where(class_axis_removed(F, target, axis), like, like)
+
+
+def weighted(F: F, term: Array, weight: Array) -> Array:
+    """Multiply; a weight of 0 removes the term, also if it is infinite or NaN: 0 * -inf is 0, in value and gradient."""
+    return F.where(weight == 0, F.zeros_like(term), term * weight)
+
+
+def _terms(
+    F: F,
+    pred: Array,
+    index: Optional[Array],
+    target: Optional[Array],
+    pred_type: str,
+    logsumexp: bool,
+    uniform: bool,
+    class_weight: Optional[Array],
+) -> Terms:
+    """Reduce the last axis of `pred`, (positions..., C)."""
+    zero = F.slice_axis(F.contrib.arange_like(pred, axis=-1), axis=0, begin=0, end=1)  # (1,)
+    if pred_type == 'logits':
+        # oneDNN's log 1 is -1.4e-6, which is nearly all of its error where p is nearly 1: measured on one class, it is taken out
+        log_p, log_1 = F.log_softmax(pred, axis=-1), F.log_softmax(zero, axis=-1)
+    else:
+        log_p, log_1 = pred if pred_type == 'log_probs' else F.log(pred), zero
+    if index is None:
+        if class_weight is not None:
+            target = target * _at_each_position(F, class_weight, log_p)
+        nll = _clamped(F, _expected_nll(F, log_p, target, log_1), _has_negative(F, target))
+    else:
+        nll = _clamped(F, _nll_at(F, log_p, index, log_1))
+    return (
+        nll,
+        _logsumexp(F, pred, log_p, log_1) if logsumexp else None,
+        _clamped(F, _uniform_nll(F, log_p, log_1, class_weight)) if uniform else None,
+    )
+
+
+def _clamped(F: F, nll: Array, is_signed: Optional[Array] = None) -> Array:
+    """Raise rounding errors below 0 to 0, and let the gradient through; not where `is_signed`."""
+    below = F.relu(-nll)
+    if is_signed is not None:
+        below = F.where(is_signed, F.zeros_like(below), below)
+    return nll + F.BlockGrad(below)
+
+
+def _nll_at(F: F, log_p: Array, index: Array, log_1: Array) -> Array:
+    """-log p of the class `index`, with `log_1` for the zero of the scale."""
+    return F.take(log_1, index, mode='clip') - F.pick(log_p, index, axis=-1)  # take broadcasts to any rank
+
+
+def _expected_nll(F: F, log_p: Array, target: Any, log_1: Array) -> Array:
+    """-sum_j target_j log p_j. Sums over classes are matrix-vector products, ten times as fast as MXNet's own sum."""
+    ones = _ones_per_class(F, log_p)
+    zero_of_scale = F.dot(target, F.broadcast_mul(log_1, ones))  # (positions...)
+    return zero_of_scale - F.dot(weighted(F, log_p, target), ones)
+
+
+def _has_negative(F: F, target: Any) -> Array:
+    """Where a target has negative entries, as a policy gradient's have: its loss may be below 0."""
+    return F.dot(F.relu(-F.BlockGrad(target)), _ones_per_class(F, target))  # (positions...), 0 where there are none
+
+
+def _uniform_nll(F: F, log_p: Array, log_1: Array, class_weight: Optional[Array]) -> Array:
+    """-1/C sum_j w_j log p_j."""
+    share = F.softmax(F.zeros_like(F.contrib.arange_like(log_p, axis=-1)))  # (C,), 1/C for each class
+    if class_weight is None:
+        return -F.dot(log_p, share)
+    return _expected_nll(F, log_p, _at_each_position(F, share * class_weight, log_p), log_1)
+
+
+def _logsumexp(F: F, logits: Array, log_p: Array, log_1: Array) -> Array:
+    """log sum_j exp z_j from the class of the largest logit, which is finite wherever the sum is."""
+    index = F.argmax(logits, axis=-1)  # (positions...)
+    return F.pick(logits, index, axis=-1) + _nll_at(F, log_p, index, log_1)
+
+
+def _at_each_position(F: F, per_class: Array, like: Array) -> Array:
+    """Repeat (C,) over (positions..., C), of whatever rank."""
+    ones = F.ones_like(F.slice_axis(like, axis=-1, begin=0, end=1))  # (positions..., 1)
+    return F.dot(ones, F.expand_dims(per_class, axis=0))
+
+
+def _ones_per_class(F: F, array: Any) -> Array:
+    """(C,) ones for an array of (positions..., C)."""
+    return F.ones_like(F.contrib.arange_like(array, axis=-1))
