@@ -6,6 +6,7 @@ import mxnet as mx
 import numpy as np
 import pytest
 import reference
+from digits import WithLoss
 from mxnet import gluon
 
 from gluon_stable_ce import StableSoftmaxCELoss, StableSoftmaxCrossEntropyLoss
@@ -182,17 +183,10 @@ def test_float16_is_computed_in_float32(classes, rng, ctx):
 
 def test_float16_is_seen_inside_a_net(ctx):
     """A net's own parameters tell the dtype of its output, so a nested loss casts too."""
-    class WithLoss(gluon.HybridBlock):
-        def __init__(self):
-            super().__init__()
-            self.scale = self.params.get('scale', shape=(1, 1), init='ones', dtype='float16')
-            self.loss_fn = StableSoftmaxCELoss()
-
-        def hybrid_forward(self, F, data, label, scale):
-            return self.loss_fn(F.broadcast_mul(data, scale), label)
-
-    net = WithLoss()
-    net.initialize()
+    scale = gluon.nn.PReLU()
+    scale.initialize()
+    scale.cast('float16')
+    net = WithLoss(scale, StableSoftmaxCELoss())
     net.hybridize()
     loss = net(mx.nd.zeros((2, 5000), dtype='float16'), mx.nd.array([4999, 4999.5]))
     assert loss.dtype == np.float32

@@ -44,8 +44,8 @@ def shown(cell):
 
 @pytest.fixture
 def execute(tmp_path, monkeypatch):
-    """Run a notebook in a copy of its folder, next to a copy of the benchmarks: the checkout is left as it is."""
-    for name in ('notebooks', 'benchmarks'):
+    """Run a notebook in a copy of its folder, next to copies of the benchmarks and examples: the checkout is left as it is."""
+    for name in ('notebooks', 'benchmarks', 'examples'):
         shutil.copytree(os.path.join(ROOT, name), str(tmp_path / name))
     for name in ('JUPYTER_RUNTIME_DIR', 'IPYTHONDIR', 'TMPDIR'):
         (tmp_path / name).mkdir()

@@ -1,4 +1,5 @@
 """The README: its tables are measured here, its blocks are run, its files are the files. UPDATE_README=1 writes what is generated."""
+import inspect
 import os
 import re
 import subprocess
@@ -9,6 +10,7 @@ import mxnet as mx
 import numpy as np
 import pytest
 import reference
+from digits import WithLoss
 from modes import VERSION
 
 from gluon_stable_ce import StableCrossEntropy, StableSoftmaxCELoss
@@ -99,6 +101,10 @@ def test_shell_blocks_are_commands_that_exist(tmp_path):
 
 def test_the_distributed_example_is_the_one_that_is_tested():
     check_section('tests/dist_train.py', f"```python\n{read('tests/dist_train.py')}```\n")
+
+
+def test_with_loss_is_the_block_of_the_example():
+    check_section('WithLoss', f'```python\n{inspect.getsource(WithLoss)}```\n')
 
 
 def test_the_benchmark_is_the_one_that_was_measured():
