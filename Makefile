@@ -18,13 +18,13 @@ help:
 demo: $(VENV)/.cpu-demo
 	$(BIN)/python examples/digits.py $(ARGS)
 
-test: $(VENV)/.cpu-demo-docs-onnx-test
+test: $(VENV)/.cpu-docs-onnx-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest $(ARGS)
 
-quick: $(VENV)/.cpu-demo-docs-onnx-test
+quick: $(VENV)/.cpu-docs-onnx-test
 	$(BIN)/python -m pytest -m 'not slow and not dist' $(ARGS)
 
 # Nothing else should run meanwhile. PyTorch has an environment of its own, since it wants another NumPy.
@@ -42,7 +42,7 @@ test-matrix: $(MATRIX:%=.venv-%/.ready)
 
 .venv-%/.ready: setup.cfg
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/pip install --quiet --editable '.[demo,test]' 'mxnet==$*'
+	$(@D)/bin/pip install --quiet --editable '.[test]' 'mxnet==$*'
 	touch $@
 
 docs: $(VENV)/.cpu-docs

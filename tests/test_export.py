@@ -228,6 +228,7 @@ def test_what_is_exported_is_worth_comparing(exported):
         assert_same(wrong, ['loss'])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('names', [
     CLASSIC, pytest.param(NP, marks=pytest.mark.skipif(mx.__version__.startswith('1.6'), reason='MXNet 1.6 loads np graphs as classic ones')),
 ], ids=['nd', 'np'])
@@ -238,6 +239,7 @@ def test_symbol_block_imports(names, exported, ctx):
         assert_same(answers(SYMBOL_BLOCK, exported, names, mx.cpu(1)))
 
 
+@pytest.mark.slow
 def test_load_checkpoint_and_module(exported, ctx):
     """Except for 'time-first', as a Module slices whatever comes out along its first axis. What it trains is the net, not the class weights."""
     assert_same(answers(MODULE, exported, [name for name in CLASSIC if name != 'time-first'], ctx))

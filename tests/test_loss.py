@@ -220,7 +220,9 @@ def test_gradients_by_central_differences(rng, ctx):
         np.testing.assert_allclose(gradient[index], (around[0] - around[1]) / (2 * step), rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize(('classes', 'bound'), [(2, 6e-6), (10, 8e-6), (252, 8e-6), (507, 8e-6), (1000, 8e-6), (50257, 6e-5)])
+@pytest.mark.parametrize(('classes', 'bound'), [
+    (2, 6e-6), (10, 8e-6), (252, 8e-6), (507, 8e-6), (1000, 8e-6), pytest.param(50257, 6e-5, marks=pytest.mark.slow),
+])
 def test_the_stated_bounds(classes, bound, rng, ctx):
     """Of the docstring's Numerics: over logits that leave little, some and nearly all of the probability to the label."""
     if not modes.ONEDNN:

@@ -82,6 +82,7 @@ def test_python_blocks_run_in_order(tmp_path, monkeypatch):
     assert np.isfinite(namespace['nats'])
 
 
+@pytest.mark.slow
 def test_shell_blocks_are_commands_that_exist(tmp_path):
     """They are make's targets, of which CI runs demo and test as they stand here, and the audit, which runs here."""
     commands = [line for block in blocks_of('') for line in block.splitlines()]
