@@ -4,23 +4,28 @@ VENV := .venv
 BIN := $(VENV)/bin
 MATRIX := 1.8.0.post0 1.7.0.post2 1.6.0
 
-.PHONY: help demo test bench docs test-matrix clean
+.PHONY: help demo test quick bench docs test-matrix clean
 
 help:
-	@echo 'make demo         train on real digits, and see what an epsilon hides'
-	@echo 'make test         linter, types, doctests and tests'
+	@echo 'make demo         train on real digits, and compare the metrics (examples/digits.py)'
+	@echo 'make test         linter, formatter, types, doctests and tests'
+	@echo 'make quick        the tests that are neither slow nor distributed, in less than a minute'
 	@echo 'make bench        measure speed, memory and accuracy (WITH=torch adds PyTorch)'
 	@echo 'make docs         the API reference as HTML'
 	@echo 'make test-matrix  the tests on every supported MXNet'
 	@echo 'make clean        remove all environments'
 
 demo: $(VENV)/.cpu-demo
-	$(BIN)/python -m gluon_stable_ce demo $(ARGS)
+	$(BIN)/python examples/digits.py $(ARGS)
 
-test: $(VENV)/.cpu-demo-docs-onnx-test
+test: $(VENV)/.cpu-docs-onnx-test
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest $(ARGS)
+
+quick: $(VENV)/.cpu-docs-onnx-test
+	$(BIN)/python -m pytest -m 'not slow and not dist' $(ARGS)
 
 # Nothing else should run meanwhile. PyTorch has an environment of its own, since it wants another NumPy.
 bench: $(VENV)/.cpu-demo $(if $(filter torch,$(WITH)),.venv-torch/bin/torch-is-here)
@@ -37,7 +42,7 @@ test-matrix: $(MATRIX:%=.venv-%/.ready)
 
 .venv-%/.ready: setup.cfg
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/pip install --quiet --editable '.[demo,test]' 'mxnet==$*'
+	$(@D)/bin/pip install --quiet --editable '.[test]' 'mxnet==$*'
 	touch $@
 
 docs: $(VENV)/.cpu-docs

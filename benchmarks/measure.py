@@ -1,4 +1,5 @@
-"""How to measure: medians of interleaved calls, memory of a fresh process, and what the machine itself can do."""
+"""Ways to measure: medians of interleaved calls, memory of a fresh process, bandwidth of the machine."""
+
 import json
 import os
 import random
@@ -14,11 +15,12 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 def medians(calls, seconds=1.0, least=7, most=3000):
-    """Median time of each call and its quartiles, in seconds. The calls take turns, in changing order, so that whatever one leaves behind,
-    and whatever the machine does, hits all alike.
+    """Return the median time of each call and its quartiles, in seconds.
+
+    The calls take turns in a random order, so that caches and other load on the machine affect all alike.
     """
     times = {name: [] for name in calls}
-    for call in calls.values():  # twice to warm up: the first call builds graphs
+    for call in calls.values():  # the first call builds graphs
         call()
         call()
     begin = time.perf_counter()
@@ -29,13 +31,17 @@ def medians(calls, seconds=1.0, least=7, most=3000):
             call()
             times[name].append(time.perf_counter() - start)
         rounds += 1
-    return {name: dict(zip(('median', 'low', 'high'), np.percentile(taken, [50, 25, 75]).tolist())) for name, taken in times.items()}
+    return {
+        name: dict(zip(('median', 'low', 'high'), np.percentile(taken, [50, 25, 75]).tolist()))
+        for name, taken in times.items()
+    }
 
 
-def epochs(metrics, updates):
-    """Of each (metric, labels, preds) the median times, in seconds, of an update, and of an epoch with the get() at its end, per update.
+def epochs(metrics, updates, seconds=1.0, least=7):
+    """Return the median times of an update, and of an epoch per update, in seconds, of each metric.
 
-    The second has all the work in it, also what the updates have put off.
+    `metrics` has (metric, labels, preds) for each contender. An epoch ends with a get(), and so includes the
+    work that the updates deferred.
     """
     single = {name: [] for name in metrics}
 
@@ -48,39 +54,48 @@ def epochs(metrics, updates):
             single[name].append(time.perf_counter() - start)
         metric.get()
 
-    whole = medians({name: partial(epoch, name) for name in metrics})
-    return {name: {'update': float(np.median(single[name])), 'epoch': whole[name]['median'] / updates} for name in metrics}
+    whole = medians({name: partial(epoch, name) for name in metrics}, seconds, least)
+    return {
+        name: {'update': float(np.median(single[name])), 'epoch': whole[name]['median'] / updates}
+        for name in metrics
+    }
 
 
 def bandwidth(megabytes=256):
-    """Bytes that all cores together can read or write per second, from copying arrays that no cache holds."""
+    """Return the bytes per second that all cores together read or write when they copy large arrays."""
     cores = os.cpu_count()
-    arrays = [np.ones(megabytes * 2 ** 20 // 8 // cores) for _ in range(2 * cores)]
+    arrays = [np.ones(megabytes * 2**20 // 8 // cores) for _ in range(2 * cores)]
 
     def copy():
-        threads = [threading.Thread(target=np.copyto, args=arrays[2 * i:2 * i + 2]) for i in range(cores)]
+        threads = [threading.Thread(target=np.copyto, args=arrays[2 * i : 2 * i + 2]) for i in range(cores)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
 
-    return 2 * megabytes * 2 ** 20 / medians({'copy': copy}, least=15, seconds=1)['copy']['median']
+    return 2 * megabytes * 2**20 / medians({'copy': copy}, least=15, seconds=1)['copy']['median']
 
 
 def in_fresh_process(python, what, *args):
-    """The JSON that ``measure.py what args...`` prints."""
-    done = subprocess.run([python, os.path.join(HERE, 'measure.py'), what, *map(str, args)], capture_output=True, text=True, check=False)
+    """Return the JSON that ``measure.py what args...`` prints."""
+    done = subprocess.run(
+        [python, os.path.join(HERE, 'measure.py'), what, *map(str, args)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
         raise RuntimeError(f'{what} {args}: {done.stderr}')
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def peak_memory(case, contender):
-    """Bytes of resident set that three steps need at their peak, over what the process holds with the data in place."""
+    """Return the peak resident set of three steps in bytes, less what the process holds before them."""
     import cases
+
     steps = cases.make_torch(case) if contender == cases.TORCH else cases.make(case, contender)
     with open('/proc/self/clear_refs', 'w') as file:
-        file.write('5')  # forget the peak so far
+        file.write('5')  # resets the peak
     before = _status('VmRSS')
     for _ in range(3):
         steps[1]()
@@ -94,17 +109,22 @@ def _status(field):
 
 def main(what, index, contender=None):
     import cases
+
     case = cases.CASES[int(index)]
     if what == 'memory':
         print(json.dumps(peak_memory(case, contender)))
     elif what == 'torch':
         forward, both, each = cases.make_torch(case)
-        result = {'forward': medians({'': forward})[''], 'both': medians({'': both})[''], 'version': __import__('torch').__version__}
-        print(json.dumps({**result, **errors(each(), cases.truth(case, *cases.data(case)))}))
+        result = {
+            'forward': medians({'': forward})[''],
+            'both': medians({'': both})[''],
+            'version': __import__('torch').__version__,
+        }
+        print(json.dumps({**result, **errors(each(), cases.truth(case))}))
 
 
 def errors(values, truth):
-    """Largest absolute error, and largest relative error of losses above 0.01."""
+    """Return the largest absolute error, and the largest relative error of losses above 0.01."""
     off = np.abs(values - truth)
     large = truth > 0.01
     return {'absolute': float(off.max()), 'relative': float((off[large] / truth[large]).max(initial=0))}

@@ -1,5 +1,6 @@
-"""What all tests share: the contexts to run on, the modes to run in, and one seed."""
+"""What all tests share: the contexts to run on, the modes to run in, one seed, and the examples as modules."""
 import os
+import sys
 
 import hypothesis
 import mxnet as mx
@@ -9,6 +10,8 @@ import pytest
 hypothesis.settings.register_profile('default', deadline=None, max_examples=60)
 hypothesis.settings.register_profile('ci', deadline=None, max_examples=60, derandomize=True)
 hypothesis.settings.load_profile('ci' if os.environ.get('CI') else 'default')
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'examples'))
 
 GPU = pytest.mark.skipif(mx.context.num_gpus() == 0, reason='this machine has no GPU that MXNet can use')
 

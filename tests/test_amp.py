@@ -12,6 +12,7 @@ def run(code):
     return subprocess.run([sys.executable, '-c', textwrap.dedent(code)], capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(tuple(map(int, mx.__version__.split('.')[:2])) < (1, 7), reason='MXNet has bfloat16 since 1.7')
 def test_a_net_trains_in_bfloat16_on_the_cpu():
     code = """

@@ -249,6 +249,7 @@ def test_an_epsilon_only_ever_hides(seed, count, classes, eps):
 
 # --- layouts and chunks ---------------------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 @pytest.mark.parametrize('chunk', [1, 37, 2 ** 20])
 @pytest.mark.parametrize('pred_type', ['probs', 'logits', 'log_probs'])
 def test_layouts_and_chunks_change_nothing(monkeypatch, tmp_path, pred_type, chunk):
@@ -569,6 +570,7 @@ def python(*arguments, cwd):
     return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_the_command_line(files):
     done = python('-m', 'gluon_stable_ce', 'audit', 'pred.npy', 'label.npy', '--plot', 'a.png', '--max-error', '1e-6', cwd=files)
     assert (done.returncode, done.stderr) == (1, '')
@@ -592,6 +594,7 @@ print(next(int(line.split()[1]) for line in open('/proc/self/status') if line.st
 '''  # not getrusage: its maximum outlives exec, and would be that of the test's own process
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='reads the peak memory from /proc')
 def test_memory_stays_small(tmp_path):
     """400 MB of predictions, in a memory map and in an archive, cost less than 100 MB on top of what the import costs."""

@@ -29,6 +29,7 @@ def test_functions_for_hybrid_blocks_say_their_shapes():
         assert '(positions...' in doc or '(...' in doc or '(C,)' in doc or 'loss, counted' in doc or name in ('weighted', 'class_axis_last')
 
 
+@pytest.mark.slow
 def test_it_builds_without_a_warning(tmp_path):
     pytest.importorskip('numpydoc', reason='the reference needs the docs extra')
     done = subprocess.run([sys.executable, '-m', 'sphinx', '-W', '--keep-going', '-q', '-b', 'html', os.path.join(ROOT, 'docs'), str(tmp_path)],

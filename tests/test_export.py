@@ -10,6 +10,7 @@ import modes
 import mxnet as mx
 import numpy as np
 import pytest
+from digits import WithLoss
 from mxnet import autograd, gluon
 from mxnet.base import _LIB, check_call
 
@@ -124,27 +125,25 @@ assert 'gluon_stable_ce' not in sys.modules
 """
 
 
-class NetWithLoss(gluon.HybridBlock):
-    """(data, label, sample_weight) to loss; 5 classes on axis 1, or as log-probabilities on the last axis."""
-
-    def __init__(self, loss_fn, log_probs=False):
-        super().__init__()
-        self.log_probs = log_probs
-        with self.name_scope():
-            self.body = gluon.nn.Dense(5, flatten=False, in_units=6) if log_probs else gluon.nn.Conv2D(5, 3, padding=1, in_channels=2)
-        self.loss_fn = loss_fn
-
-    def hybrid_forward(self, F, data, label, sample_weight):
-        pred = self.body(data)
-        return self.loss_fn(F.log_softmax(pred, axis=-1) if self.log_probs else pred, label, sample_weight)
+def build_net(log_probs):
+    """Return a net of 5 classes: logits on axis 1, or log-probabilities on the last axis."""
+    if not log_probs:
+        return gluon.nn.Conv2D(5, 3, padding=1, in_channels=2)
+    net = gluon.nn.HybridSequential()
+    net.add(
+        gluon.nn.Dense(5, flatten=False, in_units=6),
+        gluon.nn.HybridLambda(lambda F, pred: F.log_softmax(pred, axis=-1)),
+    )
+    return net
 
 
 def build(name, rng):
-    """A net of which only the body is initialised, with its loss; and inputs with ignored and invalid labels among them, NumPy float32."""
+    """Return an initialised net with its loss, and inputs that include ignored and invalid labels, NumPy float32."""
     options = GRAPHS[name]
     log_probs = options.get('from_logits', False)
-    net = NetWithLoss(StableSoftmaxCELoss(**options), log_probs)
-    net.body.initialize(mx.init.Normal(1))
+    net = build_net(log_probs)
+    net.initialize(mx.init.Normal(1))
+    both = WithLoss(net, StableSoftmaxCELoss(**options))
     data = rng.normal(0, 1, (3, 4, 6) if log_probs else (4, 2, 3, 7))
     label = rng.randint(-1, 5, (3, 4) if log_probs else (4, 3, 7)).astype('float32')
     if options.get('sparse_label', True):
@@ -153,7 +152,7 @@ def build(name, rng):
     else:
         label = np.moveaxis(rng.dirichlet(np.ones(5), label.shape), -1, 1)
     sample_weight = rng.uniform(0.5, 2, (3, 4, 1) if log_probs else (4, 1, 1, 1))
-    return net, [array.astype('float32') for array in (data, label, sample_weight)]
+    return both, [array.astype('float32') for array in (data, label, sample_weight)]
 
 
 def loss_and_gradient(net, inputs, array=mx.nd.array):
@@ -229,6 +228,7 @@ def test_what_is_exported_is_worth_comparing(exported):
         assert_same(wrong, ['loss'])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('names', [
     CLASSIC, pytest.param(NP, marks=pytest.mark.skipif(mx.__version__.startswith('1.6'), reason='MXNet 1.6 loads np graphs as classic ones')),
 ], ids=['nd', 'np'])
@@ -239,6 +239,7 @@ def test_symbol_block_imports(names, exported, ctx):
         assert_same(answers(SYMBOL_BLOCK, exported, names, mx.cpu(1)))
 
 
+@pytest.mark.slow
 def test_load_checkpoint_and_module(exported, ctx):
     """Except for 'time-first', as a Module slices whatever comes out along its first axis. What it trains is the net, not the class weights."""
     assert_same(answers(MODULE, exported, [name for name in CLASSIC if name != 'time-first'], ctx))

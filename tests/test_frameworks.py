@@ -282,6 +282,7 @@ def train(folder, *wait_at):
     return epochs
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, 'SIGKILL'), reason='this system has no SIGKILL')
 def test_a_run_that_was_killed_twice_reports_what_it_would_have(tmp_path):
     """To the last bit, local and global window. A metric that starts anew with the second process does not."""

@@ -57,20 +57,24 @@ def sums_of(workers, calls=3):
     return [[sum(column) for column in zip(*(numbers_of(rank, call) for rank in range(workers)))] for call in range(calls)]
 
 
+@pytest.mark.dist
 @pytest.mark.parametrize(('kind', 'workers', 'servers'), [('dist_sync', 2, 1), ('dist_sync', 3, 2), ('dist_async', 2, 1)])
 def test_sums_are_exact_call_after_call(kind, workers, servers):
     assert answers_of('reduces', kind, workers=workers, servers=servers) == [sums_of(workers)] * workers
 
 
+@pytest.mark.dist
 def test_one_distributed_worker_is_its_own_sum():
     assert answers_of('reduces', workers=1) == [sums_of(1)]
 
 
+@pytest.mark.dist
 def test_many_calls_find_keys_that_every_server_has():
     """Two servers, and keys so great that key * 9973 leaves the int32 that MXNet computes it in."""
     assert answers_of('reduces_from', str(215329 - 6), servers=2) == [sums_of(2, 8)] * 2
 
 
+@pytest.mark.dist
 @pytest.mark.parametrize(('kind', 'optimizer', 'update_on_kvstore', 'devices'), [
     ('dist_sync', 'sgd', True, 1),  # with multi_precision, where servers keep float64 values in float32
     ('dist_sync', 'adam', True, 2),
@@ -88,6 +92,7 @@ def test_a_store_that_trains_carries_numbers_too_and_trains_the_same(kind, optim
         assert [answer['weight'] for answer in answers + answers_of(*call, 'False')] == [answers[0]['weight']] * 4
 
 
+@pytest.mark.dist
 @pytest.mark.parametrize(('case', 'pulled'), [('names', 2), ('compression', 1)])
 def test_a_store_that_cannot_carry_numbers_says_so_on_every_worker_and_goes_on(case, pulled):
     for message, out in answers_of('refused', case):
@@ -177,6 +182,7 @@ def test_bad_input(store, numbers, error, message):
         all_reduce(store, numbers)
 
 
+@pytest.mark.dist
 @pytest.mark.parametrize(('shards', 'workers'), [('even', 2), ('even', 3), ('uneven', 2), ('uneven', 3)])
 def test_a_metric_is_the_wholes_on_every_worker(shards, workers):
     """Exactly what one process over all data says, whether a worker has no data or is asked twice."""
@@ -201,6 +207,7 @@ def test_a_metric_of_one_process_stays_as_it_is(kind):
     assert (metric.get(), metric.num_inst) == before
 
 
+@pytest.mark.dist
 def test_distributed_training_reports_one_number(tmp_path):
     """The example of the README: every worker says the same of every epoch, and the last is true of the net that was saved."""
     pytest.importorskip('sklearn', reason='the example trains on digits that come with scikit-learn')

@@ -44,8 +44,8 @@ def shown(cell):
 
 @pytest.fixture
 def execute(tmp_path, monkeypatch):
-    """Run a notebook in a copy of its folder, next to a copy of the benchmarks: the checkout is left as it is."""
-    for name in ('notebooks', 'benchmarks'):
+    """Run a notebook in a copy of its folder, next to copies of the benchmarks and examples: the checkout is left as it is."""
+    for name in ('notebooks', 'benchmarks', 'examples'):
         shutil.copytree(os.path.join(ROOT, name), str(tmp_path / name))
     for name in ('JUPYTER_RUNTIME_DIR', 'IPYTHONDIR', 'TMPDIR'):
         (tmp_path / name).mkdir()
@@ -60,6 +60,7 @@ def execute(tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 @runs
 @pytest.mark.parametrize('name', NOTEBOOKS)
 def test_it_runs_and_shows_what_is_committed(name, execute, tmp_path):
@@ -73,6 +74,7 @@ def test_it_runs_and_shows_what_is_committed(name, execute, tmp_path):
     assert [name for name in os.listdir(str(tmp_path / 'TMPDIR')) if name.startswith('tmp')] == [], 'it leaves temporary files'
 
 
+@pytest.mark.slow
 @runs
 def test_the_kernel_is_this_python_and_errors_are_seen(execute):
     cells = [nbformat.v4.new_code_cell(f'import sys\nassert sys.executable == {sys.executable!r}'), nbformat.v4.new_code_cell('assert 1 == 2')]

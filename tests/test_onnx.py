@@ -6,6 +6,7 @@ import sys
 import mxnet as mx
 import numpy as np
 import pytest
+from digits import WithLoss
 from mxnet import gluon
 
 from gluon_stable_ce import StableSoftmaxCrossEntropyLoss
@@ -172,21 +173,11 @@ def test_dynamic_batch(rank_known, opset, rng, tmp_path):
         np.testing.assert_allclose(run(path, {'data0': arrays[0], 'data1': arrays[1]}, opset), eager(loss, arrays), **CLOSE)
 
 
-class NetWithLoss(gluon.HybridBlock):
-    def __init__(self):
-        super().__init__()
-        with self.name_scope():
-            self.net = gluon.nn.HybridSequential()
-            self.net.add(gluon.nn.Conv2D(4, 3, activation='relu'), gluon.nn.BatchNorm(), gluon.nn.Dense(16), gluon.nn.Dense(5))
-            self.loss = StableSoftmaxCrossEntropyLoss(ignore_label=-1, class_weight=WEIGHTS)
-
-    def hybrid_forward(self, F, data, label):
-        return self.loss(self.net(data), label)
-
-
 @opsets
 def test_net_and_loss_in_one_graph(opset, rng, tmp_path):
-    block = NetWithLoss()
+    net = gluon.nn.HybridSequential()
+    net.add(gluon.nn.Conv2D(4, 3, activation='relu'), gluon.nn.BatchNorm(), gluon.nn.Dense(16), gluon.nn.Dense(5))
+    block = WithLoss(net, StableSoftmaxCrossEntropyLoss(ignore_label=-1, class_weight=WEIGHTS))
     block.initialize(mx.init.Xavier())
     block.hybridize()
     feed = {'data0': rng.normal(size=(5, 3, 6, 6)).astype('float32'), 'data1': np.array([0, -1, 4, 9, 2], 'float32')}

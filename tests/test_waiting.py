@@ -10,6 +10,7 @@ import pytest
 from gluon_stable_ce import StableCrossEntropy, StableLoss
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='reads the resident set from /proc, which is Linux')
 def test_memory_stays_flat_over_100000_updates_without_a_get():
     code = """
@@ -37,6 +38,7 @@ def test_memory_stays_flat_over_100000_updates_without_a_get():
     assert float(done.stdout) < 8
 
 
+@pytest.mark.slow
 def test_an_update_returns_while_the_device_still_works():
     """The device is kept busy with a product of matrices; the updates are done long before it is."""
     size = mx.nd.random.normal(shape=(1500, 1500))
