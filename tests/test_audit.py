@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gluon_stable_ce
-from gluon_stable_ce import _files
+from gluon_stable_ce.audit import arrays, files as _files
 from gluon_stable_ce.audit import Audit, add_arguments, audit, run
 
 ROOT = os.path.dirname(os.path.dirname(gluon_stable_ce.__file__))
