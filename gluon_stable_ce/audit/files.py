@@ -36,7 +36,7 @@ def read_files(paths: List[str]) -> Tuple[np.ndarray, np.ndarray]:
     Raises
     ------
     OSError
-        If a file cannot be opened.
+        If a file is not there.
     ValueError
         If a file is not a regular one, is not what its suffix says, is damaged, holds pickled objects or
         lacks one of the two arrays, or if an array is empty.
@@ -71,8 +71,6 @@ def _read_safely(read, path):
         with warnings.catch_warnings():  # the parsers of a damaged header warn before they fail
             warnings.simplefilter('ignore')
             return read(path)
-    except OSError:
-        raise
     except Exception as error:  # which one NumPy, zipfile or MXNet raises depends on the bytes
         raise ValueError(f'{path}: cannot be read: {error or type(error).__name__}') from error
 
