@@ -53,10 +53,10 @@ def imports_of(name):
 
 def test_data_flows_one_way_and_rooms_stay_small():
     """Nothing lower imports anything higher; the operators' API is known in one file; no file grows beyond 250 lines."""
-    order = ['_ops', 'functional', '_door', '_sums', 'kvstore', '_deferred', '_class_weight', 'metric', 'loss', '_files', '_report', 'audit',
+    order = ['_ops', 'functional', '_door', '_sums', 'kvstore', '_deferred', '_class_weight', 'metric', 'loss', 'audit',
              'demo', '__main__', '__init__', 'onnx']
     files = [name for name in os.listdir(PACKAGE) if name.endswith('.py')]
-    assert sorted(name[:-3] for name in files) == sorted(order)
+    assert sorted(name[:-3] for name in files) == sorted({*order} - {'audit'})  # which is a folder
     for name in files:
         for imported in imports_of(name) - {'__version__'}:
             assert order.index(imported) < order.index(name[:-3]), (name, imported)
