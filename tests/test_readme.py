@@ -97,7 +97,7 @@ def test_shell_blocks_are_commands_that_exist(tmp_path):
             args = [sys.executable, *command.split()[1:]]
             done = subprocess.run(args, cwd=tmp_path, env={**os.environ, 'PYTHONPATH': ROOT}, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
-            assert (tmp_path / 'nll.png').exists()
+            assert done.stdout.startswith('samples counted')
 
 
 def test_the_distributed_example_is_the_one_that_is_tested():

@@ -1,0 +1,447 @@
+"""The files of the audit, good and bad, read through the command as its users run it."""
+
+import io
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import zipfile
+
+import mxnet as mx
+import numpy as np
+import pytest
+from audit_cases import command, distributions, labels_for, strict_json
+
+import gluon_stable_ce
+from gluon_stable_ce.audit import audit
+from gluon_stable_ce.audit import command as command_module
+from gluon_stable_ce.audit.files import read_files
+
+ROOT = os.path.dirname(os.path.dirname(gluon_stable_ce.__file__))
+
+
+# --- good files
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A folder with the same predictions and labels in every format."""
+    pred, label = distributions(300, 6), labels_for(300, 6)
+    np.save(tmp_path / 'pred.npy', pred)
+    np.save(tmp_path / 'label.npy', label)
+    np.save(tmp_path / 'fortran.npy', np.asfortranarray(pred))
+    np.savez(tmp_path / 'both.npz', pred=pred, label=label, other=label)
+    np.savez_compressed(tmp_path / 'compressed.npz', pred=pred, label=label[:, None])
+    np.savez(tmp_path / 'fortran.npz', pred=np.asfortranarray(pred), label=label)
+    dictionary = {'pred': mx.nd.array(pred), 'other': mx.nd.ones(1), 'label': mx.nd.array(label)}
+    mx.nd.save(str(tmp_path / 'both.params'), dictionary)
+    mx.nd.save(str(tmp_path / 'both.nd'), [mx.nd.array(pred), mx.nd.array(label, dtype='int64')])
+    with mx.util.np_shape(True):
+        mx.nd.save(str(tmp_path / 'numpy_mode.nd'), [mx.nd.array(pred), mx.nd.array(label)])
+    return tmp_path
+
+
+GOOD_FILES = [
+    ['pred.npy', 'label.npy'],
+    ['fortran.npy', 'label.npy'],
+    ['both.npz'],
+    ['compressed.npz'],
+    ['fortran.npz'],
+    ['both.params'],
+    ['both.nd'],
+    ['numpy_mode.nd'],
+]
+
+
+@pytest.mark.parametrize('names', GOOD_FILES, ids=' '.join)
+def test_every_format_gives_the_same_result(files, names, capsys):
+    assert command(*(files / name for name in names), '--json') == 0
+    out, err = capsys.readouterr()
+    assert strict_json(out) == audit(distributions(300, 6), labels_for(300, 6)).as_dict()
+    assert not err
+
+
+@pytest.mark.parametrize('dtype', ['float16', 'float32', 'float64', 'uint8', 'int8', 'int32', 'int64'])
+def test_params_of_every_dtype_are_read(tmp_path, dtype):
+    path = str(tmp_path / 'a.params')
+    mx.nd.save(path, [mx.nd.ones((3, 2, 4)), mx.nd.ones((3, 2), dtype=dtype)])
+    pred, label = read_files([path])
+    assert (pred.shape, pred.dtype, label.shape, label.dtype) == ((3, 2, 4), 'float32', (3, 2), dtype)
+    np.testing.assert_equal(label, 1)
+
+
+def test_npy_files_are_memory_mapped(files):
+    pred, label = read_files([str(files / 'pred.npy'), str(files / 'label.npy')])
+    assert isinstance(pred, np.memmap)
+    assert isinstance(label, np.memmap)
+
+
+# --- the command
+
+
+def test_flags_reach_the_function(tmp_path, capsys):
+    pred, label = np.random.RandomState(0).randn(5, 40).astype('float32'), labels_for(40, 5)
+    np.savez(tmp_path / 'a.npz', pred=pred, label=label)
+    flags = ['--json', '--pred-type', 'logits', '--axis', '0', '--ignore-label', '2', '--eps', '0.25']
+    assert command(tmp_path / 'a.npz', *flags) == 0
+    found = audit(pred, label, pred_type='logits', axis=0, ignore_label=2, eps=0.25)
+    assert strict_json(capsys.readouterr().out) == found.as_dict()
+    assert found.ignored == (label == 2).sum() > 0
+
+
+@pytest.mark.parametrize(
+    ('p', 'bound', 'code'),
+    [
+        pytest.param(0.5, '0.01', 0, id='equal'),
+        pytest.param(1e-20, '0.01', 1, id='stock 27.63, exact 46.05'),
+        pytest.param(1e-20, '0.39', 1, id='just above the bound'),
+        pytest.param(1e-20, '0.41', 0, id='just below the bound'),
+        pytest.param(0.0, '0.01', 1, id='exact is infinite'),
+        pytest.param(float('nan'), '0.01', 1, id='nothing to compare'),
+    ],
+)
+def test_max_error_sets_the_exit_code(tmp_path, capsys, p, bound, code):
+    np.savez(tmp_path / 'a.npz', pred=np.array([[p, 1 - p]] * 3), label=np.zeros(3, int))
+    assert command(tmp_path / 'a.npz', '--max-error', bound) == code
+    assert command(tmp_path / 'a.npz') == 0
+    assert not capsys.readouterr().err
+
+
+def python(*arguments, cwd):
+    environment = {**os.environ, 'PYTHONPATH': os.pathsep.join([ROOT, os.environ.get('PYTHONPATH', '')])}
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_command_line_prints_the_table_and_saves_the_plot(files):
+    names = ['pred.npy', 'label.npy', '--plot', 'a.png', '--max-error', '1e-6']
+    done = python('-m', 'gluon_stable_ce', 'audit', *names, cwd=files)
+    assert (done.returncode, done.stderr) == (1, '')
+    assert done.stdout.rstrip('\n') == audit(distributions(300, 6), labels_for(300, 6)).table()
+    assert (files / 'a.png').stat().st_size > 10000
+
+
+def test_command_line_exits_2_with_one_line_on_bad_files(files):
+    done = python('-m', 'gluon_stable_ce', 'audit', 'label.npy', 'pred.npy', cwd=files)
+    assert (done.returncode, done.stdout) == (2, '')
+    assert done.stderr == 'audit: pred: expected float16, float32 or float64, got int64\n'
+
+
+def test_example_in_the_help_runs(tmp_path):
+    text = python('-m', 'gluon_stable_ce', 'audit', '--help', cwd=tmp_path).stdout
+    lines = text[text.index('example:') :].splitlines()[1:3]
+    script = '\n'.join(line.strip().replace('python', f'"{sys.executable}"', 1) for line in lines)
+    done = subprocess.run(
+        script,
+        shell=True,
+        cwd=tmp_path,
+        env={**os.environ, 'PYTHONPATH': ROOT},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (1, '')
+    assert 'samples with p < eps' in done.stdout
+
+
+@pytest.fixture
+def no_reading(monkeypatch):
+    """Fail if the command reads a file."""
+
+    def fail(paths):
+        raise AssertionError('a file was read')
+
+    monkeypatch.setattr(command_module, 'read_files', fail)
+
+
+def test_plot_without_matplotlib_fails_before_anything_is_read(no_reading, files, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
+    assert command(files / 'both.npz', '--plot', files / 'a.png') == 2
+    out, err = capsys.readouterr()
+    assert (out, err) == ('', 'audit: a plot needs matplotlib: pip install "matplotlib<3.9"\n')
+
+
+@pytest.mark.parametrize(('path', 'message'), [('a.xyz', 'got xyz'), ('nowhere/a.png', 'No such file')])
+def test_plot_that_cannot_be_saved_fails_before_anything_is_read(no_reading, files, path, message, capsys):
+    assert command(files / 'both.npz', '--plot', path) == 2
+    out, err = capsys.readouterr()
+    assert not out
+    assert message in err
+
+
+def test_an_unexpected_error_exits_2_with_one_line(files, monkeypatch, capsys):
+    monkeypatch.setattr(command_module, 'read_files', lambda paths: {}['a\nb'])
+    assert command(files / 'both.npz') == 2
+    assert capsys.readouterr().err == "audit: unexpected KeyError: 'a\\nb'\n"
+
+
+# --- bad files
+
+
+class Bomb:
+    """An object that creates a file when it is unpickled."""
+
+    def __reduce__(self):
+        return open, ('exploded', 'w')
+
+
+def save(path, content):
+    """Write bytes, an array, the arrays of an archive, or the array or list of ``mx.nd.save``."""
+    if callable(content):
+        content(path)
+        return
+    with open(path, 'wb') as file:
+        if isinstance(content, bytes):
+            file.write(content)
+        elif isinstance(content, dict):
+            np.savez(file, **content)
+        else:
+            np.save(file, content, allow_pickle=True)
+
+
+def npz(**members):
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, 'w') as archive:
+        for name, content in members.items():
+            archive.writestr(name + '.npy', content)
+    return stream.getvalue()
+
+
+def npy(array, header=None, body=None):
+    """Bytes of an .npy file, of another header or body than its array's if given."""
+    stream = io.BytesIO()
+    np.save(stream, array)
+    if header is None:
+        header = stream.getvalue()[10:][: -array.nbytes].decode()
+    if body is None:
+        body = array.tobytes()
+    return b'\x93NUMPY\x01\x00' + struct.pack('<H', len(header)) + header.encode() + body
+
+
+def shaped(shape, dtype='<f8'):
+    return f"{{'descr': {dtype!r}, 'fortran_order': False, 'shape': {shape}, }}\n"
+
+
+def params(content):
+    return lambda path: mx.nd.save(path, content)
+
+
+def params_bytes(pred_shape=(4, 2), dtype=0, storage=0, version=0xF993FAC9, count=2, names=b''):
+    """Bytes of an ``mx.nd.save`` file of two float32 arrays of sizes 8 and 4, with other words in the header."""
+    data = struct.pack('<QQQ', 0x112, 0, count)
+    for shape, numbers in ((pred_shape, [0.5] * 8), ((4,), [0.0] * 4)):
+        data += struct.pack('<Iii', version, storage, len(shape)) + struct.pack(f'<{len(shape)}q', *shape)
+        data += struct.pack('<iii', 1, 0, dtype) + struct.pack(f'<{len(numbers)}f', *numbers)
+    return data + (names or struct.pack('<Q', 0))
+
+
+GOOD, LABEL = np.full((4, 2), 0.5), np.zeros(4, int)
+BOTH = {'pred': GOOD, 'label': LABEL}
+BOMBS = np.array([Bomb()] * 4)
+FILES = ['a.npy', 'b.npy']
+
+
+def header_case(shape, dtype='<f8'):
+    return FILES, {'a.npy': npy(GOOD, shaped(shape, dtype)), 'b.npy': LABEL}, 'audit: '
+
+
+def member_case(shape, dtype='<f8'):
+    return ['a.npz'], {'a.npz': npz(pred=npy(GOOD, shaped(shape, dtype)), label=npy(LABEL))}, 'audit: '
+
+
+def params_case(message='a.params: cannot be read: ', **changed):
+    return ['a.params'], {'a.params': params_bytes(**changed)}, message
+
+
+SHAPES = {
+    '2**63 rows': (2**63, 2),
+    '2**53 + 1 classes': (1, 2**53 + 1),
+    '2**53 + 1 classes, no rows': (0, 2**53 + 1),
+    'a size that overflows to 0': (2**32, 2**32),
+    'a size that overflows to 8': (2**63 + 4, 2),
+    'negative rows': (-1, 4),
+    'negative rows and classes': (-4, -2),
+    'no rows': (0, 2),
+    'no classes': (4, 0),
+    'a petabyte': (2**47, 1),
+    'too many axes': (1,) * 40,
+    'a nested shape': ((4,), 2),
+    'a float': (4.0, 2),
+}
+BAD_FILES = {
+    'not there': (['a.npz'], {}, 'No such file'),
+    'not there, npy': (FILES, {'a.npy': GOOD}, 'No such file'),
+    'not there, params': (['a.params'], {}, 'No such file'),
+    'one npy': (['a.npy'], {'a.npy': GOOD}, 'two .npy'),
+    'two npz': (['a.npz', 'b.npz'], {}, 'expected one .npz'),
+    'other suffix': (['a.txt'], {'a.txt': b'1 2 3'}, 'expected one .npz'),
+    'three files': (['a.npy', 'a.npy', 'a.npy'], {'a.npy': GOOD}, 'two .npy'),
+    'no zip': (['a.npz'], {'a.npz': b'PK' * 40}, 'not a zip'),
+    'empty npz': (['a.npz'], {'a.npz': b''}, 'not a zip'),
+    'npy as npz': (['a.npz'], {'a.npz': GOOD}, 'not a zip'),
+    'npz as npy': (
+        FILES,
+        {'a.npy': npz(pred=npy(GOOD), label=npy(LABEL)), 'b.npy': LABEL},
+        'a.npy: cannot be read',
+    ),
+    'empty npy': (['a.npy', 'a.npy'], {'a.npy': b''}, 'a.npy: cannot be read'),
+    'empty params': (['a.params'], {'a.params': b''}, 'cut short'),
+    'random bytes npy': (['a.npy', 'a.npy'], {'a.npy': bytes(range(256)) * 9}, 'a.npy: cannot be read'),
+    'random bytes npz': (['a.npz'], {'a.npz': bytes(range(256)) * 9}, 'not a zip'),
+    'random bytes params': (['a.params'], {'a.params': bytes(range(256)) * 9}, 'mx.nd.save'),
+    'a pickle': (['a.npy', 'a.npy'], {'a.npy': pickle.dumps(Bomb())}, 'a.npy: cannot be read'),
+    'pickled npy': (FILES, {'a.npy': GOOD, 'b.npy': BOMBS}, 'Python objects'),
+    'pickled npz': (['a.npz'], {'a.npz': {'pred': GOOD, 'label': BOMBS}}, 'allow_pickle=False'),
+    'pickled npz, axis 0': (
+        ['a.npz', '--axis', '0'],
+        {'a.npz': {'pred': BOMBS, 'label': LABEL}},
+        'allow_pickle',
+    ),
+    'pickled member': (['a.npz'], {'a.npz': npz(pred=pickle.dumps(Bomb()), label=npy(LABEL))}, '.npy format'),
+    'wrong keys': (['a.npz'], {'a.npz': {'x': GOOD, 'label': LABEL}}, "'pred' and 'label', got 'label', 'x'"),
+    'cut npy': (FILES, {'a.npy': npy(GOOD)[:-8], 'b.npy': LABEL}, 'a.npy: cannot be read'),
+    'cut member': (['a.npz'], {'a.npz': npz(pred=npy(GOOD)[:-8], label=npy(LABEL))}, 'a.npz: cannot be read'),
+    'header keys': (
+        ['a.npz'],
+        {'a.npz': npz(pred=npy(GOOD, '{}\n'), label=npy(LABEL))},
+        'a.npz: cannot be read',
+    ),
+    'deep header': (FILES, {'a.npy': npy(GOOD, '-' * 60000 + '1'), 'b.npy': LABEL}, 'a.npy: cannot be read'),
+    'checksum': (
+        ['a.npz'],
+        {'a.npz': npz(**{'pred': npy(GOOD), 'label': npy(LABEL)}).replace(b'\xe0?', b'\xf0?', 1)},
+        'CRC',
+    ),
+    'python 2 header': (
+        FILES,
+        {'a.npy': npy(GOOD, shaped('(4L, x)')), 'b.npy': LABEL},
+        'a.npy: cannot be read',
+    ),
+    'dtype': (['a.npz'], {'a.npz': {'pred': GOOD.astype(int), 'label': LABEL}}, 'pred: expected float16'),
+    'label dtype': (
+        ['a.npz'],
+        {'a.npz': {'pred': GOOD, 'label': np.array(list('abcd'))}},
+        'label: expected integers',
+    ),
+    'records': (FILES, {'a.npy': np.zeros(4, 'f4,i4'), 'b.npy': LABEL}, 'pred: expected float16'),
+    'shape': (['a.npz'], {'a.npz': {'pred': GOOD, 'label': np.zeros(3)}}, 'label: expected shape (4,)'),
+    'one-hot': (
+        ['a.npz'],
+        {'a.npz': {'pred': GOOD, 'label': GOOD}},
+        'if the labels are one-hot, pass their argmax',
+    ),
+    'swapped': (FILES, {'a.npy': LABEL, 'b.npy': GOOD}, 'pred: expected float16'),
+    'scalar': (['a.npz'], {'a.npz': {'pred': np.float32(1), 'label': LABEL}}, 'at least 2 axes'),
+    'no numbers, npy': (
+        FILES,
+        {'a.npy': np.zeros((0, 2)), 'b.npy': np.zeros(0)},
+        'at least one number, got shape (0, 2)',
+    ),
+    'no numbers, npz': (
+        ['a.npz'],
+        {'a.npz': {'pred': np.zeros((0, 2)), 'label': np.zeros(0)}},
+        'at least one number',
+    ),
+    'all ignored': (['a.npz', '--ignore-label', '0'], {'a.npz': BOTH}, 'got 0 invalid and 4 ignored'),
+    'all invalid': (['a.npz'], {'a.npz': {'pred': GOOD, 'label': LABEL + 2}}, 'got 4 invalid and 0 ignored'),
+    'axis': (['a.npz', '--axis', '7'], {'a.npz': BOTH}, 'axis 7'),
+    'eps': (['a.npz', '--eps', '-1'], {'a.npz': BOTH}, 'eps: expected a number'),
+    'max-error': (['a.npz', '--max-error', 'nan'], {'a.npz': BOTH}, '--max-error: expected a number'),
+    'plot suffix': (['a.npz', '--plot', 'a.xyz'], {'a.npz': BOTH}, 'xyz'),
+    'plot folder': (['a.npz', '--plot', 'nowhere/a.png'], {'a.npz': BOTH}, 'No such file'),
+    'a folder': (['.'], {}, 'expected one .npz'),
+    'npz as params': (['a.params'], {'a.params': npz(pred=npy(GOOD), label=npy(LABEL))}, 'mx.nd.save'),
+    'params keys': (
+        ['a.params'],
+        {'a.params': params({'pred': mx.nd.ones((2, 2)), 'y': mx.nd.ones(2)})},
+        "got 'pred', 'y'",
+    ),
+    'one array': (['a.params'], {'a.params': params([mx.nd.ones((2, 2))])}, 'expected two arrays'),
+    'no arrays': (['a.params'], {'a.params': struct.pack('<QQQQ', 0x112, 0, 0, 0)}, 'at least one'),
+    'sparse params': (
+        ['a.params'],
+        {'a.params': params([mx.nd.ones((2, 2)).tostype('csr'), mx.nd.ones(2)])},
+        'dense',
+    ),
+    'params, 2**62 arrays': params_case(count=2**62),
+    'params, 2**63 rows': params_case(pred_shape=(2**63 - 1, 2)),
+    'params, a size that overflows to 8': params_case(pred_shape=(2**62 + 4, 2)),
+    'params, negative rows': params_case(pred_shape=(-4, -2)),
+    'params, no axes': params_case(pred_shape=()),
+    'params, too many axes': params_case(pred_shape=(1,) * 40),
+    'params, unknown dtype': params_case(dtype=77),
+    'params, unknown storage': params_case(storage=9),
+    'params, older version': params_case(version=0xF993FAC8),
+    'params, 2**62 names': params_case(names=struct.pack('<Q', 2**62)),
+    'params, a name of 2**62 bytes': params_case(names=struct.pack('<QQ', 1, 2**62)),
+    'params, a name that is no text': params_case(names=struct.pack('<QQcQc', 2, 1, b'\xff', 1, b'a')),
+    'params, more bytes': params_case(names=struct.pack('<QQ', 0, 0)),
+}
+BAD_FILES.update({f'npy, {name}': header_case(shape) for name, shape in SHAPES.items()})
+BAD_FILES.update({f'npz, {name}': member_case(shape) for name, shape in SHAPES.items()})
+
+
+def check_exit_2_with_one_line(arguments, message, capsys):
+    assert command(*arguments) == 2
+    out, err = capsys.readouterr()
+    assert message in err
+    assert err.startswith('audit: ')
+    assert 'unexpected' not in err
+    assert err.count('\n') == 1
+    assert not out
+
+
+@pytest.mark.parametrize('case', BAD_FILES)
+def test_bad_files_give_one_line_and_exit_2(case, tmp_path, monkeypatch, capsys, recwarn):
+    arguments, contents, message = BAD_FILES[case]
+    monkeypatch.chdir(tmp_path)
+    for name, content in contents.items():
+        save(name, content)
+    check_exit_2_with_one_line(arguments, message, capsys)
+    assert not os.path.exists('exploded')
+    assert not [
+        warning for warning in recwarn if warning.category in (UserWarning, SyntaxWarning, RuntimeWarning)
+    ]
+
+
+def test_the_header_of_params_bytes_is_one_that_is_read(tmp_path, monkeypatch, capsys):
+    """So that each bad case above fails by what it changes, and not by something else."""
+    monkeypatch.chdir(tmp_path)
+    save('a.params', params_bytes())
+    save('a.npy', npy(GOOD, shaped((4, 2))))
+    save('b.npy', LABEL)
+    assert [command('a.params'), command('a.npy', 'b.npy')] == [0, 0]
+
+
+def test_unpickling_a_bomb_would_leave_a_trace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save('b.npy', BOMBS)
+    np.load('b.npy', allow_pickle=True)
+    assert os.path.exists('exploded')
+
+
+@pytest.mark.parametrize('suffix', ['npy', 'npz', 'params', 'nd'])
+@pytest.mark.parametrize('make', [os.mkdir, getattr(os, 'mkfifo', None)], ids=['folder', 'fifo'])
+def test_a_folder_or_a_fifo_in_place_of_a_file_is_refused(make, suffix, tmp_path, monkeypatch, capsys):
+    if make is None:
+        pytest.skip('this system has no FIFOs')
+    monkeypatch.chdir(tmp_path)
+    make('a.' + suffix)
+    names = ['a.npy', 'a.npy'] if suffix == 'npy' else ['a.' + suffix]
+    check_exit_2_with_one_line(names, f'a.{suffix}: expected a regular file', capsys)
+
+
+@pytest.mark.parametrize('name', ['pred.npy', 'both.npz', 'both.params', 'numpy_mode.nd'])
+def test_every_truncated_file_is_refused(files, name, capsys):
+    data = (files / name).read_bytes()
+    cut = files / f'cut.{name.split(".")[1]}'
+    arguments = [cut, files / 'label.npy'] if name == 'pred.npy' else [cut]
+    for end in range(0, len(data), max(1, len(data) // 40)):
+        cut.write_bytes(data[:end])
+        check_exit_2_with_one_line(arguments, 'cannot be read: ', capsys)
