@@ -1,4 +1,5 @@
 """Sphinx: the API reference, from the package's docstrings (``make docs``)."""
+
 import os
 import re
 import sys
@@ -21,7 +22,10 @@ numpydoc_show_class_members = False  # index.rst names them, so that gluon's own
 numpydoc_show_inherited_class_members = False
 numpydoc_class_members_toctree = False
 html_theme = 'alabaster'
-html_theme_options = {'page_width': '1100px', 'description': 'Cross entropy for MXNet Gluon that tells the truth in both tails'}
+html_theme_options = {
+    'page_width': '1100px',
+    'description': 'Cross entropy for MXNet Gluon that tells the truth in both tails',
+}
 html_show_sourcelink = False
 html_copy_source = False
 
@@ -32,7 +36,7 @@ def inputs_before_parameters(app, what, name, obj, options, lines):
     found = re.search(r'^Inputs\n(?:(?: +.*)?\n)+(?:Outputs\n(?:(?: +.*)?(?:\n|\Z))+)?', text, re.M)
     if found:
         block = found.group().strip('\n').replace('\nOutputs\n', '\n\nOutputs\n')
-        text = text[:found.start()].rstrip() + '\n\n' + text[found.end():]
+        text = text[: found.start()].rstrip() + '\n\n' + text[found.end() :]
         lines[:] = re.sub(r'(?m)^(?=\S.*\n-{3,}$)', lambda _: block + '\n\n', text, count=1).split('\n')
 
 

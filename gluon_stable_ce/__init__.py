@@ -1,15 +1,28 @@
 """Cross entropy for MXNet Gluon that tells the truth in both tails."""
+
 try:
     import mxnet as _mxnet  # noqa: F401
 except ImportError as error:
-    raise ImportError('gluon_stable_ce needs MXNet 1.6 to 1.9: pip install "gluon-stable-ce[cpu]", or a CUDA wheel of MXNet') from error
+    raise ImportError(
+        'gluon_stable_ce needs MXNet 1.6 to 1.9: pip install "gluon-stable-ce[cpu]", or a CUDA wheel of MXNet'
+    ) from error
 except AttributeError as error:  # MXNet 1.x reads np.bool, which NumPy 1.24 removed
-    raise ImportError('MXNet 1.x cannot be imported with NumPy 1.24 or later: pip install "numpy<1.24"') from error
+    raise ImportError(
+        'MXNet 1.x cannot be imported with NumPy 1.24 or later: pip install "numpy<1.24"'
+    ) from error
 
 from .audit import Audit, audit
 from .loss import StableSoftmaxCELoss, StableSoftmaxCrossEntropyLoss
 from .metric import StableBitsPerToken, StableCrossEntropy, StableLoss, StablePerplexity
 
-__all__ = ['Audit', 'StableBitsPerToken', 'StableCrossEntropy', 'StableLoss', 'StablePerplexity', 'StableSoftmaxCELoss',
-           'StableSoftmaxCrossEntropyLoss', 'audit']
+__all__ = [
+    'Audit',
+    'StableBitsPerToken',
+    'StableCrossEntropy',
+    'StableLoss',
+    'StablePerplexity',
+    'StableSoftmaxCELoss',
+    'StableSoftmaxCrossEntropyLoss',
+    'audit',
+]
 __version__ = '0.1.0'

@@ -1,7 +1,8 @@
 """One vocabulary over nd/sym and np/npx: the only file that knows which array API is in use.
 
-The mathematics is written once, in MXNet's classic operators. They exist in every MXNet 1.x, export, and run in np mode as well: a NumPy-style
-array or symbol is viewed as a classic one (no copy, gradients included) on the way in, and the result is viewed back on the way out.
+The mathematics is written once, in MXNet's classic operators. They exist in every MXNet 1.x, export, and run
+in np mode as well: a NumPy-style array or symbol is viewed as a classic one (no copy, gradients included) on
+the way in, and the result is viewed back on the way out.
 """
 
 from functools import lru_cache

@@ -14,7 +14,9 @@ STATIC: Flags = (('static_alloc', True), ('static_shape', True))
 INPUTS = ('pred', 'label', 'sample_weight', 'class_weight')
 
 
-def trace(compose: Callable[..., Array], options: Any, signature: Signature, inputs: Dict[str, Array]) -> Array:
+def trace(
+    compose: Callable[..., Array], options: Any, signature: Signature, inputs: Dict[str, Array]
+) -> Array:
     """Compose the graph of `options` for calls of one signature from `inputs`, symbols by their names in INPUTS."""
     with mx.name.NameManager():  # the names in a graph do not depend on what was traced before
         return compose(mx.sym, options, signature, *(inputs.get(name) for name in INPUTS))
@@ -24,7 +26,12 @@ class Graph:
     """A compiled graph of some of INPUTS. It may be called from several threads, and its outputs are fresh arrays."""
 
     def __init__(
-        self, compose: Callable[..., Array], options: Any, signature: Signature, names: Tuple[str, ...], flags: Flags
+        self,
+        compose: Callable[..., Array],
+        options: Any,
+        signature: Signature,
+        names: Tuple[str, ...],
+        flags: Flags,
     ) -> None:
         inputs = {name: variable(name, signature.np_style) for name in names}
         symbol = trace(compose, options, signature, inputs)

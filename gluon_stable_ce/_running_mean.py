@@ -15,13 +15,13 @@ _AT_ONCE = 32  # arrays that are read together
 _WINDOWS = ('local', 'global')
 
 _UNIT = 1126  # every finite float64 is an integer of 53 bits times 2**-1126 or more
-_CHUNK = 2 ** 16  # values that a cache holds
-_HUGE = 2.0 ** 900  # from here on values are scaled down first, so that nothing overflows
+_CHUNK = 2**16  # values that a cache holds
+_HUGE = 2.0**900  # from here on values are scaled down first, so that nothing overflows
 
 
 def exact_sum(values):
     """Sum finite float64 `values`, (N,), without any rounding: an integer, in units of 2**-1126."""
-    return sum(_sum_of_chunk(values[start:start + _CHUNK]) for start in range(0, len(values), _CHUNK))
+    return sum(_sum_of_chunk(values[start : start + _CHUNK]) for start in range(0, len(values), _CHUNK))
 
 
 def _sum_of_chunk(rest):
@@ -67,8 +67,14 @@ class ExactSums:
         finite = np.isfinite(values)
         if finite.all():
             return cls(total=exact_sum(values), count=len(values), invalid=invalid)
-        return cls(total=exact_sum(values[finite]), count=len(values), infinite=int((values == np.inf).sum()),
-                   minus_infinite=int((values == -np.inf).sum()), nan=int(np.isnan(values).sum()), invalid=invalid)
+        return cls(
+            total=exact_sum(values[finite]),
+            count=len(values),
+            infinite=int((values == np.inf).sum()),
+            minus_infinite=int((values == -np.inf).sum()),
+            nan=int(np.isnan(values).sum()),
+            invalid=invalid,
+        )
 
     def as_dict(self):
         """Return JSON values by name; the total in hexadecimal, as other readers of JSON take no number of that length."""
@@ -109,8 +115,9 @@ class ExactSums:
 class RunningMean:
     """Mixin for an EvalMetric: the mean of values that the device may still be computing.
 
-    `push` queues arrays of one value per position, and only waits for those of `_AHEAD` updates ago, so that neither work nor memory pile
-    up. Sums are exact, so the result does not depend on when the queue is read. Updates may come from several threads.
+    `push` queues arrays of one value per position, and only waits for those of `_AHEAD` updates ago, so that
+    neither work nor memory pile up. Sums are exact, so the result does not depend on when the queue is read.
+    Updates may come from several threads.
     """
 
     name: str  # EvalMetric's
@@ -199,7 +206,8 @@ class RunningMean:
     def all_reduce(self, store: Any) -> Any:
         """Return a metric of what all workers hold; this one stays as it is. All workers must call this, with data or without.
 
-        The result's `get` and `get_global` are exactly what one process would report that had received all updates.
+        The result's `get` and `get_global` are exactly what one process would report that had received all
+        updates.
 
         Parameters
         ----------

@@ -22,8 +22,12 @@ class Signature(NamedTuple):
     ndim: Optional[int] = None
     label_dtype: Optional[str] = None
     label_ndim: Optional[int] = None
-    weight_layout: Optional[str] = None  # of sample_weight: 'kept', 'pred', 'positions' or 'batch'; see align_sample_weight
-    few_classes: bool = False  # so few that an array of them is cheap, and that `dtype` tells all labels apart from them
+    weight_layout: Optional[str] = (
+        None  # of sample_weight: 'kept', 'pred', 'positions' or 'batch'; see align_sample_weight
+    )
+    few_classes: bool = (
+        False  # so few that an array of them is cheap, and that `dtype` tells all labels apart from them
+    )
     kernel: str = 'stock'
 
     @property
@@ -34,7 +38,9 @@ class Signature(NamedTuple):
     @property
     def label_compare_dtype(self) -> str:
         """In what labels are compared. float64 holds every class. AMP, which makes bfloat16, cannot read it in a graph."""
-        return self.compute_dtype if self.few_classes else 'float32' if self.dtype == 'bfloat16' else 'float64'
+        return (
+            self.compute_dtype if self.few_classes else 'float32' if self.dtype == 'bfloat16' else 'float64'
+        )
 
 
 def infer_signature(
@@ -92,12 +98,18 @@ def check_array_type(name: str, kind: type) -> None:
 
 
 def check_shapes(
-    shape: Tuple[int, ...], label_shape: Tuple[int, ...], label_dtype: str, axis: int, sparse_label: bool = True
+    shape: Tuple[int, ...],
+    label_shape: Tuple[int, ...],
+    label_dtype: str,
+    axis: int,
+    sparse_label: bool = True,
 ) -> Tuple[int, ...]:
     """Raise TypeError or ValueError unless a label fits predictions of `shape`; return the positions' shape."""
     ndim = len(shape)
     if ndim < 2 or not -ndim <= axis < ndim or not shape[axis]:
-        raise ValueError(f'pred: expected at least 2 axes, with the classes on axis {axis}, got shape {shape}')
+        raise ValueError(
+            f'pred: expected at least 2 axes, with the classes on axis {axis}, got shape {shape}'
+        )
     axis %= ndim
     positions = shape[:axis] + shape[axis + 1 :]
     if not sparse_label:
@@ -161,7 +173,9 @@ def on_one_context(pred: Array, *others: Optional[Array]) -> Tuple[Optional[Arra
     for name, array in zip(('label', 'sample_weight'), others):
         if array is not None and array.context != pred.context:
             if not _is_same_place(array.context, pred.context):
-                raise ValueError(f'{name}: expected an array on {pred.context} like pred, got one on {array.context}')
+                raise ValueError(
+                    f'{name}: expected an array on {pred.context} like pred, got one on {array.context}'
+                )
             array = array.as_in_context(pred.context)
         moved.append(array)
     return tuple(moved)

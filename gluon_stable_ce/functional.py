@@ -1,9 +1,10 @@
 r"""The numerics: cross entropy per position, as functions of ``F`` (``mx.nd`` or ``mx.sym``), for use inside any HybridBlock.
 
-Everything is in nats. The flow is `read_labels`, `kernels.class_terms`, `combine`, `mask`, `reduce_positions`. Only the second of these reads
-the class axis; the others work on arrays of one number per position. Arrays are MXNet's classic ones. Where a function takes `ndim`, it is
-the rank of ``pred`` if that is known, as it is for arrays and is not for symbols. Shapes that do not fit raise MXNet's own errors: the checks
-that name an argument are the loss's.
+Everything is in nats. The flow is `read_labels`, `kernels.class_terms`, `combine`, `mask`,
+`reduce_positions`. Only the second of these reads the class axis; the others work on arrays of one number per
+position. Arrays are MXNet's classic ones. Where a function takes `ndim`, it is the rank of ``pred`` if that
+is known, as it is for arrays and is not for symbols. Shapes that do not fit raise MXNet's own errors: the
+checks that name an argument are the loss's.
 
 >>> import mxnet as mx
 >>> loss, _ = softmax_cross_entropy(mx.nd, mx.nd.array([[0, 99], [2, 1]]), mx.nd.array([0, 0]))
@@ -43,7 +44,8 @@ def align_label(
 ) -> Array:
     """Give a sparse label that may have kept the class axis the shape of the positions.
 
-    If the rank is unknown, in a graph of symbols, a label of any other shape is MXNet's shape error when the graph first runs.
+    If the rank is unknown, in a graph of symbols, a label of any other shape is MXNet's shape error when the
+    graph first runs.
     """
     if ndim is not None:
         return F.squeeze(label, axis=axis) if label_ndim == ndim else label
@@ -71,8 +73,8 @@ def read_labels(
 ) -> Labels:
     """Read sparse labels: the one place that decides which of them are valid, which count, and what class they name.
 
-    A label outside [0, C), NaN or not an integer is invalid. With ``invalid_label='clip'`` no label is: it names the nearest class, a
-    fraction the class of its integer part, and NaN the class 0.
+    A label outside [0, C), NaN or not an integer is invalid. With ``invalid_label='clip'`` no label is: it
+    names the nearest class, a fraction the class of its integer part, and NaN the class 0.
 
     Parameters
     ----------
@@ -84,7 +86,8 @@ def read_labels(
     label_dtype : str
         In which dtype labels are compared. 'float64' holds every class of every dtype.
     few_classes : bool
-        Whether `pred` has few classes and is of `label_dtype`: then an array of all classes is cheap, and exact.
+        Whether `pred` has few classes and is of `label_dtype`: then an array of all classes is cheap, and
+        exact.
     """
     label = F.BlockGrad(F.cast(label, dtype=label_dtype))  # its gradient is 0
     counted = is_counted(F, label, ignore_label, label_dtype)
@@ -168,7 +171,9 @@ def softmax_cross_entropy(
     loss : `pred`'s shape without `axis`
     is_counted : likewise, 1 where the position counts and 0 where it is ignored; or None if all count
     """
-    if class_weight is not None and ndim is None:  # in a graph, another number of weights than C is a shape error
+    if (
+        class_weight is not None and ndim is None
+    ):  # in a graph, another number of weights than C is a shape error
         class_weight = F.reshape_like(class_weight, F.contrib.arange_like(pred, axis=axis))
     if sparse_label:
         labels = read_labels(F, label, pred, axis, ignore_label, invalid_label, label_dtype, few_classes)
@@ -209,9 +214,10 @@ def align_sample_weight(
     Parameters
     ----------
     layout : str, optional
-        'kept': what broadcasts to `kept`; 'pred': what broadcasts to `pred`, of which the mean over the classes counts; 'positions':
-        `kept` without `axis`; 'batch': the batch axes alone. None, for symbols of unknown shape: 'kept', or 'pred' or 'batch' if the
-        batch axis is 0; a weight of another shape is MXNet's shape error.
+        'kept': what broadcasts to `kept`; 'pred': what broadcasts to `pred`, of which the mean over the
+        classes counts; 'positions': `kept` without `axis`; 'batch': the batch axes alone. None, for symbols
+        of unknown shape: 'kept', or 'pred' or 'batch' if the batch axis is 0; a weight of another shape is
+        MXNet's shape error.
     ndim : int, optional
         The rank of `kept`, if it is known.
     """
@@ -261,7 +267,9 @@ def reduce_positions(
     -------
     loss : (batch,), or with 'none' as it came
     """
-    kept = F.expand_dims(loss, axis=axis)  # the rank of pred, so that axes are counted as the caller counts them
+    kept = F.expand_dims(
+        loss, axis=axis
+    )  # the rank of pred, so that axes are counted as the caller counts them
     if sample_weight is not None:
         weight = align_sample_weight(F, sample_weight, kept, axis, batch_axes, weight_layout, ndim)
         kept = weighted(F, kept, weight)

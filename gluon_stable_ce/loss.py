@@ -104,13 +104,13 @@ def compose_loss(
 class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
     r"""Compute the softmax cross entropy in nats, with no floor under small probabilities and never below 0.
 
-    Takes the place of `gluon.loss.SoftmaxCrossEntropyLoss`, of which it is a subclass. The first five arguments and the call are gluon's.
-    `StableSoftmaxCELoss` is an alias.
+    Takes the place of `gluon.loss.SoftmaxCrossEntropyLoss`, of which it is a subclass. The first five
+    arguments and the call are gluon's. `StableSoftmaxCELoss` is an alias.
 
     .. math::
 
-        \ell = (1-a)\, w_y (-\log p_y) + \frac{a}{C} \sum_{j=1}^C w_j (-\log p_j) + s \log^2 \sum_{j=1}^C e^{z_j},
-        \qquad p = \mathrm{softmax}(z)
+        \ell = (1-a)\, w_y (-\log p_y) + \frac{a}{C} \sum_{j=1}^C w_j (-\log p_j) + s \log^2 \sum_{j=1}^C
+        e^{z_j}, \qquad p = \mathrm{softmax}(z)
 
     for every position with logits z and label y; label smoothing a, class weights w and z-loss s are off by default. A sample's loss is the
     mean over its positions that count.
@@ -130,41 +130,49 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
     ignore_label : int, optional
         Positions with this label have loss 0 and gradient 0, and do not count in the mean.
     class_weight : (C,) array or list of finite numbers >= 0, optional
-        Multiplies each class's term. The divisor of the mean stays the count, as for ``sample_weight``, where PyTorch divides by the sum
-        of the weights. Held in float32, as a constant of the graph that needs no initialisation.
+        Multiplies each class's term. The divisor of the mean stays the count, as for ``sample_weight``, where
+        PyTorch divides by the sum of the weights. Held in float32, as a constant of the graph that needs no
+        initialisation.
     label_smoothing : float from 0 to 1, default 0
-        How much of the target is spread over all C classes, as in PyTorch and Keras; `SoftmaxOutput` spreads over the other C - 1.
+        How much of the target is spread over all C classes, as in PyTorch and Keras; `SoftmaxOutput` spreads
+        over the other C - 1.
     lse_square_scale : float >= 0, default 0
         Adds this times the squared logsumexp of the logits (z-loss).
     reduction : 'mean', 'sum' or 'none'
         Per sample over the positions that count, or no reduction.
     invalid_label : 'nan', 'raise' or 'clip'
-        How to treat labels that are outside [0, C), NaN or not an integer. 'nan': the loss is NaN and its gradient 0, on every device,
-        without synchronisation. 'raise': ValueError; waits for the labels at every call, so it is for debugging, and in a graph of symbols
-        it is 'nan'. 'clip': trains the nearest class, a fraction the class of its integer part, and NaN class 0. For labels that fit
-        int32, that is what gluon does.
+        How to treat labels that are outside [0, C), NaN or not an integer. 'nan': the loss is NaN and its
+        gradient 0, on every device, without synchronisation. 'raise': ValueError; waits for the labels at
+        every call, so it is for debugging, and in a graph of symbols it is 'nan'. 'clip': trains the nearest
+        class, a fraction the class of its integer part, and NaN class 0. For labels that fit int32, that is
+        what gluon does.
     **kwargs
         ``prefix`` and ``params`` of a Block.
 
     Inputs
         - **pred** : (N, ..., C at `axis`, ...) float16, bfloat16, float32 or float64; logits, finite or -inf.
-        - **label** : ``pred``'s shape without `axis`, or with 1 there; class indices in int8, uint8, int32, int64, float16 (up to 2048
-          classes), float32 or float64. With ``sparse_label=False``: ``pred``'s shape.
-        - **sample_weight** : optional; (N,), or ``pred``'s shape without `axis`, or a shape that broadcasts to ``pred``'s with 1 at `axis`
-          (gluon's), or to ``pred``'s, of which the mean over the classes counts. A weight of 0 removes a position, also if its loss is
-          infinite or NaN. In a graph of symbols: (N,) with ``batch_axis=0``, or gluon's shape.
+        - **label** : ``pred``'s shape without `axis`, or with 1 there; class indices in int8, uint8, int32,
+          int64, float16 (up to 2048 classes), float32 or float64. With ``sparse_label=False``: ``pred``'s
+          shape.
+        - **sample_weight** : optional; (N,), or ``pred``'s shape without `axis`, or a shape that broadcasts
+          to ``pred``'s with 1 at `axis` (gluon's), or to ``pred``'s, of which the mean over the classes
+          counts. A weight of 0 removes a position, also if its loss is infinite or NaN. In a graph of
+          symbols: (N,) with ``batch_axis=0``, or gluon's shape.
     Outputs
-        - **loss** : (N,) nats, or with ``reduction='none'`` the shape of ``label``; float32, or float64 if ``pred`` is.
+        - **loss** : (N,) nats, or with ``reduction='none'`` the shape of ``label``; float32, or float64 if
+          ``pred`` is.
 
     Raises
     ------
     TypeError, ValueError
-        If an option, or a combination of them, means nothing; if arrays do not fit each other. The message names the argument, what was
-        expected and what came. A subclass with a `hybrid_forward` of its own is not checked, as its inputs may mean something else.
+        If an option, or a combination of them, means nothing; if arrays do not fit each other. The message
+        names the argument, what was expected and what came. A subclass with a `hybrid_forward` of its own is
+        not checked, as its inputs may mean something else.
 
     Notes
     -----
-    *Numerics.* float16 and bfloat16 are computed in float32. The loss of one position, with the kernels of MXNet 1.9.1, is off by at most
+    *Numerics.* float16 and bfloat16 are computed in float32. The loss of one position, with the kernels of
+    MXNet 1.9.1, is off by at most
 
     ======== ===================== =========
     dtype    classes               nats
@@ -175,17 +183,19 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
     float64  2 to 50,257           1e-12
     ======== ===================== =========
 
-    and by the rounding of the largest logit, if that is large (``test_loss.py::test_stated_bounds``, ``::test_two_logits``). A probability
-    of 0 gives inf. NaN or +inf at the label gives NaN. oneDNN's kernel hides a NaN of another class from the loss; it shows in the
-    gradient. A logit of -inf masks a class: that changes nothing, unless the class is the label.
+    and by the rounding of the largest logit, if that is large (``test_loss.py::test_stated_bounds``,
+    ``::test_two_logits``). A probability of 0 gives inf. NaN or +inf at the label gives NaN. oneDNN's kernel
+    hides a NaN of another class from the loss; it shows in the gradient. A logit of -inf masks a class: that
+    changes nothing, unless the class is the label.
 
-    *Gradients.* Where the loss rounds to 0, the gradient goes on. The gradient with respect to a sample weight of 0 is 0, where gluon's is
-    the loss; likewise with respect to dense targets of 0.
+    *Gradients.* Where the loss rounds to 0, the gradient goes on. The gradient with respect to a sample
+    weight of 0 is 0, where gluon's is the loss; likewise with respect to dense targets of 0.
 
-    *Graphs.* A call with arrays runs a compiled graph with static memory, and its outputs are fresh arrays. Losses of equal options share
-    their graphs, of which a process keeps the 64 used last, each with the memory of its last batch. ``hybridize(False)`` computes
-    operator by operator, for debugging. A subclass with a `hybrid_forward` of its own is computed so unless it calls ``hybridize()``.
-    One loss may be called from several threads.
+    *Graphs.* A call with arrays runs a compiled graph with static memory, and its outputs are fresh arrays.
+    Losses of equal options share their graphs, of which a process keeps the 64 used last, each with the
+    memory of its last batch. ``hybridize(False)`` computes operator by operator, for debugging. A subclass
+    with a `hybrid_forward` of its own is computed so unless it calls ``hybridize()``. One loss may be called
+    from several threads.
 
     Examples
     --------
@@ -198,8 +208,8 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
 
     References
     ----------
-    Szegedy et al., "Rethinking the Inception Architecture", 2016, section 7 (label smoothing); de Brebisson and Vincent, "The Z-loss",
-    2016, and Chowdhery et al., "PaLM", 2022, section 5 (squared logsumexp).
+    Szegedy et al., "Rethinking the Inception Architecture", 2016, section 7 (label smoothing); de Brebisson
+    and Vincent, "The Z-loss", 2016, and Chowdhery et al., "PaLM", 2022, section 5 (squared logsumexp).
     """
 
     def __init__(
@@ -218,7 +228,8 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         invalid_label: str = 'nan',
         **kwargs: Any,
     ) -> None:
-        # not through SoftmaxCrossEntropyLoss.__init__, which looks up its own name and would find ours if that was put in its place
+        # not through SoftmaxCrossEntropyLoss.__init__, which looks up its own name and would find ours if
+        # that was put in its place
         _Loss.__init__(self, weight, batch_axis, **kwargs)
         self._axis, self._sparse_label, self._from_logits = axis, sparse_label, from_logits
         batch_axes = tuple(batch_axis) if isinstance(batch_axis, (list, tuple)) else (batch_axis,)
@@ -241,9 +252,13 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
                 self.class_weight = ClassWeight(class_weight)
         self._is_compiled, self._graph_flags = True, STATIC
         self._op_hook: Optional[Tuple[Any, bool]] = None
-        self._call_kinds: Set[Tuple[Optional[str], Optional[str]]] = set()  # dtypes and weight layouts, for `export`
+        self._call_kinds: Set[Tuple[Optional[str], Optional[str]]] = (
+            set()
+        )  # dtypes and weight layouts, for `export`
 
-    def forward(self, pred: Array, label: Array, sample_weight: Optional[Array] = None, *others: Array) -> Array:
+    def forward(
+        self, pred: Array, label: Array, sample_weight: Optional[Array] = None, *others: Array
+    ) -> Array:
         """Compute the loss of arrays in a compiled graph; a symbol becomes part of the caller's graph."""
         if _array_api.is_symbol(pred) or self._has_own_graph:
             weight = () if sample_weight is None and not others else (sample_weight,)
@@ -268,7 +283,9 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
             self._check_number_of_classes(pred)
         if options.invalid_label == 'raise':
             self._check_labels(pred, label)
-        if signature.dtype == 'bfloat16' and options.sparse_label:  # AMP's casts in a graph cannot read 64-bit labels
+        if (
+            signature.dtype == 'bfloat16' and options.sparse_label
+        ):  # AMP's casts in a graph cannot read 64-bit labels
             label = label.astype('float32')
         if not self._is_compiled:
             return self.hybrid_forward(mx.nd, pred, label, sample_weight)
@@ -285,10 +302,14 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
     def _unmarked(self, array: Optional[Array]) -> Optional[Array]:
         """Return a new handle of an array that needs no gradient, so that threads may share the array.
 
-        Autograd marks the inputs of what it records, and two threads that mark one handle crash. The main thread may do so as long as
-        the others use handles of their own.
+        Autograd marks the inputs of what it records, and two threads that mark one handle crash. The main
+        thread may do so as long as the others use handles of their own.
         """
-        return array.detach() if array is not None and self._options.sparse_label and array.grad is None else array
+        return (
+            array.detach()
+            if array is not None and self._options.sparse_label and array.grad is None
+            else array
+        )
 
     def _graph(self, signature, names):
         if self._op_hook is None:
@@ -319,7 +340,9 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         count = int(is_invalid.sum().asscalar())
         if count:
             classes = pred.shape[self._options.axis]
-            raise ValueError(f'label: expected integers in [0, {classes}), got {count} others among {label.size}')
+            raise ValueError(
+                f'label: expected integers in [0, {classes}), got {count} others among {label.size}'
+            )
 
     def hybrid_forward(self, F: F, pred: Array, label: Array, sample_weight: Optional[Array] = None) -> Array:
         """Compose the graph, of symbols or, with ``hybridize(False)``, operator by operator of arrays."""
@@ -337,7 +360,8 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         ----------
         active : bool, default True
         static_alloc, static_shape, inline_limit, forward_bulk_size, backward_bulk_size : optional
-            As in gluon. `static_alloc` is True by default, and `static_shape` what that is; outputs are fresh arrays all the same.
+            As in gluon. `static_alloc` is True by default, and `static_shape` what that is; outputs are fresh
+            arrays all the same.
         """
         super().hybridize(active, *args, **kwargs)  # for the graph that a subclass has of its own
         flags = {name: kwargs[name] for name in _FLAGS if kwargs.get(name) is not None}
@@ -355,10 +379,10 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
     ) -> Tuple[str, str]:
         """Export the loss as a graph of stock operators, as ``HybridBlock.export`` does, at any time.
 
-        The inputs are ``data0`` (pred) and ``data1`` (label). With `sample_weight` there is a third one, ``data2``. What is written does
-        not depend on the order of earlier calls: of them it uses what all have in common, the dtype of ``pred`` and the layout of
-        ``sample_weight``. Without that, ``pred`` is float32 if there are class weights, and ``sample_weight`` has a shape that a graph of
-        symbols accepts.
+        The inputs are ``data0`` (pred) and ``data1`` (label). With `sample_weight` there is a third one,
+        ``data2``. What is written does not depend on the order of earlier calls: of them it uses what all
+        have in common, the dtype of ``pred`` and the layout of ``sample_weight``. Without that, ``pred`` is
+        float32 if there are class weights, and ``sample_weight`` has a shape that a graph of symbols accepts.
 
         Parameters
         ----------
@@ -367,7 +391,8 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         epoch : int
             The number in the name of the second file.
         sample_weight : bool, optional
-            Whether there is a third input. By default there is one if all calls so far had one, and there was a call.
+            Whether there is a third input. By default there is one if all calls so far had one, and there was
+            a call.
 
         Returns
         -------
@@ -376,7 +401,9 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         """
         if self._has_own_graph:
             return super().export(path, epoch, remove_amp_cast)
-        dtype, layout = (_common(values) for values in zip(*self._call_kinds)) if self._call_kinds else (None, None)
+        dtype, layout = (
+            (_common(values) for values in zip(*self._call_kinds)) if self._call_kinds else (None, None)
+        )
         if sample_weight is None:
             sample_weight = all(layout for _, layout in self._call_kinds) and bool(self._call_kinds)
         np_style = mx.util.is_np_array()
@@ -399,13 +426,14 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         Parameters
         ----------
         label : array, or list of arrays
-            Labels as the loss takes them; a list as ``gluon.utils.split_and_load`` makes it. They are waited for.
+            Labels as the loss takes them; a list as ``gluon.utils.split_and_load`` makes it. They are waited
+            for.
 
         Returns
         -------
         int
-            The number of positions with another label than `ignore_label`, invalid ones included. It may be 0: write
-            ``trainer.step(max(1, loss_fn.valid_count(label)))``.
+            The number of positions with another label than `ignore_label`, invalid ones included. It may be
+            0: write ``trainer.step(max(1, loss_fn.valid_count(label)))``.
 
         Examples
         --------
@@ -424,8 +452,8 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
     def create_metric(self, **kwargs: Any) -> StableCrossEntropy:
         """Create a `StableCrossEntropy` that reads labels and predictions as they are given to this loss.
 
-        It reports the plain NLL: weights, label smoothing and `lse_square_scale` are not in it. `kwargs` are the metric's `name`,
-        `output_names` and `label_names`.
+        It reports the plain NLL: weights, label smoothing and `lse_square_scale` are not in it. `kwargs` are
+        the metric's `name`, `output_names` and `label_names`.
 
         Examples
         --------

@@ -42,7 +42,8 @@ class StableLoss(RunningMean, mx.metric.Loss):
 
     Notes
     -----
-    *Numerics.* The values are added up without rounding, and divided with one (``test_running_mean.py::test_sums_are_exact``).
+    *Numerics.* The values are added up without rounding, and divided with one
+    (``test_running_mean.py::test_sums_are_exact``).
 
     Examples
     --------
@@ -108,8 +109,8 @@ def compose_nll(
 class StableCrossEntropy(RunningMean, mx.metric.EvalMetric):
     r"""Mean negative log-likelihood of the labels, in nats, with no epsilon: :math:`\frac{1}{N} \sum_n -\log p_{n, y_n}`.
 
-    Reads labels as the loss does and computes what the loss computes, without weights or smoothing. Invalid labels are counted apart, and
-    `get` raises ValueError if there are any.
+    Reads labels as the loss does and computes what the loss computes, without weights or smoothing. Invalid
+    labels are counted apart, and `get` raises ValueError if there are any.
 
     Parameters
     ----------
@@ -128,16 +129,18 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric):
     Raises
     ------
     TypeError, ValueError
-        By `update`, if arrays do not fit each other; then nothing is taken in. By `get`, if there were invalid labels, until `reset`.
+        By `update`, if arrays do not fit each other; then nothing is taken in. By `get`, if there were
+        invalid labels, until `reset`.
 
     Notes
     -----
-    Shapes are those of the loss; float16, float32 or float64. Labels of any shape also fit 2-D predictions with as many rows, as in
-    `mx.metric`.
+    Shapes are those of the loss; float16, float32 or float64. Labels of any shape also fit 2-D predictions
+    with as many rows, as in `mx.metric`.
 
-    *Numerics.* Probabilities are picked first, and their logarithm is taken in float64 (1e-15 relative). Logits are reduced as in the loss,
-    with its error. Sums are exact and the division rounds once, so the result is the same to the last bit however the data is split into
-    batches, devices and workers (``test_metric.py::test_results_do_not_depend_on_batches_devices_or_when_get_is_called``). An update only
+    *Numerics.* Probabilities are picked first, and their logarithm is taken in float64 (1e-15 relative).
+    Logits are reduced as in the loss, with its error. Sums are exact and the division rounds once, so the
+    result is the same to the last bit however the data is split into batches, devices and workers
+    (``test_metric.py::test_results_do_not_depend_on_batches_devices_or_when_get_is_called``). An update only
     waits for the one four updates ago.
 
     Examples
@@ -190,10 +193,17 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric):
         """Compute the NLL of each position; `label` is moved to the context of `pred`."""
         options = self._options
         label = label.as_in_context(pred.context)
-        if options.sparse_label and len(pred.shape) == 2 and len(label.shape) > 1 and label.size == pred.shape[0]:
+        if (
+            options.sparse_label
+            and len(pred.shape) == 2
+            and len(label.shape) > 1
+            and label.size == pred.shape[0]
+        ):
             label = label.reshape((-1,))  # the rows of `pred` are the positions, as in mx.metric
         signature = infer_signature(pred, label, axis=options.axis, sparse_label=options.sparse_label)
-        if signature.dtype == 'bfloat16' and options.sparse_label:  # AMP's casts in a graph cannot read 64-bit labels
+        if (
+            signature.dtype == 'bfloat16' and options.sparse_label
+        ):  # AMP's casts in a graph cannot read 64-bit labels
             label = label.astype('float32')
         return compiled(compose_nll, options, signature, ('pred', 'label'), STATIC)(pred, label)
 
@@ -219,7 +229,8 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric):
 class StablePerplexity(StableCrossEntropy):
     """exp of the mean negative log-likelihood of the labels, with no floor, where `mx.metric.Perplexity` has one at p = 1e-10.
 
-    The positional arguments are those of `mx.metric.Perplexity`. Parameters, shapes, errors and numerics are those of `StableCrossEntropy`.
+    The positional arguments are those of `mx.metric.Perplexity`. Parameters, shapes, errors and numerics are
+    those of `StableCrossEntropy`.
 
     Examples
     --------

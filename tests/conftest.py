@@ -1,4 +1,5 @@
 """What all tests share: the contexts to run on, the modes to run in, one seed, and the examples as modules."""
+
 import os
 import sys
 

@@ -1,4 +1,5 @@
 """Distributed training on handwritten digits: each worker has its part of the data, and all of them know the cross entropy of the whole."""
+
 import sys
 
 import mxnet as mx
@@ -14,8 +15,13 @@ def load(rank, workers):
     """What worker `rank` trains on, in as many batches as the others ('dist_sync' waits for each), and what it tests on."""
     images, labels = load_digits(return_X_y=True)
     data = list(zip((images / 16).astype('float32'), labels.astype('float32')))
-    train, test = gluon.data.SimpleDataset(data[rank:1440:workers]), gluon.data.SimpleDataset(data[1440 + rank::workers])
-    return gluon.data.DataLoader(train, BATCH, shuffle=True, last_batch='discard'), gluon.data.DataLoader(test, BATCH)
+    train, test = (
+        gluon.data.SimpleDataset(data[rank:1440:workers]),
+        gluon.data.SimpleDataset(data[1440 + rank :: workers]),
+    )
+    return gluon.data.DataLoader(train, BATCH, shuffle=True, last_batch='discard'), gluon.data.DataLoader(
+        test, BATCH
+    )
 
 
 def build():
@@ -42,6 +48,9 @@ if __name__ == '__main__':
         for data, label in test:
             metric.update(label, net(data))
         metric.all_reduce(store)  # from here on it is the whole's, on every worker
-        print(f'epoch {epoch}: {metric.get()[1]!r} nats over {metric.num_inst} digits, says worker {store.rank}', flush=True)
+        print(
+            f'epoch {epoch}: {metric.get()[1]!r} nats over {metric.num_inst} digits, says worker {store.rank}',
+            flush=True,
+        )
     if store.rank == 0:
         net.save_parameters(sys.argv[1])

@@ -1,4 +1,5 @@
 """One worker of a distributed job: does what it is told by name, and prints what it got as one line of JSON."""
+
 import json
 import random
 import sys
@@ -57,7 +58,9 @@ def training(kind, optimizer, update_on_kvstore, devices, reduce):
     net = gluon.nn.Dense(3, in_units=4)
     net.initialize(mx.init.Constant(0.5), ctx=contexts)
     params = {'learning_rate': 1e-4, 'wd': 0.01, 'multi_precision': optimizer == 'sgd'}
-    trainer = gluon.Trainer(net.collect_params(), optimizer, params, kvstore=store, update_on_kvstore=update_on_kvstore == 'True')
+    trainer = gluon.Trainer(
+        net.collect_params(), optimizer, params, kvstore=store, update_on_kvstore=update_on_kvstore == 'True'
+    )
     trainer._init_kvstore()
     trainer._init_params()
     mx.nd.waitall()  # or MXNet may push the first gradient before it has pulled the first weight, and take the one for the other
@@ -70,7 +73,11 @@ def training(kind, optimizer, update_on_kvstore, devices, reduce):
             losses = [(net(part) ** 2).sum() for part in data]
         autograd.backward(losses)
         trainer.step(1)
-    return {'sums': sums, 'weight': net.weight.data(contexts[0]).asnumpy().tolist(), 'trained': trainer._update_on_kvstore}
+    return {
+        'sums': sums,
+        'weight': net.weight.data(contexts[0]).asnumpy().tolist(),
+        'trained': trainer._update_on_kvstore,
+    }
 
 
 def refused(case):
@@ -96,7 +103,9 @@ def refused(case):
 def metric(shards):
     """A metric over uneven shards, reduced twice, in two windows."""
     store = mx.kv.create('dist_sync')
-    start, stop = SHARDS[store.rank] if shards == 'uneven' else (28 * store.rank, min(28 * store.rank + 28, 83))
+    start, stop = (
+        SHARDS[store.rank] if shards == 'uneven' else (28 * store.rank, min(28 * store.rank + 28, 83))
+    )
     metric = StableCrossEntropy()
 
     def see():

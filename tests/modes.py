@@ -1,4 +1,5 @@
 """The ways in which people call a loss, each as a function of a loss and NumPy arrays that returns the loss and the gradient of its sum."""
+
 import contextlib
 import os
 import tempfile
@@ -64,7 +65,18 @@ def np_mode_nested(loss_fn, *arrays):
 
 VERSION = tuple(map(int, mx.__version__.split('.')[:2]))
 ONEDNN = VERSION >= (1, 8)  # whether log_softmax is oneDNN's
-ALL = [eager, default, hybridized, static_alloc, nested, nested_eager, exported, exported_alone, np_mode, np_mode_nested]
+ALL = [
+    eager,
+    default,
+    hybridized,
+    static_alloc,
+    nested,
+    nested_eager,
+    exported,
+    exported_alone,
+    np_mode,
+    np_mode_nested,
+]
 SYMBOLIC = [nested, exported, np_mode_nested]
 
 

@@ -1,4 +1,5 @@
 """The truth, in float64 NumPy and 50 digits of mpmath. Imports nothing of ours and nothing of MXNet's."""
+
 import mpmath
 import numpy as np
 
@@ -14,12 +15,26 @@ def nll(pred, label):
     """-log softmax(pred)[label] for one row of logits, to 50 digits."""
     with mpmath.workdps(50):
         logits = [mpmath.mpf(float(logit)) for logit in pred]
-        return mpmath.log(mpmath.fsum(mpmath.e ** logit for logit in logits)) - logits[label]
+        return mpmath.log(mpmath.fsum(mpmath.e**logit for logit in logits)) - logits[label]
 
 
-def loss_and_gradient(pred, label, sample_weight=None, *, axis=-1, batch_axis=0, sparse_label=True, from_logits=False, weight=None,
-                      ignore_label=None, class_weight=None, label_smoothing=0.0, lse_square_scale=0.0, reduction='mean',
-                      invalid_label='nan'):
+def loss_and_gradient(
+    pred,
+    label,
+    sample_weight=None,
+    *,
+    axis=-1,
+    batch_axis=0,
+    sparse_label=True,
+    from_logits=False,
+    weight=None,
+    ignore_label=None,
+    class_weight=None,
+    label_smoothing=0.0,
+    lse_square_scale=0.0,
+    reduction='mean',
+    invalid_label='nan',
+):
     """The loss by its definition and the gradient of its sum with respect to `pred` in closed form, both float64.
 
     Every position has a target t, the amount of each class: its loss is sum_j t_j (-log p_j) + s lse^2, and the gradient
@@ -49,13 +64,15 @@ def loss_and_gradient(pred, label, sample_weight=None, *, axis=-1, batch_axis=0,
         log_sum_exp = np.log(np.exp(pred).sum(-1))
     gradient = -target if from_logits else target.sum(-1, keepdims=True) * p - target
     if lse_square_scale:
-        values = values + lse_square_scale * log_sum_exp ** 2
+        values = values + lse_square_scale * log_sum_exp**2
         gradient = gradient + 2 * lse_square_scale * log_sum_exp[..., None] * p
     values = np.where(counted, np.where(valid, values, np.nan), 0)
 
     scale = (counted & valid).astype('float64')
     if sample_weight is not None:
-        fitted = np.broadcast_to(_fit(np.asarray(sample_weight, dtype='float64'), positions, axis, batch_axis), positions)
+        fitted = np.broadcast_to(
+            _fit(np.asarray(sample_weight, dtype='float64'), positions, axis, batch_axis), positions
+        )
         values, scale = np.where(fitted == 0, 0, values * fitted), scale * fitted
     if weight is not None:
         values, scale = values * weight, scale * weight

@@ -2,6 +2,7 @@
 
 ``resumable.py FOLDER`` trains to the end; ``resumable.py FOLDER STEP`` waits, once it has done STEP steps, for somebody to kill it.
 """
+
 import json
 import os
 import signal
@@ -41,7 +42,7 @@ def main(folder, wait_at=None):
     for epoch in range(done // BATCHES, EPOCHS):
         order = np.random.RandomState(epoch).permutation(len(labels))
         for batch in range(done % BATCHES, BATCHES):
-            chosen = order[batch * BATCH:(batch + 1) * BATCH]
+            chosen = order[batch * BATCH : (batch + 1) * BATCH]
             data, label = mx.nd.array(images[chosen]), mx.nd.array(labels[chosen])
             with autograd.record():
                 pred = net(data)
@@ -61,7 +62,17 @@ def main(folder, wait_at=None):
                 with open(checkpoint + '.new', 'w') as file:
                     json.dump({'done': done, 'metric': metric.state_dict()}, file, allow_nan=False)
                 os.replace(checkpoint + '.new', checkpoint)  # at once, and last: what it names is complete
-        print(json.dumps({'epoch': epoch, 'local': metric.get()[1], 'global': metric.get_global()[1], 'count': metric.global_num_inst}), flush=True)
+        print(
+            json.dumps(
+                {
+                    'epoch': epoch,
+                    'local': metric.get()[1],
+                    'global': metric.get_global()[1],
+                    'count': metric.global_num_inst,
+                }
+            ),
+            flush=True,
+        )
         metric.reset()
 
 

@@ -1,4 +1,5 @@
 """Mixed precision, in processes of its own, since amp.init cannot be undone."""
+
 import subprocess
 import sys
 import textwrap
@@ -9,11 +10,15 @@ mx = pytest.importorskip('mxnet')
 
 
 def run(code):
-    return subprocess.run([sys.executable, '-c', textwrap.dedent(code)], capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [sys.executable, '-c', textwrap.dedent(code)], capture_output=True, text=True, timeout=300
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(tuple(map(int, mx.__version__.split('.')[:2])) < (1, 7), reason='MXNet has bfloat16 since 1.7')
+@pytest.mark.skipif(
+    tuple(map(int, mx.__version__.split('.')[:2])) < (1, 7), reason='MXNet has bfloat16 since 1.7'
+)
 def test_a_net_trains_in_bfloat16_on_the_cpu():
     code = """
         import mxnet as mx, numpy as np
@@ -50,7 +55,10 @@ def test_a_net_trains_in_bfloat16_on_the_cpu():
     assert 'trained' in done.stdout
 
 
-@pytest.mark.skipif(mx.context.num_gpus() == 0, reason="MXNet's float16 layers need a GPU, and this machine has none that MXNet can use")
+@pytest.mark.skipif(
+    mx.context.num_gpus() == 0,
+    reason="MXNet's float16 layers need a GPU, and this machine has none that MXNet can use",
+)
 def test_a_net_trains_in_float16_with_a_loss_scaler():
     code = """
         import mxnet as mx, numpy as np

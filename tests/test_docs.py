@@ -1,4 +1,5 @@
 """The API reference: no public name lacks what a reader needs, and it builds without a warning."""
+
 import os
 import subprocess
 import sys
@@ -26,14 +27,35 @@ def test_functions_for_hybrid_blocks_say_their_shapes():
     assert '>>> ' in functional.__doc__
     for name in functional.__all__:
         doc = getattr(functional, name).__doc__
-        assert '(positions...' in doc or '(...' in doc or '(C,)' in doc or 'loss, counted' in doc or name in ('weighted', 'class_axis_last')
+        assert (
+            '(positions...' in doc
+            or '(...' in doc
+            or '(C,)' in doc
+            or 'loss, counted' in doc
+            or name in ('weighted', 'class_axis_last')
+        )
 
 
 @pytest.mark.slow
 def test_it_builds_without_a_warning(tmp_path):
     pytest.importorskip('numpydoc', reason='the reference needs the docs extra')
-    done = subprocess.run([sys.executable, '-m', 'sphinx', '-W', '--keep-going', '-q', '-b', 'html', os.path.join(ROOT, 'docs'), str(tmp_path)],
-                          capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [
+            sys.executable,
+            '-m',
+            'sphinx',
+            '-W',
+            '--keep-going',
+            '-q',
+            '-b',
+            'html',
+            os.path.join(ROOT, 'docs'),
+            str(tmp_path),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     page = (tmp_path / 'index.html').read_text()
     for module, name in PUBLIC:

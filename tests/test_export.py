@@ -1,4 +1,5 @@
 """Net and loss as one exported graph, run by everything in MXNet that runs graphs, in processes that know nothing of this package."""
+
 import contextlib
 import ctypes
 import json
@@ -19,7 +20,14 @@ from gluon_stable_ce import StableSoftmaxCELoss
 # The same operators on the same numbers; what may differ is the layout that oneDNN picks for the net in front, and so its rounding.
 CLOSE = {'rtol': 2e-6, 'atol': 2e-6}
 WEIGHTS = [1, 2, 0, 0.1, 3]
-EVERY_OPTION = {'axis': 1, 'ignore_label': -1, 'class_weight': WEIGHTS, 'label_smoothing': 0.1, 'lse_square_scale': 0.01, 'weight': 2.0}
+EVERY_OPTION = {
+    'axis': 1,
+    'ignore_label': -1,
+    'class_weight': WEIGHTS,
+    'label_smoothing': 0.1,
+    'lse_square_scale': 0.01,
+    'weight': 2.0,
+}
 GRAPHS = {
     'every-option': EVERY_OPTION,
     'every-option-none': dict(EVERY_OPTION, reduction='none'),
@@ -44,7 +52,9 @@ def inputs_of(name):
         return [file[key] for key in ('data0', 'data1', 'data2')]
 """
 
-SYMBOL_BLOCK = PREAMBLE + """
+SYMBOL_BLOCK = (
+    PREAMBLE
+    + """
 import mxnet as mx
 ctx = mx.Context(device, int(number))
 for name in names:
@@ -66,8 +76,11 @@ for name in names:
     assert changed and not any('classweight' in key for key in changed), changed
     np.savez(f'{folder}/{name}-answer.npz', loss=loss.asnumpy(), gradient=inputs[0].grad.asnumpy())
 """
+)
 
-MODULE = PREAMBLE + """
+MODULE = (
+    PREAMBLE
+    + """
 import mxnet as mx
 for name in names:
     inputs = dict(zip(('data0', 'data1', 'data2'), map(mx.nd.array, inputs_of(name))))
@@ -84,9 +97,12 @@ for name in names:
     assert changed and not any('classweight' in key for key in changed), changed
     np.savez(f'{folder}/{name}-answer.npz', loss=loss.asnumpy(), gradient=module.get_input_grads()[0].asnumpy())
 """
+)
 
 # no MXNet in Python at all
-PREDICT_API = PREAMBLE + """
+PREDICT_API = (
+    PREAMBLE
+    + """
 import ctypes
 libmxnet, *names = names
 lib = ctypes.CDLL(libmxnet)
@@ -119,6 +135,7 @@ for name in names:
     np.savez(f'{folder}/{name}-answer.npz', loss=loss)
 assert 'mxnet' not in sys.modules
 """
+)
 
 EPILOGUE = """
 assert 'gluon_stable_ce' not in sys.modules
@@ -181,7 +198,14 @@ def _export(name, folder, rng, array):
     net.hybridize()
     net(*map(array, inputs))
     net.export(str(folder / name))
-    np.savez(str(folder / f'{name}.npz'), data0=inputs[0], data1=inputs[1], data2=inputs[2], loss=loss, gradient=gradient)
+    np.savez(
+        str(folder / f'{name}.npz'),
+        data0=inputs[0],
+        data1=inputs[1],
+        data2=inputs[2],
+        loss=loss,
+        gradient=gradient,
+    )
 
 
 @pytest.fixture(scope='module')
@@ -199,11 +223,30 @@ def answers(script, folder, names, ctx, *args):
         if (folder / f'{name}-answer.npz').exists():
             (folder / f'{name}-answer.npz').unlink()
     env = {key: value for key, value in os.environ.items() if key != 'PYTHONPATH'}
-    process = subprocess.run([sys.executable, '-c', script + EPILOGUE, str(folder), ctx.device_type, str(ctx.device_id), *args, *names],
-                             env=env, cwd=str(folder), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120,
-                             check=False)
+    process = subprocess.run(
+        [
+            sys.executable,
+            '-c',
+            script + EPILOGUE,
+            str(folder),
+            ctx.device_type,
+            str(ctx.device_id),
+            *args,
+            *names,
+        ],
+        env=env,
+        cwd=str(folder),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert process.returncode == 0, process.stdout
-    return [(name, np.load(str(folder / f'{name}.npz')), np.load(str(folder / f'{name}-answer.npz'))) for name in names]
+    return [
+        (name, np.load(str(folder / f'{name}.npz')), np.load(str(folder / f'{name}-answer.npz')))
+        for name in names
+    ]
 
 
 def assert_same(results, keys=('loss', 'gradient')):
@@ -217,21 +260,45 @@ def test_what_is_exported_is_worth_comparing(exported):
     """Invalid labels show as NaN where they should and gradients are there, so that graphs which lost an option could not pass."""
     losses = {name: np.load(str(exported / f'{name}.npz'))['loss'] for name in GRAPHS}
     nan = {name: int(np.isnan(loss).sum()) for name, loss in losses.items()}
-    assert nan == {'every-option': 1, 'every-option-none': 7, 'every-option-sum-clip': 0, 'distributions': 0, 'log-probabilities': 1, 'time-first': 1,
-                   'np-every-option': 1, 'np-distributions': 0}
+    assert nan == {
+        'every-option': 1,
+        'every-option-none': 7,
+        'every-option-sum-clip': 0,
+        'distributions': 0,
+        'log-probabilities': 1,
+        'time-first': 1,
+        'np-every-option': 1,
+        'np-distributions': 0,
+    }
     for name in GRAPHS:
         gradient = np.load(str(exported / f'{name}.npz'))['gradient']
         assert np.isfinite(gradient).all()
         assert np.abs(gradient).max() > 0.01
-    wrong = [('every-option', np.load(str(exported / 'every-option.npz')), {'loss': losses['every-option'] * (1 + 1e-5)})]
+    wrong = [
+        (
+            'every-option',
+            np.load(str(exported / 'every-option.npz')),
+            {'loss': losses['every-option'] * (1 + 1e-5)},
+        )
+    ]
     with pytest.raises(AssertionError, match='every-option loss'):
         assert_same(wrong, ['loss'])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('names', [
-    CLASSIC, pytest.param(NP, marks=pytest.mark.skipif(mx.__version__.startswith('1.6'), reason='MXNet 1.6 loads np graphs as classic ones')),
-], ids=['nd', 'np'])
+@pytest.mark.parametrize(
+    'names',
+    [
+        CLASSIC,
+        pytest.param(
+            NP,
+            marks=pytest.mark.skipif(
+                mx.__version__.startswith('1.6'), reason='MXNet 1.6 loads np graphs as classic ones'
+            ),
+        ),
+    ],
+    ids=['nd', 'np'],
+)
 def test_symbol_block_imports(names, exported, ctx):
     """Where it was exported, and on another context; to be trained on, too, all but the class weights."""
     assert_same(answers(SYMBOL_BLOCK, exported, names, ctx))
@@ -246,7 +313,7 @@ def test_load_checkpoint_and_module(exported, ctx):
 
 
 def test_c_predict_api(exported, ctx):
-    libmxnet, = mx.libinfo.find_lib_path()[:1]
+    (libmxnet,) = mx.libinfo.find_lib_path()[:1]
     if not hasattr(ctypes.CDLL(libmxnet), 'MXPredCreate'):
         pytest.skip('this libmxnet was built without the C predict API')
     assert_same(answers(PREDICT_API, exported, GRAPHS, ctx, libmxnet), ['loss'])
@@ -257,7 +324,12 @@ def test_the_graph_has_stock_operators_only(name, exported):
     """Those that libmxnet registers, and none that calls back into Python."""
     size, names = ctypes.c_uint(), ctypes.POINTER(ctypes.c_char_p)()
     check_call(_LIB.MXListAllOpNames(ctypes.byref(size), ctypes.byref(names)))
-    stock = {names[i].decode() for i in range(size.value)} - {'Custom', '_Native', '_NDArray', '_CrossDeviceCopy'}
+    stock = {names[i].decode() for i in range(size.value)} - {
+        'Custom',
+        '_Native',
+        '_NDArray',
+        '_CrossDeviceCopy',
+    }
     nodes = json.loads((exported / f'{name}-symbol.json').read_text())['nodes']
     used = {node['op'] for node in nodes} - {'null'}
     assert 'relu' in used
@@ -271,5 +343,5 @@ def test_class_weights_that_nobody_initialised_are_in_the_file(array, exported):
     name = {'nd': 'every-option', 'np': 'np-every-option'}[array]
     with modes.numpy_semantics() if array == 'np' else contextlib.nullcontext():
         saved = mx.nd.load(str(exported / f'{name}-0000.params'))
-    weights, = (value for key, value in saved.items() if key.endswith('classweight0_value'))
+    (weights,) = (value for key, value in saved.items() if key.endswith('classweight0_value'))
     np.testing.assert_array_equal(weights.asnumpy(), np.float32(WEIGHTS))

@@ -1,4 +1,5 @@
 """Loss and metrics inside MXNet's own training loops: Estimator, Module, their callbacks and checkpoints; and a run that gets killed."""
+
 import contextlib
 import json
 import logging
@@ -30,7 +31,9 @@ def blobs(seed, shift=0):
     """Points around three corners, and which corner, NumPy."""
     rng = np.random.RandomState(seed)
     label = rng.randint(0, CLASSES, SAMPLES)
-    return (2 * np.eye(CLASSES)[label] + rng.normal(0, 1, (SAMPLES, CLASSES))).astype('float32'), ((label + shift) % CLASSES).astype('float32')
+    return (2 * np.eye(CLASSES)[label] + rng.normal(0, 1, (SAMPLES, CLASSES))).astype('float32'), (
+        (label + shift) % CLASSES
+    ).astype('float32')
 
 
 def mean_nll(pred, label):
@@ -88,12 +91,27 @@ def test_estimator_with_train_validation_and_loss_metrics(np_mode, ctx):
         with modes.numpy_semantics() if np_mode else contextlib.nullcontext():
             array = mx.np.array if np_mode else mx.nd.array
             recorder = Recorder()
-            job = make_estimator(context, StableSoftmaxCELoss(**options),
-                                 train_metrics=[StableCrossEntropy(pred_type='logits'), StablePerplexity(pred_type='logits'), StableLoss()])
+            job = make_estimator(
+                context,
+                StableSoftmaxCELoss(**options),
+                train_metrics=[
+                    StableCrossEntropy(pred_type='logits'),
+                    StablePerplexity(pred_type='logits'),
+                    StableLoss(),
+                ],
+            )
             job.fit(loader(*train, array), loader(*test, array), epochs=2, event_handlers=[recorder])
             logits = np.concatenate([job.net(array(test[0]).as_in_context(c)).asnumpy() for c in context[:1]])
-        assert [metric.name for metric in job.train_metrics] == ['training cross-entropy', 'training perplexity', 'training loss']
-        assert [metric.name for metric in job.val_metrics] == ['validation cross-entropy', 'validation perplexity', 'validation loss']
+        assert [metric.name for metric in job.train_metrics] == [
+            'training cross-entropy',
+            'training perplexity',
+            'training loss',
+        ]
+        assert [metric.name for metric in job.val_metrics] == [
+            'validation cross-entropy',
+            'validation perplexity',
+            'validation loss',
+        ]
         nll, perplexity, loss = (metric.get()[1] for metric in job.train_metrics)
         expected = mean_nll(np.concatenate(recorder.preds), np.concatenate(recorder.labels))
         assert nll == pytest.approx(expected, abs=LOGITS)
@@ -103,7 +121,9 @@ def test_estimator_with_train_validation_and_loss_metrics(np_mode, ctx):
         expected = mean_nll(logits, test[1])
         assert nll == pytest.approx(expected, abs=LOGITS)
         assert perplexity == pytest.approx(math.exp(expected), rel=LOGITS)
-        assert loss == pytest.approx(reference.loss_and_gradient(logits, test[1], **options)[0].mean(), abs=LOGITS)
+        assert loss == pytest.approx(
+            reference.loss_and_gradient(logits, test[1], **options)[0].mean(), abs=LOGITS
+        )
 
 
 def test_estimator_takes_our_loss_for_gluons(ctx):
@@ -119,12 +139,25 @@ def test_estimator_takes_our_loss_for_gluons(ctx):
 def test_estimator_checkpoints_and_stops_by_our_metric(ctx, tmp_path):
     """Validation labels are all wrong, so the first epoch is the best, and the second one the last but for our patience of 2."""
     metric = StableCrossEntropy(pred_type='logits')
-    job = make_estimator([ctx], StableSoftmaxCELoss(), train_metrics=[StableCrossEntropy(pred_type='logits')], val_metrics=[metric])
+    job = make_estimator(
+        [ctx],
+        StableSoftmaxCELoss(),
+        train_metrics=[StableCrossEntropy(pred_type='logits')],
+        val_metrics=[metric],
+    )
     watch = ValuesPerEpoch(metric)
     stop = estimator.EarlyStoppingHandler(metric, patience=2, mode='min')
     data, label = blobs(1, shift=1)
-    job.fit(loader(*blobs(0), mx.nd.array), loader(data, label, mx.nd.array), epochs=9, event_handlers=[
-        estimator.CheckpointHandler(str(tmp_path), monitor=metric, save_best=True, mode='min'), stop, watch])
+    job.fit(
+        loader(*blobs(0), mx.nd.array),
+        loader(data, label, mx.nd.array),
+        epochs=9,
+        event_handlers=[
+            estimator.CheckpointHandler(str(tmp_path), monitor=metric, save_best=True, mode='min'),
+            stop,
+            watch,
+        ],
+    )
     assert stop.stopped_epoch == 2
     assert watch.values == sorted(watch.values)
     assert len(watch.values) == 3
@@ -161,7 +194,9 @@ class Kept(mx.metric.EvalMetric):
 
     @staticmethod
     def nll(batches):
-        return mean_nll_of_probs(np.concatenate([probs for _, probs in batches]), np.concatenate([label for label, _ in batches]))
+        return mean_nll_of_probs(
+            np.concatenate([probs for _, probs in batches]), np.concatenate([label for label, _ in batches])
+        )
 
 
 def logits_symbol():
@@ -176,7 +211,9 @@ def our_module(ctx):
     """Our loss, called on symbols, next to probabilities for the metrics."""
     logits = logits_symbol()
     loss = mx.sym.MakeLoss(StableSoftmaxCELoss()(logits, mx.sym.var('softmax_label')), name='loss')
-    return mx.mod.Module(mx.sym.Group([loss, mx.sym.BlockGrad(mx.sym.softmax(logits), name='probs')]), context=ctx)
+    return mx.mod.Module(
+        mx.sym.Group([loss, mx.sym.BlockGrad(mx.sym.softmax(logits), name='probs')]), context=ctx
+    )
 
 
 def iterate(seed=0):
@@ -190,7 +227,15 @@ def initial():
 
 
 def fit(module, metric, **kwargs):
-    module.fit(iterate(0), iterate(1), eval_metric=metric, num_epoch=2, arg_params=initial(), optimizer_params={'learning_rate': 0.5}, **kwargs)
+    module.fit(
+        iterate(0),
+        iterate(1),
+        eval_metric=metric,
+        num_epoch=2,
+        arg_params=initial(),
+        optimizer_params={'learning_rate': 0.5},
+        **kwargs,
+    )
     return {name: value.asnumpy() for name, value in module.get_params()[0].items()}
 
 
@@ -202,7 +247,9 @@ def test_module_fit_and_score_with_softmax_output(ctx):
     label, probs = (np.concatenate(parts) for parts in zip(*kept.all))
     assert len(label) == SAMPLES
     assert scores['cross-entropy'] == pytest.approx(mean_nll_of_probs(probs, label), rel=PROBS)
-    assert scores['perplexity'] == pytest.approx(math.exp(mean_nll_of_probs(probs[label != 2], label[label != 2])), rel=PROBS)
+    assert scores['perplexity'] == pytest.approx(
+        math.exp(mean_nll_of_probs(probs[label != 2], label[label != 2])), rel=PROBS
+    )
 
 
 def test_module_score_by_name_has_no_floor(ctx):
@@ -213,17 +260,28 @@ def test_module_score_by_name_has_no_floor(ctx):
     batches = mx.io.NDArrayIter(np.array([[0, 70, 0], [0, 0, 0]], 'float32'), np.array([0, 1], 'float32'), 2)
     expected = (70 + math.log(3)) / 2
     # float32 rounds each probability, and so an NLL by 6e-8; of the softmax in front an error of a few such is accepted
-    assert module.score(batches, 'stable_cross_entropy') == [('cross-entropy', pytest.approx(expected, abs=1e-6))]
-    assert module.score(batches, mx.metric.create('stable_perplexity', ignore_label=1)) == [('perplexity', pytest.approx(math.exp(70), rel=1e-6))]
+    assert module.score(batches, 'stable_cross_entropy') == [
+        ('cross-entropy', pytest.approx(expected, abs=1e-6))
+    ]
+    assert module.score(batches, mx.metric.create('stable_perplexity', ignore_label=1)) == [
+        ('perplexity', pytest.approx(math.exp(70), rel=1e-6))
+    ]
     names = ['acc', 'stable_bits_per_token']
-    assert module.score(batches, names)[1] == ('bits-per-token', pytest.approx(expected / math.log(2), abs=1e-6))
+    assert module.score(batches, names)[1] == (
+        'bits-per-token',
+        pytest.approx(expected / math.log(2), abs=1e-6),
+    )
     assert module.score(batches, 'ce')[0][1] < 15
 
 
 def test_module_trains_with_our_loss_on_symbols(ctx):
     """The same steps as with SoftmaxOutput; metrics choose their output by name."""
     outputs = {'output_names': ['probs_output'], 'label_names': ['softmax_label']}
-    loss, nll, kept = StableLoss(output_names=['loss_output'], label_names=[]), StableCrossEntropy(**outputs), Kept(**outputs)
+    loss, nll, kept = (
+        StableLoss(output_names=['loss_output'], label_names=[]),
+        StableCrossEntropy(**outputs),
+        Kept(**outputs),
+    )
     module = our_module(ctx)
     ours, stock = fit(module, [nll, loss, kept]), fit(softmax_module(ctx), 'stable_cross_entropy')
     for name, value in stock.items():
@@ -248,8 +306,13 @@ def test_speedometer_and_log_validation(ctx, caplog):
         seen.append((values[0], global_values[0], len(kept.window), len(kept.all)))
 
     with caplog.at_level(logging.INFO):
-        fit(module, [StableCrossEntropy(), kept], validation_metric=mx.metric.create('stable_cross_entropy', name='held-out'),
-            batch_end_callback=[look, mx.callback.Speedometer(BATCH, frequent=2)], eval_end_callback=mx.callback.LogValidationMetricsCallback())
+        fit(
+            module,
+            [StableCrossEntropy(), kept],
+            validation_metric=mx.metric.create('stable_cross_entropy', name='held-out'),
+            batch_end_callback=[look, mx.callback.Speedometer(BATCH, frequent=2)],
+            eval_end_callback=mx.callback.LogValidationMetricsCallback(),
+        )
     text = '\n'.join(record.getMessage() for record in caplog.records)
     assert [sizes[2:] for sizes in seen] == [(1, 1), (2, 2), (3, 3), (1, 4), (2, 5)] * 2
     logged = [float(value) for value in re.findall(r'Speed: .*\tcross-entropy=([0-9.]+)\t', text)]
@@ -257,7 +320,7 @@ def test_speedometer_and_log_validation(ctx, caplog):
     assert logged == [pytest.approx(seen[batch][0], abs=1e-6) for batch in (2, 4, 7, 9)]
     logged = [float(value) for value in re.findall(r'Train-cross-entropy=([0-9.]+)', text)]
     assert logged == [pytest.approx(seen[batch][1], abs=1e-6) for batch in (4, 9)]
-    held_out, = module.score(iterate(1), StableCrossEntropy())
+    (held_out,) = module.score(iterate(1), StableCrossEntropy())
     logged = [float(value) for value in re.findall(r'Validation-held-out=([0-9.]+)', text)]
     assert logged[-1] == pytest.approx(held_out[1], abs=1e-6)
     assert len(logged) == 4  # the callback's and the Module's own, in each epoch
@@ -268,8 +331,11 @@ def test_speedometer_and_log_validation(ctx, caplog):
 
 def train(folder, *wait_at):
     """Run resumable.py; what it printed of each epoch. With a step to wait at, kill it there."""
-    env = dict(os.environ, PYTHONPATH=os.pathsep.join([os.path.dirname(HERE), os.environ.get('PYTHONPATH', '')]),
-               OMP_NUM_THREADS='1')  # so that the net itself comes out the same to the last bit
+    env = dict(
+        os.environ,
+        PYTHONPATH=os.pathsep.join([os.path.dirname(HERE), os.environ.get('PYTHONPATH', '')]),
+        OMP_NUM_THREADS='1',
+    )  # so that the net itself comes out the same to the last bit
     command = [sys.executable, os.path.join(HERE, 'resumable.py'), str(folder), *map(str, wait_at)]
     epochs = []
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, universal_newlines=True) as process:
@@ -300,5 +366,7 @@ def test_a_run_that_was_killed_twice_reports_what_it_would_have(tmp_path):
     assert train(killed) == expected[1:]
 
     checkpoint = json.loads((forgetful / 'checkpoint.json').read_text())
-    (forgetful / 'checkpoint.json').write_text(json.dumps(dict(checkpoint, metric=StableCrossEntropy().state_dict())))
+    (forgetful / 'checkpoint.json').write_text(
+        json.dumps(dict(checkpoint, metric=StableCrossEntropy().state_dict()))
+    )
     assert train(forgetful)[0]['global'] != expected[1]['global']

@@ -1,4 +1,5 @@
 """Values and gradients of the loss, against float64, however it is called."""
+
 import itertools
 
 import modes
@@ -25,7 +26,13 @@ SPARSE = [
     {'from_logits': True},
     {'from_logits': True, 'label_smoothing': 0.2, 'class_weight': [1, 2, 0, 0.5, 3], 'ignore_label': -1},
     {'invalid_label': 'clip'},
-    {'ignore_label': -1, 'class_weight': [1, 2, 0, 0.5, 3], 'label_smoothing': 0.1, 'lse_square_scale': 1e-2, 'weight': 2.0},
+    {
+        'ignore_label': -1,
+        'class_weight': [1, 2, 0, 0.5, 3],
+        'label_smoothing': 0.1,
+        'lse_square_scale': 1e-2,
+        'weight': 2.0,
+    },
 ]
 DENSE = [
     {},
@@ -33,7 +40,14 @@ DENSE = [
     {'class_weight': [1, 2, 0, 0.5, 3], 'label_smoothing': 0.1},
     {'lse_square_scale': 1e-2},
 ]
-LAYOUTS = [((6, 5), -1, 0), ((5, 6), 0, 1), ((3, 4, 5), -1, 0), ((3, 4, 5), 2, 1), ((3, 5, 2, 4), 1, 0), ((3, 5, 2, 4), -3, -1)]
+LAYOUTS = [
+    ((6, 5), -1, 0),
+    ((5, 6), 0, 1),
+    ((3, 4, 5), -1, 0),
+    ((3, 4, 5), 2, 1),
+    ((3, 5, 2, 4), 1, 0),
+    ((3, 5, 2, 4), -3, -1),
+]
 
 
 def make(rng, shape, axis, sparse_label=True, from_logits=False, ignore_label=None, invalid=True, **_):
@@ -57,12 +71,24 @@ def make(rng, shape, axis, sparse_label=True, from_logits=False, ignore_label=No
 
 
 @pytest.mark.parametrize('mode', modes.ALL, ids=lambda mode: mode.__name__)
-@pytest.mark.parametrize(('sparse_label', 'options'), [(True, o) for o in SPARSE] + [(False, o) for o in DENSE], ids=str)
+@pytest.mark.parametrize(
+    ('sparse_label', 'options'), [(True, o) for o in SPARSE] + [(False, o) for o in DENSE], ids=str
+)
 def test_every_option_in_every_mode(mode, sparse_label, options, rng, ctx):
     for (shape, axis, batch_axis), reduction in itertools.product(LAYOUTS, ('mean', 'sum', 'none')):
-        if mode is not modes.default and (shape, reduction) not in (((6, 5), 'mean'), ((3, 5, 2, 4), 'mean'), ((3, 4, 5), 'none')):
+        if mode is not modes.default and (shape, reduction) not in (
+            ((6, 5), 'mean'),
+            ((3, 5, 2, 4), 'mean'),
+            ((3, 4, 5), 'none'),
+        ):
             continue  # the layouts are tried in full once, and in every mode with a rank, a move of the class axis and a shape kept
-        settings = {'axis': axis, 'batch_axis': batch_axis, 'sparse_label': sparse_label, 'reduction': reduction, **options}
+        settings = {
+            'axis': axis,
+            'batch_axis': batch_axis,
+            'sparse_label': sparse_label,
+            'reduction': reduction,
+            **options,
+        }
         arrays = make(rng, shape, **settings)
         loss, gradient = mode(StableSoftmaxCrossEntropyLoss(**settings), *arrays)
         expected, expected_gradient = reference.loss_and_gradient(*arrays, **settings)
@@ -75,9 +101,11 @@ def test_every_option_in_every_mode(mode, sparse_label, options, rng, ctx):
 @pytest.mark.parametrize('shape_of', ['kept', 'kept and broadcast', 'label', 'batch'])
 def test_sample_weight_in_its_shapes(mode, shape_of, rng, ctx):
     if mode in modes.SYMBOLIC and not shape_of.startswith('kept'):
-        pytest.skip('a graph does not know which shape it is given: there gluon\'s own is the only one')
+        pytest.skip("a graph does not know which shape it is given: there gluon's own is the only one")
     pred, label = make(rng, (3, 5, 2, 4), axis=1, ignore_label=-1)
-    shape = {'kept': (3, 1, 2, 4), 'kept and broadcast': (3, 1, 1, 1), 'label': (3, 2, 4), 'batch': (3,)}[shape_of]
+    shape = {'kept': (3, 1, 2, 4), 'kept and broadcast': (3, 1, 1, 1), 'label': (3, 2, 4), 'batch': (3,)}[
+        shape_of
+    ]
     weight = rng.uniform(0, 2, shape).astype('float32')
     weight.flat[0] = 0
     for reduction in ('mean', 'sum', 'none'):
@@ -92,9 +120,15 @@ def test_where_nothing_special_is_asked_for_it_is_gluons_loss(rng, ctx):
     for (shape, axis, batch_axis), weighted in itertools.product(LAYOUTS, (False, True)):
         arrays = list(make(rng, shape, axis, invalid=False))
         if weighted:
-            arrays.append(rng.uniform(0, 2, [n if i == batch_axis % len(shape) else 1 for i, n in enumerate(shape)]).astype('float32'))
-        ours, theirs = (cls(axis=axis, batch_axis=batch_axis, weight=0.5)
-                        for cls in (StableSoftmaxCELoss, gluon.loss.SoftmaxCrossEntropyLoss))
+            arrays.append(
+                rng.uniform(
+                    0, 2, [n if i == batch_axis % len(shape) else 1 for i, n in enumerate(shape)]
+                ).astype('float32')
+            )
+        ours, theirs = (
+            cls(axis=axis, batch_axis=batch_axis, weight=0.5)
+            for cls in (StableSoftmaxCELoss, gluon.loss.SoftmaxCrossEntropyLoss)
+        )
         for got, expected in zip(modes.default(ours, *arrays), modes.default(theirs, *arrays)):
             assert got.dtype == expected.dtype
             np.testing.assert_allclose(got, expected, **CLOSE)
@@ -117,7 +151,7 @@ def test_both_tails_of_two_logits(gap, ctx):
     assert loss[0] >= 0
     # where p is nearly 1, what is left after its own measured error is float32's: 2**-23
     np.testing.assert_allclose(loss[0], likely, rtol=0, atol=2e-7 if likely < 0.02 else 6e-6)
-    np.testing.assert_allclose(loss[1], unlikely, rtol=2 ** -23, atol=6e-6)
+    np.testing.assert_allclose(loss[1], unlikely, rtol=2**-23, atol=6e-6)
 
 
 def test_a_zero_probability_is_infinite_and_a_masked_class_harmless(ctx):
@@ -133,13 +167,25 @@ def test_a_zero_probability_is_infinite_and_a_masked_class_harmless(ctx):
 def test_dense_labels_of_zero_ask_nothing_of_an_impossible_class(ctx):
     pred = np.array([[-np.inf, 1, 2]], 'float32')
     for mode in modes.ALL:
-        loss, gradient = mode(StableSoftmaxCELoss(sparse_label=False), pred, np.array([[0, 0.5, 0.5]], 'float32'))
+        loss, gradient = mode(
+            StableSoftmaxCELoss(sparse_label=False), pred, np.array([[0, 0.5, 0.5]], 'float32')
+        )
         np.testing.assert_allclose(loss, [np.log(1 + np.e) - 0.5], **CLOSE)
         np.testing.assert_allclose(gradient[0, 0], 0)
         assert np.isfinite(gradient).all()
 
 
-@pytest.mark.parametrize('options', [{}, {'ignore_label': -1}, {'class_weight': [1, 2, 3, 4]}, {'label_smoothing': 0.1}, {'reduction': 'sum'}], ids=str)
+@pytest.mark.parametrize(
+    'options',
+    [
+        {},
+        {'ignore_label': -1},
+        {'class_weight': [1, 2, 3, 4]},
+        {'label_smoothing': 0.1},
+        {'reduction': 'sum'},
+    ],
+    ids=str,
+)
 def test_nan_at_the_label_is_nan_and_not_hidden(options, ctx):
     pred = np.array([[0, np.nan, 1, 2], [0, 1, 2, 3]], 'float32')
     for mode in modes.ALL:
@@ -148,7 +194,9 @@ def test_nan_at_the_label_is_nan_and_not_hidden(options, ctx):
         assert np.isfinite(loss[1])
 
 
-@pytest.mark.parametrize('options', [{}, {'class_weight': [1, 2, 3]}, {'label_smoothing': 0.1}, {'lse_square_scale': 0.1}], ids=str)
+@pytest.mark.parametrize(
+    'options', [{}, {'class_weight': [1, 2, 3]}, {'label_smoothing': 0.1}, {'lse_square_scale': 0.1}], ids=str
+)
 @pytest.mark.parametrize('mode', modes.ALL, ids=lambda mode: mode.__name__)
 def test_ignored_and_invalid_positions_have_a_gradient_of_exactly_zero(mode, options, rng, ctx):
     pred = rng.normal(0, 30, (6, 3)).astype('float32')
@@ -178,7 +226,9 @@ def test_float16_is_computed_in_float32(classes, rng, ctx):
     expected, expected_gradient = reference.loss_and_gradient(pred, label)
     assert (loss.dtype, gradient.dtype) == (np.float32, np.float16)
     np.testing.assert_allclose(loss, expected, rtol=2e-6, atol=1e-4)  # a float32 sum of as many terms
-    np.testing.assert_allclose(gradient, expected_gradient, rtol=2 ** -10, atol=2 ** -24)  # float16's own rounding and least number
+    np.testing.assert_allclose(
+        gradient, expected_gradient, rtol=2**-10, atol=2**-24
+    )  # float16's own rounding and least number
 
 
 def test_float16_is_seen_inside_a_net(ctx):
@@ -195,7 +245,13 @@ def test_float16_is_seen_inside_a_net(ctx):
 
 def test_float64_stays_float64(rng, ctx):
     pred, label = rng.normal(0, 3, (8, 5)), rng.randint(0, 5, 8).astype('float32')
-    for mode in (modes.eager, modes.default, modes.hybridized, modes.exported_alone, modes.np_mode):  # symbols: float32 if they don't say
+    for mode in (
+        modes.eager,
+        modes.default,
+        modes.hybridized,
+        modes.exported_alone,
+        modes.np_mode,
+    ):  # symbols: float32 if they don't say
         settings = {'class_weight': [0.5, 2, 3, 4, 5], 'label_smoothing': 0.1}
         loss, gradient = mode(StableSoftmaxCELoss(**settings), pred, label)
         expected, expected_gradient = reference.loss_and_gradient(pred, label, **settings)
@@ -207,7 +263,13 @@ def test_float64_stays_float64(rng, ctx):
 def test_gradients_by_central_differences(rng, ctx):
     """Per class, since an error that is the same for all classes hides in the loss's shift invariance."""
     pred, label = rng.normal(0, 2, (3, 4)), np.array([0, 3, -1.0])
-    settings = {'ignore_label': -1, 'class_weight': [1, 2, 3, 4], 'label_smoothing': 0.1, 'lse_square_scale': 0.1, 'reduction': 'sum'}
+    settings = {
+        'ignore_label': -1,
+        'class_weight': [1, 2, 3, 4],
+        'label_smoothing': 0.1,
+        'lse_square_scale': 0.1,
+        'reduction': 'sum',
+    }
     loss_fn = StableSoftmaxCELoss(**settings)
     _, gradient = modes.default(loss_fn, pred, label)
     step = 1e-6
@@ -217,12 +279,22 @@ def test_gradients_by_central_differences(rng, ctx):
             moved = pred.copy()
             moved[index] += sign * step
             around.append(loss_fn(mx.nd.array(moved, dtype='float64'), mx.nd.array(label)).asnumpy().sum())
-        np.testing.assert_allclose(gradient[index], (around[0] - around[1]) / (2 * step), rtol=1e-6, atol=1e-9)
+        np.testing.assert_allclose(
+            gradient[index], (around[0] - around[1]) / (2 * step), rtol=1e-6, atol=1e-9
+        )
 
 
-@pytest.mark.parametrize(('classes', 'bound'), [
-    (2, 6e-6), (10, 8e-6), (252, 8e-6), (507, 8e-6), (1000, 8e-6), pytest.param(50257, 6e-5, marks=pytest.mark.slow),
-])
+@pytest.mark.parametrize(
+    ('classes', 'bound'),
+    [
+        (2, 6e-6),
+        (10, 8e-6),
+        (252, 8e-6),
+        (507, 8e-6),
+        (1000, 8e-6),
+        pytest.param(50257, 6e-5, marks=pytest.mark.slow),
+    ],
+)
 def test_the_stated_bounds(classes, bound, rng, ctx):
     """Of the docstring's Numerics: over logits that leave little, some and nearly all of the probability to the label."""
     if not modes.ONEDNN:

@@ -1,4 +1,5 @@
 """The metrics: values against float64 and mpmath, windows, state, and everything that must not change the result."""
+
 import copy
 import json
 import math
@@ -14,7 +15,13 @@ import pytest
 import reference
 
 import gluon_stable_ce
-from gluon_stable_ce import StableBitsPerToken, StableCrossEntropy, StableLoss, StablePerplexity, StableSoftmaxCELoss
+from gluon_stable_ce import (
+    StableBitsPerToken,
+    StableCrossEntropy,
+    StableLoss,
+    StablePerplexity,
+    StableSoftmaxCELoss,
+)
 from gluon_stable_ce._running_mean import ExactSums, exact_sum
 
 nd = mx.nd
@@ -43,8 +50,18 @@ def test_the_probability_that_stock_reports_as_27_63(ctx):
     assert ours.get()[1] == pytest.approx(99.01, abs=0.01)  # 1e-43 itself is not a float32
 
 
-@pytest.mark.parametrize(('prob', 'nll'), [(0, math.inf), (1, 0), (1e-45, 103.2789), (5e-324, 744.4401), (1 + 2 ** -23, 0), (math.nan, math.nan),
-                                           (-0.1, math.nan)])
+@pytest.mark.parametrize(
+    ('prob', 'nll'),
+    [
+        (0, math.inf),
+        (1, 0),
+        (1e-45, 103.2789),
+        (5e-324, 744.4401),
+        (1 + 2**-23, 0),
+        (math.nan, math.nan),
+        (-0.1, math.nan),
+    ],
+)
 def test_probabilities_at_the_edge(prob, nll, ctx):
     metric = StableCrossEntropy()
     metric.update(nd.array([1]), nd.array([[0.5, prob]], dtype='float64' if prob == 5e-324 else 'float32'))
@@ -63,9 +80,18 @@ def test_values_against_float64(pred_type, shape, axis, sparse_label, rng, ctx):
     pred = {'logits': logits, 'log_probs': log_p, 'probs': np.exp(log_p)}[pred_type].astype('float32')
     positions = moved.shape[:-1]
     index = rng.randint(0, 5, positions)
-    label = index if sparse_label else np.moveaxis(rng.dirichlet(np.ones(5), positions), -1, axis).astype('float32')
+    label = (
+        index
+        if sparse_label
+        else np.moveaxis(rng.dirichlet(np.ones(5), positions), -1, axis).astype('float32')
+    )
     ignore = index.flat[0] if sparse_label else None
-    metric = StableCrossEntropy(axis=axis, pred_type=pred_type, ignore_label=int(ignore) if sparse_label else None, sparse_label=sparse_label)
+    metric = StableCrossEntropy(
+        axis=axis,
+        pred_type=pred_type,
+        ignore_label=int(ignore) if sparse_label else None,
+        sparse_label=sparse_label,
+    )
     for wrap in (mx.nd.array, None):
         metric.reset()
         if wrap:
@@ -74,25 +100,53 @@ def test_values_against_float64(pred_type, shape, axis, sparse_label, rng, ctx):
             with modes.numpy_semantics():
                 metric.update([mx.np.array(label)], [mx.np.array(pred)])
         as_logits = np.log(pred) if pred_type == 'probs' else pred
-        expected, _ = reference.loss_and_gradient(as_logits, label, axis=axis, batch_axis=1 if axis == 0 else 0, sparse_label=sparse_label,
-                                                  from_logits=pred_type != 'logits', reduction='none')
+        expected, _ = reference.loss_and_gradient(
+            as_logits,
+            label,
+            axis=axis,
+            batch_axis=1 if axis == 0 else 0,
+            sparse_label=sparse_label,
+            from_logits=pred_type != 'logits',
+            reduction='none',
+        )
         expected = expected[index != ignore] if sparse_label else expected
         np.testing.assert_allclose(metric.get()[1], expected.mean(), rtol=3e-6)
         assert metric.num_inst == expected.size
 
 
-@pytest.mark.parametrize('options', [{}, {'ignore_label': -1}, {'axis': 1}, {'from_logits': True}, {'sparse_label': False},
-                                     {'class_weight': [1, 2, 3, 4, 5], 'label_smoothing': 0.1, 'lse_square_scale': 0.1}], ids=str)
+@pytest.mark.parametrize(
+    'options',
+    [
+        {},
+        {'ignore_label': -1},
+        {'axis': 1},
+        {'from_logits': True},
+        {'sparse_label': False},
+        {'class_weight': [1, 2, 3, 4, 5], 'label_smoothing': 0.1, 'lse_square_scale': 0.1},
+    ],
+    ids=str,
+)
 def test_the_companion_metric_accumulates_what_the_loss_computes(options, rng, ctx):
     """Over any split, the mean of the loss's own values over the positions that count; weights and smoothing are not the metric's."""
     loss_fn = StableSoftmaxCELoss(reduction='none', **options)
-    plain = StableSoftmaxCELoss(reduction='none', **{k: v for k, v in options.items() if k not in ('class_weight', 'label_smoothing', 'lse_square_scale')})
+    plain = StableSoftmaxCELoss(
+        reduction='none',
+        **{
+            k: v
+            for k, v in options.items()
+            if k not in ('class_weight', 'label_smoothing', 'lse_square_scale')
+        },
+    )
     metric = loss_fn.create_metric(name='nll')
     total, count = 0.0, 0
     for n in (4, 1, 7):
         shape = (n, 5, 3) if options.get('axis') == 1 else (n, 3, 5)
         pred = nd.log_softmax(nd.array(rng.normal(0, 5, shape)))
-        label = nd.array(rng.randint(0, 5, (n, 3))) if options.get('sparse_label', True) else nd.softmax(nd.array(rng.normal(0, 1, shape)))
+        label = (
+            nd.array(rng.randint(0, 5, (n, 3)))
+            if options.get('sparse_label', True)
+            else nd.softmax(nd.array(rng.normal(0, 1, shape)))
+        )
         if 'ignore_label' in options:
             label[0, 0] = -1
         values = plain(pred, label).asnumpy().astype('float64')
@@ -119,8 +173,14 @@ def test_perplexity_and_bits(rng, ctx):
     for pred_type in ('logits',):
         options = {'pred_type': pred_type, 'ignore_label': -1}
         nll = filled(StableCrossEntropy(**options), data).get()[1]
-        assert filled(StablePerplexity(**options), data).get() == ('perplexity', pytest.approx(math.exp(nll), rel=1e-15))
-        assert filled(StableBitsPerToken(**options), data).get() == ('bits-per-token', pytest.approx(nll / math.log(2), rel=1e-15))
+        assert filled(StablePerplexity(**options), data).get() == (
+            'perplexity',
+            pytest.approx(math.exp(nll), rel=1e-15),
+        )
+        assert filled(StableBitsPerToken(**options), data).get() == (
+            'bits-per-token',
+            pytest.approx(nll / math.log(2), rel=1e-15),
+        )
     metric = StablePerplexity(pred_type='log_probs')
     metric.update(nd.array([0]), nd.array([[-1e4, 0]]))
     assert metric.get()[1] == math.inf
@@ -146,8 +206,17 @@ def test_loss_values(rng, ctx):
     assert ours.num_inst == stock.num_inst == 24
 
 
-@pytest.mark.parametrize(('values', 'mean'), [([math.inf, 1], math.inf), ([-math.inf, 1], -math.inf), ([math.inf, -math.inf], math.nan),
-                                              ([math.nan, math.inf], math.nan), ([], math.nan), ([3e38, 3e38], float(np.float32(3e38)))])
+@pytest.mark.parametrize(
+    ('values', 'mean'),
+    [
+        ([math.inf, 1], math.inf),
+        ([-math.inf, 1], -math.inf),
+        ([math.inf, -math.inf], math.nan),
+        ([math.nan, math.inf], math.nan),
+        ([], math.nan),
+        ([3e38, 3e38], float(np.float32(3e38))),
+    ],
+)
 def test_values_that_are_not_finite(values, mean):
     metric = StableLoss()
     if values:
@@ -168,7 +237,10 @@ def test_invalid_labels_are_counted_apart_until_reset(ctx):
     pred = nd.array([[0.5, 0.5]] * 5)
     metric.update(nd.array([0, -1, 2, 1.5, math.nan]), pred)
     for result in (metric.get, metric.get_global, metric.get_name_value):
-        with pytest.raises(ValueError, match=r'^labels: expected integers in \[0, 2\), got 3 others beside 1 valid ones; reset\(\) forgets them$'):
+        with pytest.raises(
+            ValueError,
+            match=r'^labels: expected integers in \[0, 2\), got 3 others beside 1 valid ones; reset\(\) forgets them$',
+        ):
             result()
     metric.reset_local()
     metric.update(nd.array([0, 0, 0, 0, 0]), pred)
@@ -191,7 +263,9 @@ def test_windows(rng):
     assert metric.get_global_name_value() == [metric.get_global()]
     assert metric.global_num_inst > metric.num_inst
     np.testing.assert_allclose(metric.sum_metric / metric.num_inst, metric.get()[1], rtol=1e-15)
-    np.testing.assert_allclose(metric.global_sum_metric / metric.global_num_inst, metric.get_global()[1], rtol=1e-15)
+    np.testing.assert_allclose(
+        metric.global_sum_metric / metric.global_num_inst, metric.get_global()[1], rtol=1e-15
+    )
 
 
 def test_results_do_not_depend_on_batches_devices_or_when_somebody_looks(rng):
@@ -209,7 +283,10 @@ def test_results_do_not_depend_on_batches_devices_or_when_somebody_looks(rng):
     for i, (label, pred) in enumerate(data):
         on_two.update([label], [pred.as_in_context(mx.cpu(i % 2))])
     one_array = StableCrossEntropy(**options)
-    one_array.update(nd.concat(*[label for label, _ in data[::-1]], dim=0), nd.concat(*[pred for _, pred in data[::-1]], dim=0))
+    one_array.update(
+        nd.concat(*[label for label, _ in data[::-1]], dim=0),
+        nd.concat(*[pred for _, pred in data[::-1]], dim=0),
+    )
     assert looked_at.get() == at_once.get() == on_two.get() == one_array.get() == expected
 
 
@@ -238,8 +315,17 @@ def test_state_survives_json_pickle_and_deepcopy_in_the_middle(rng):
         assert (metric.get(), metric.get_global()) == (whole.get(), whole.get_global())
 
 
-@pytest.mark.parametrize('state', [None, {}, {'own': {}}, {'own': {'local': 1, 'global': 2}, 'others': {}},
-                                   {window: dict(ExactSums().as_dict(), count=0.5) for window in ('local', 'global')}], ids=str)
+@pytest.mark.parametrize(
+    'state',
+    [
+        None,
+        {},
+        {'own': {}},
+        {'own': {'local': 1, 'global': 2}, 'others': {}},
+        {window: dict(ExactSums().as_dict(), count=0.5) for window in ('local', 'global')},
+    ],
+    ids=str,
+)
 def test_a_state_that_is_none_changes_nothing(state, rng):
     metric = filled(StableCrossEntropy(pred_type='logits', ignore_label=-1), batches(rng))
     before = metric.get()
@@ -248,14 +334,32 @@ def test_a_state_that_is_none_changes_nothing(state, rng):
     assert metric.get() == before
 
 
-@pytest.mark.parametrize(('labels', 'preds', 'error', 'message'), [
-    ([nd.zeros(2)], [nd.zeros((2, 3))] * 2, ValueError, '^labels: expected as many arrays as preds, 2, got 1$'),
-    ([nd.zeros(2), nd.zeros(3)], [nd.zeros((2, 3))] * 2, ValueError, r'^label: expected shape \(2,\) for pred of shape \(2, 3\)'),
-    ([nd.zeros((2, 3))], [nd.zeros((2, 3))], ValueError, 'need sparse_label=False$'),
-    ([np.zeros(2)], [nd.zeros((2, 3))], TypeError, '^labels: expected an MXNet array, got ndarray$'),
-    ([nd.zeros(2)], [[0.5, 0.5]], TypeError, '^preds: expected an MXNet array, got list$'),
-    ([nd.zeros(2, dtype='float16')], [nd.zeros((2, 5000))], TypeError, '^label: expected a dtype that can name 5000 classes'),
-])
+@pytest.mark.parametrize(
+    ('labels', 'preds', 'error', 'message'),
+    [
+        (
+            [nd.zeros(2)],
+            [nd.zeros((2, 3))] * 2,
+            ValueError,
+            '^labels: expected as many arrays as preds, 2, got 1$',
+        ),
+        (
+            [nd.zeros(2), nd.zeros(3)],
+            [nd.zeros((2, 3))] * 2,
+            ValueError,
+            r'^label: expected shape \(2,\) for pred of shape \(2, 3\)',
+        ),
+        ([nd.zeros((2, 3))], [nd.zeros((2, 3))], ValueError, 'need sparse_label=False$'),
+        ([np.zeros(2)], [nd.zeros((2, 3))], TypeError, '^labels: expected an MXNet array, got ndarray$'),
+        ([nd.zeros(2)], [[0.5, 0.5]], TypeError, '^preds: expected an MXNet array, got list$'),
+        (
+            [nd.zeros(2, dtype='float16')],
+            [nd.zeros((2, 5000))],
+            TypeError,
+            '^label: expected a dtype that can name 5000 classes',
+        ),
+    ],
+)
 def test_bad_updates_raise_and_lose_nothing(labels, preds, error, message, rng):
     metric = filled(StableCrossEntropy(ignore_label=-1, pred_type='logits'), batches(rng))
     before = metric.state_dict()
@@ -264,12 +368,23 @@ def test_bad_updates_raise_and_lose_nothing(labels, preds, error, message, rng):
     assert metric.state_dict() == before
 
 
-@pytest.mark.parametrize(('options', 'error', 'message'), [
-    ({'pred_type': 'prob'}, ValueError, "^pred_type: expected one of 'probs', 'logits', 'log_probs', got 'prob'$"),
-    ({'axis': None}, TypeError, '^axis: expected an integer, got None$'),
-    ({'ignore_label': 0.5}, TypeError, r'^ignore_label: expected an integer, got 0\.5$'),
-    ({'sparse_label': False, 'ignore_label': 1}, ValueError, '^ignore_label: expected None with sparse_label=False'),
-])
+@pytest.mark.parametrize(
+    ('options', 'error', 'message'),
+    [
+        (
+            {'pred_type': 'prob'},
+            ValueError,
+            "^pred_type: expected one of 'probs', 'logits', 'log_probs', got 'prob'$",
+        ),
+        ({'axis': None}, TypeError, '^axis: expected an integer, got None$'),
+        ({'ignore_label': 0.5}, TypeError, r'^ignore_label: expected an integer, got 0\.5$'),
+        (
+            {'sparse_label': False, 'ignore_label': 1},
+            ValueError,
+            '^ignore_label: expected None with sparse_label=False',
+        ),
+    ],
+)
 def test_bad_options_are_refused(options, error, message):
     with pytest.raises(error, match=message):
         StableCrossEntropy(**options)
@@ -318,15 +433,22 @@ def test_update_inside_record_leaves_the_graph_alone(rng):
 
 def test_sums_are_exact(rng):
     """10 million terms of mixed size against math.fsum, which rounds once; and odd and any terms against fractions."""
-    values = np.concatenate([rng.rand(5 * 10 ** 6) * 1e-6, rng.rand(5 * 10 ** 6) * 100])
+    values = np.concatenate([rng.rand(5 * 10**6) * 1e-6, rng.rand(5 * 10**6) * 100])
     rng.shuffle(values)
     assert ExactSums.of(values).over(1) == math.fsum(values)
-    odd = np.concatenate([rng.normal(0, 1, 1000) * 10.0 ** rng.randint(-300, 300, 1000), [5e-324, -1.7e308, 0.0, -0.0, 2.0 ** 53 + 2]])
-    bits = rng.randint(0, 2 ** 63, 1000, dtype='int64').view('float64')
+    odd = np.concatenate(
+        [
+            rng.normal(0, 1, 1000) * 10.0 ** rng.randint(-300, 300, 1000),
+            [5e-324, -1.7e308, 0.0, -0.0, 2.0**53 + 2],
+        ]
+    )
+    bits = rng.randint(0, 2**63, 1000, dtype='int64').view('float64')
     largest = np.full(1000, np.finfo('float64').max)
     for terms in (odd, bits[np.isfinite(bits)], -largest, np.concatenate([largest, odd]), odd[:0], odd[:1]):
-        assert Fraction(exact_sum(terms), 2 ** 1126) == sum(map(Fraction, terms.tolist()))
+        assert Fraction(exact_sum(terms), 2**1126) == sum(map(Fraction, terms.tolist()))
 
 
 def test_the_public_names():
-    assert sorted(gluon_stable_ce.__all__) == sorted(name for name in gluon_stable_ce.__all__ if hasattr(gluon_stable_ce, name))
+    assert sorted(gluon_stable_ce.__all__) == sorted(
+        name for name in gluon_stable_ce.__all__ if hasattr(gluon_stable_ce, name)
+    )

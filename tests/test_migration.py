@@ -1,4 +1,5 @@
 """The migration table of the README: each row that says "equal" is equal in the gradient here."""
+
 import mxnet as mx
 import numpy as np
 import pytest
@@ -35,24 +36,37 @@ def flat(pred):
 def test_softmax_output(batch):
     pred, label, _ = batch
     x, y = flat(pred), nd.maximum(label, 0).reshape((-1,))
-    np.testing.assert_allclose(gradient(lambda x: StableSoftmaxCELoss(reduction='sum')(x, y), x), gradient(lambda x: nd.SoftmaxOutput(x, y), x), **CLOSE)
+    np.testing.assert_allclose(
+        gradient(lambda x: StableSoftmaxCELoss(reduction='sum')(x, y), x),
+        gradient(lambda x: nd.SoftmaxOutput(x, y), x),
+        **CLOSE,
+    )
 
 
 def test_softmax_output_use_ignore(batch):
     pred, label, _ = batch
     x, y = flat(pred), label.reshape((-1,))
     theirs = gradient(lambda x: nd.SoftmaxOutput(x, y, use_ignore=True, ignore_label=-1), x)
-    np.testing.assert_allclose(gradient(lambda x: StableSoftmaxCELoss(ignore_label=-1, reduction='sum')(x, y), x), theirs, **CLOSE)
+    np.testing.assert_allclose(
+        gradient(lambda x: StableSoftmaxCELoss(ignore_label=-1, reduction='sum')(x, y), x), theirs, **CLOSE
+    )
 
 
 @pytest.mark.parametrize('normalization', ['null', 'batch', 'valid'])
 def test_softmax_output_multi_output_and_normalization(normalization, batch):
     """What SoftmaxOutput divides by is what trainer.step divides by; but for 'valid', multi_output divides by a sample's positions too."""
     pred, label, _ = batch
-    theirs = gradient(lambda x: nd.SoftmaxOutput(x, label, multi_output=True, use_ignore=True, ignore_label=-1, normalization=normalization), pred)
+    theirs = gradient(
+        lambda x: nd.SoftmaxOutput(
+            x, label, multi_output=True, use_ignore=True, ignore_label=-1, normalization=normalization
+        ),
+        pred,
+    )
     loss_fn = StableSoftmaxCELoss(axis=1, ignore_label=-1, reduction='sum')
     positions = label.size // len(label)
-    step = {'null': positions, 'batch': len(pred) * positions, 'valid': loss_fn.valid_count(label)}[normalization]
+    step = {'null': positions, 'batch': len(pred) * positions, 'valid': loss_fn.valid_count(label)}[
+        normalization
+    ]
     np.testing.assert_allclose(gradient(lambda x: loss_fn(x, label), pred, 1 / step), theirs, **CLOSE)
 
 
@@ -63,7 +77,12 @@ def test_softmax_output_smooth_alpha(batch):
     theirs = gradient(lambda x: nd.SoftmaxOutput(x, y, smooth_alpha=alpha), x)
     ours = StableSoftmaxCELoss(label_smoothing=alpha * C / (C - 1), reduction='sum')
     np.testing.assert_allclose(gradient(lambda x: ours(x, y), x), theirs, **CLOSE)
-    assert np.abs(gradient(lambda x: StableSoftmaxCELoss(label_smoothing=alpha, reduction='sum')(x, y), x) - theirs).max() > 1e-3
+    assert (
+        np.abs(
+            gradient(lambda x: StableSoftmaxCELoss(label_smoothing=alpha, reduction='sum')(x, y), x) - theirs
+        ).max()
+        > 1e-3
+    )
 
 
 @pytest.mark.parametrize('weighted', [False, True])
@@ -71,7 +90,9 @@ def test_gluons_own(weighted, batch, rng):
     pred, label, _ = batch
     args = [nd.maximum(label, 0)] + [nd.array(rng.uniform(0, 2, (4, 1, 6)))] * weighted
     theirs = gradient(lambda x: gluon.loss.SoftmaxCrossEntropyLoss(axis=1)(x, *args), pred)
-    np.testing.assert_allclose(gradient(lambda x: StableSoftmaxCELoss(axis=1)(x, *args), pred), theirs, **CLOSE)
+    np.testing.assert_allclose(
+        gradient(lambda x: StableSoftmaxCELoss(axis=1)(x, *args), pred), theirs, **CLOSE
+    )
 
 
 def test_gluon_cv(batch):
@@ -84,8 +105,15 @@ def test_gluon_cv(batch):
 
     theirs = gradient(gluon_cv, pred)
     loss_fn = StableSoftmaxCELoss(axis=1, ignore_label=-1, reduction='sum')
-    np.testing.assert_allclose(gradient(lambda x: loss_fn(x, label), pred, 1 / label.shape[1]), theirs, **CLOSE)
-    assert np.abs(gradient(lambda x: StableSoftmaxCELoss(axis=1, ignore_label=-1)(x, label), pred) - theirs).max() > 1e-3
+    np.testing.assert_allclose(
+        gradient(lambda x: loss_fn(x, label), pred, 1 / label.shape[1]), theirs, **CLOSE
+    )
+    assert (
+        np.abs(
+            gradient(lambda x: StableSoftmaxCELoss(axis=1, ignore_label=-1)(x, label), pred) - theirs
+        ).max()
+        > 1e-3
+    )
     assert valid < label.size
 
 
@@ -95,7 +123,9 @@ def test_gluon_nlp_masked(batch):
     pred, label, length = pred.transpose((0, 2, 1)), nd.maximum(label, 0), nd.array([6, 3, 1, 0])
     weight = nd.SequenceMask(nd.ones((4, 6, 1)), length, use_sequence_length=True, axis=1)
     theirs = gradient(lambda x: gluon.loss.SoftmaxCELoss()(x, label, weight), pred)
-    np.testing.assert_allclose(gradient(lambda x: StableSoftmaxCELoss()(x, label, weight), pred), theirs, **CLOSE)
+    np.testing.assert_allclose(
+        gradient(lambda x: StableSoftmaxCELoss()(x, label, weight), pred), theirs, **CLOSE
+    )
     padded = nd.where(weight.squeeze(), label, nd.full(label.shape, -1))
     ours = gradient(lambda x: StableSoftmaxCELoss(ignore_label=-1, reduction='sum')(x, padded), pred, 1 / 6)
     np.testing.assert_allclose(ours, theirs, **CLOSE)
@@ -106,7 +136,9 @@ def test_gluon_nlp_label_smoothing(batch):
     x, y, epsilon = flat(pred), nd.maximum(label, 0).reshape((-1,)), 0.1
     smoothed = (1 - epsilon) * nd.one_hot(y, C) + epsilon / C
     theirs = gradient(lambda x: gluon.loss.SoftmaxCELoss(sparse_label=False)(x, smoothed), x)
-    np.testing.assert_allclose(gradient(lambda x: StableSoftmaxCELoss(label_smoothing=epsilon)(x, y), x), theirs, **CLOSE)
+    np.testing.assert_allclose(
+        gradient(lambda x: StableSoftmaxCELoss(label_smoothing=epsilon)(x, y), x), theirs, **CLOSE
+    )
 
 
 @pytest.mark.parametrize('reduction', ['mean', 'sum'])
@@ -125,7 +157,9 @@ def test_pytorch(reduction, weighted, smoothing, batch):
     target = weights * ((1 - smoothing) * np.eye(C)[index] + smoothing / C)
     expected = np.where((index != -1)[..., None], target.sum(-1, keepdims=True) * p - target, 0)
     divisor = weights[index[index != -1]].sum() if reduction == 'mean' else 1
-    loss_fn = StableSoftmaxCELoss(axis=1, ignore_label=-1, class_weight=weights, label_smoothing=smoothing, reduction='sum')
+    loss_fn = StableSoftmaxCELoss(
+        axis=1, ignore_label=-1, class_weight=weights, label_smoothing=smoothing, reduction='sum'
+    )
     ours = gradient(lambda x: loss_fn(x, label), pred, 1 / divisor)
     np.testing.assert_allclose(np.moveaxis(ours, 1, -1), expected / divisor, **CLOSE)
 
@@ -139,5 +173,9 @@ def test_pytorch_soft_targets(weighted, batch, rng):
     weights = np.array([1, 2, 0.5, 3, 1]) if weighted else np.ones(C)
     p = nd.softmax(x).asnumpy().astype('float64')
     expected = ((weights * target).sum(-1, keepdims=True) * p - weights * target) / len(target)
-    ours = gradient(lambda x: StableSoftmaxCELoss(sparse_label=False, class_weight=weights)(x, nd.array(target)), x, 1 / len(target))
+    ours = gradient(
+        lambda x: StableSoftmaxCELoss(sparse_label=False, class_weight=weights)(x, nd.array(target)),
+        x,
+        1 / len(target),
+    )
     np.testing.assert_allclose(ours, expected, **CLOSE)

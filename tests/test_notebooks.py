@@ -1,4 +1,5 @@
 """The notebooks: they run, what is committed is what they show, and each ends with the assertions of its claim."""
+
 import os
 import re
 import shutil
@@ -26,7 +27,9 @@ runs = pytest.mark.skipif(VERSION < (1, 9), reason='the notebooks show MXNet 1.9
 class ThisPython(AsyncKernelManager):
     """Starts this very interpreter, and not what the machine calls "python3"."""
 
-    kernel_spec = KernelSpec(argv=[sys.executable, '-m', 'ipykernel_launcher', '-f', '{connection_file}'], language='python')
+    kernel_spec = KernelSpec(
+        argv=[sys.executable, '-m', 'ipykernel_launcher', '-f', '{connection_file}'], language='python'
+    )
 
 
 def read(name):
@@ -55,8 +58,14 @@ def execute(tmp_path, monkeypatch):
     monkeypatch.delenv('MPLBACKEND', raising=False)  # a notebook's figures go into the notebook
 
     def run(notebook):
-        return nbclient.NotebookClient(notebook, timeout=120, kernel_name='python3', kernel_manager_class=ThisPython,
-                                       resources={'metadata': {'path': str(tmp_path / 'notebooks')}}).execute()
+        return nbclient.NotebookClient(
+            notebook,
+            timeout=120,
+            kernel_name='python3',
+            kernel_manager_class=ThisPython,
+            resources={'metadata': {'path': str(tmp_path / 'notebooks')}},
+        ).execute()
+
     return run
 
 
@@ -70,14 +79,21 @@ def test_it_runs_and_shows_what_is_committed(name, execute, tmp_path):
             pytest.importorskip(module, reason=f'{name} needs {module}')
     executed = execute(read(name))
     assert [shown(cell) for cell in code_of(executed)] == [shown(cell) for cell in code_of(read(name))]
-    assert sorted(os.listdir(str(tmp_path / 'notebooks'))) == sorted(os.listdir(FOLDER)), 'it writes next to itself'
-    assert [name for name in os.listdir(str(tmp_path / 'TMPDIR')) if name.startswith('tmp')] == [], 'it leaves temporary files'
+    assert sorted(os.listdir(str(tmp_path / 'notebooks'))) == sorted(os.listdir(FOLDER)), (
+        'it writes next to itself'
+    )
+    assert [name for name in os.listdir(str(tmp_path / 'TMPDIR')) if name.startswith('tmp')] == [], (
+        'it leaves temporary files'
+    )
 
 
 @pytest.mark.slow
 @runs
 def test_the_kernel_is_this_python_and_errors_are_seen(execute):
-    cells = [nbformat.v4.new_code_cell(f'import sys\nassert sys.executable == {sys.executable!r}'), nbformat.v4.new_code_cell('assert 1 == 2')]
+    cells = [
+        nbformat.v4.new_code_cell(f'import sys\nassert sys.executable == {sys.executable!r}'),
+        nbformat.v4.new_code_cell('assert 1 == 2'),
+    ]
     with pytest.raises(nbclient.exceptions.CellExecutionError, match='assert 1 == 2'):
         execute(nbformat.v4.new_notebook(cells=cells))
 
@@ -89,7 +105,9 @@ def test_it_is_committed_with_its_outputs(name):
         outputs = str([dict(output) for output in cell.outputs if 'image/png' not in output.get('data', {})])
         assert cell.execution_count
         assert shown(cell) or not re.search(r'\bprint\(|\.show\(', cell.source)
-        assert all(output.output_type != 'error' and output.get('name') != 'stderr' for output in cell.outputs)
+        assert all(
+            output.output_type != 'error' and output.get('name') != 'stderr' for output in cell.outputs
+        )
         assert not re.search(OF_A_MACHINE, outputs)
     assert len(re.findall(r'^\s*(?:assert |np\.testing\.assert_)', cells[-1].source, re.MULTILINE)) >= 2
     assert re.search(r'^\s*assert ', cells[-1].source, re.MULTILINE)

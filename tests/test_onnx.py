@@ -1,4 +1,5 @@
 """The exported graph, run by onnxruntime, against the loss it was exported from."""
+
 import functools
 import inspect
 import sys
@@ -21,19 +22,47 @@ onnxruntime = pytest.importorskip('onnxruntime', reason='onnxruntime is not inst
 CLOSE = {'rtol': 5e-6, 'atol': 2e-5}
 WEIGHTS = [1, 2, 0, 0.5, 3]
 SPARSE = [
-    {}, {'weight': 0.5}, {'ignore_label': -1}, {'class_weight': WEIGHTS}, {'label_smoothing': 0.1}, {'lse_square_scale': 1e-2},
-    {'from_logits': True}, {'invalid_label': 'clip'}, {'invalid_label': 'raise'}, {'reduction': 'none'},
-    {'reduction': 'none', 'ignore_label': -1}, {'reduction': 'sum', 'ignore_label': -1}, {'label_smoothing': 0.1, 'class_weight': WEIGHTS},
-    {'ignore_label': -1, 'class_weight': WEIGHTS, 'label_smoothing': 0.1, 'lse_square_scale': 1e-2, 'weight': 2.0},
+    {},
+    {'weight': 0.5},
+    {'ignore_label': -1},
+    {'class_weight': WEIGHTS},
+    {'label_smoothing': 0.1},
+    {'lse_square_scale': 1e-2},
+    {'from_logits': True},
+    {'invalid_label': 'clip'},
+    {'invalid_label': 'raise'},
+    {'reduction': 'none'},
+    {'reduction': 'none', 'ignore_label': -1},
+    {'reduction': 'sum', 'ignore_label': -1},
+    {'label_smoothing': 0.1, 'class_weight': WEIGHTS},
+    {
+        'ignore_label': -1,
+        'class_weight': WEIGHTS,
+        'label_smoothing': 0.1,
+        'lse_square_scale': 1e-2,
+        'weight': 2.0,
+    },
 ]
 DENSE = [
-    {}, {'from_logits': True}, {'class_weight': WEIGHTS, 'label_smoothing': 0.1}, {'lse_square_scale': 1e-2, 'reduction': 'sum'},
+    {},
+    {'from_logits': True},
+    {'class_weight': WEIGHTS, 'label_smoothing': 0.1},
+    {'lse_square_scale': 1e-2, 'reduction': 'sum'},
     {'reduction': 'none'},
 ]
-LAYOUTS = [((6, 5), -1, 0), ((5, 6), 0, 1), ((3, 4, 5), 2, 1), ((3, 4, 5), -1, -2), ((3, 5, 2, 4), 1, 0), ((3, 5, 2, 4), -3, -1)]
+LAYOUTS = [
+    ((6, 5), -1, 0),
+    ((5, 6), 0, 1),
+    ((3, 4, 5), 2, 1),
+    ((3, 4, 5), -1, -2),
+    ((3, 5, 2, 4), 1, 0),
+    ((3, 5, 2, 4), -3, -1),
+]
 
 opsets = pytest.mark.parametrize('opset', [12, 13])
-kinds = pytest.mark.parametrize('rank_known', [True, False], ids=['exported by the loss', 'called on symbols'])
+kinds = pytest.mark.parametrize(
+    'rank_known', [True, False], ids=['exported by the loss', 'called on symbols']
+)
 
 
 def arrays_for(rng, shape, axis=-1, sparse_label=True, from_logits=False, invalid_label='nan', **_):
@@ -69,8 +98,15 @@ def exported(symbol, params, feed, tmp_path, opset=13, **kwargs):
     """The ONNX file of a graph fed with such arrays."""
     names = [name for name in symbol.list_inputs() if name in feed]
     path = str(tmp_path / 'model.onnx')
-    assert path == export_model(symbol, params, [feed[name].shape for name in names], [feed[name].dtype for name in names], path,
-                                opset_version=opset, **kwargs)
+    assert path == export_model(
+        symbol,
+        params,
+        [feed[name].shape for name in names],
+        [feed[name].dtype for name in names],
+        path,
+        opset_version=opset,
+        **kwargs,
+    )
     return path
 
 
@@ -99,7 +135,9 @@ def check(loss, arrays, rank_known, opset, tmp_path):
 @opsets
 @kinds
 @pytest.mark.parametrize('weighted', [False, True], ids=['', 'sample_weight'])
-@pytest.mark.parametrize(('sparse_label', 'options'), [(True, o) for o in SPARSE] + [(False, o) for o in DENSE], ids=str)
+@pytest.mark.parametrize(
+    ('sparse_label', 'options'), [(True, o) for o in SPARSE] + [(False, o) for o in DENSE], ids=str
+)
 def test_every_option(sparse_label, options, weighted, rank_known, opset, rng, tmp_path):
     loss = StableSoftmaxCrossEntropyLoss(sparse_label=sparse_label, **options)
     arrays = arrays_for(rng, (6, 4, 5), sparse_label=sparse_label, **options)
@@ -113,7 +151,11 @@ def test_every_option(sparse_label, options, weighted, rank_known, opset, rng, t
 
 @opsets
 @kinds
-@pytest.mark.parametrize('options', [{}, {'reduction': 'sum'}, {'sparse_label': False}, {'ignore_label': -1, 'weight': 0.5}], ids=str)
+@pytest.mark.parametrize(
+    'options',
+    [{}, {'reduction': 'sum'}, {'sparse_label': False}, {'ignore_label': -1, 'weight': 0.5}],
+    ids=str,
+)
 @pytest.mark.parametrize(('shape', 'axis', 'batch_axis'), LAYOUTS)
 def test_every_layout(shape, axis, batch_axis, options, rank_known, opset, rng, tmp_path):
     loss = StableSoftmaxCrossEntropyLoss(axis=axis, batch_axis=batch_axis, **options)
@@ -132,8 +174,14 @@ def test_every_label_dtype(dtype, rank_known, rng, tmp_path):
 
 @opsets
 def test_labels_beyond_float32(opset, rng, tmp_path):
-    label = np.array([2 ** 32 + 1, -2 ** 40, 2 ** 62, 1], 'int64')  # the first is 1 in 32 bits
-    values = check(StableSoftmaxCrossEntropyLoss(), (rng.normal(0, 3, (4, 5)).astype('float32'), label), True, opset, tmp_path)
+    label = np.array([2**32 + 1, -(2**40), 2**62, 1], 'int64')  # the first is 1 in 32 bits
+    values = check(
+        StableSoftmaxCrossEntropyLoss(),
+        (rng.normal(0, 3, (4, 5)).astype('float32'), label),
+        True,
+        opset,
+        tmp_path,
+    )
     np.testing.assert_array_equal(np.isnan(values), [True, True, True, False])
 
 
@@ -141,7 +189,9 @@ def test_labels_beyond_float32(opset, rng, tmp_path):
 @pytest.mark.parametrize('dtype', ['float16', 'float32', 'float64'])
 def test_extreme_logits(dtype, opset, tmp_path):
     pred = np.array([[3e4, -3e4, 0], [20, 0, 0], [1, 2, -np.inf], [1, 2, -np.inf], [np.nan, 1, 2]], dtype)
-    values = check(StableSoftmaxCrossEntropyLoss(), (pred, np.array([1, 0, 2, 1, 0], 'float32')), True, opset, tmp_path)
+    values = check(
+        StableSoftmaxCrossEntropyLoss(), (pred, np.array([1, 0, 2, 1, 0], 'float32')), True, opset, tmp_path
+    )
     # log(1 + exp(-1)) and NaN for NaN; onnxruntime's own log_softmax in float32 gives exactly 0 where the truth is 4e-9
     np.testing.assert_allclose(values, [6e4, 0, np.inf, 0.31326169, np.nan], rtol=1e-6, atol=1e-8)
 
@@ -150,7 +200,9 @@ def test_extreme_logits(dtype, opset, tmp_path):
 def test_a_weight_of_0_removes_an_infinite_loss(opset, tmp_path):
     pred = np.array([[0, -np.inf], [0, -np.inf]], 'float32')
     arrays = pred, np.array([1, 1], 'float32'), np.array([[0], [1]], 'float32')
-    np.testing.assert_array_equal(check(StableSoftmaxCrossEntropyLoss(), arrays, True, opset, tmp_path), [0, np.inf])
+    np.testing.assert_array_equal(
+        check(StableSoftmaxCrossEntropyLoss(), arrays, True, opset, tmp_path), [0, np.inf]
+    )
 
 
 def test_a_label_with_a_kept_axis(rng, tmp_path):
@@ -166,26 +218,45 @@ def test_dynamic_batch(rank_known, opset, rng, tmp_path):
     symbol, params = graph_of(loss, arrays, rank_known, tmp_path)
     feed = {'data0': arrays[0], 'data1': arrays[1]}
     dynamic = {'data0': (None, 4, 5), 'data1': (None, 4)}
-    path = exported(symbol, params, feed, tmp_path, opset, dynamic=True,
-                    dynamic_input_shapes=[dynamic[name] for name in symbol.list_inputs() if name in dynamic])
+    path = exported(
+        symbol,
+        params,
+        feed,
+        tmp_path,
+        opset,
+        dynamic=True,
+        dynamic_input_shapes=[dynamic[name] for name in symbol.list_inputs() if name in dynamic],
+    )
     for batch in (1, 6, 9):
         arrays = arrays_for(rng, (batch, 4, 5))
-        np.testing.assert_allclose(run(path, {'data0': arrays[0], 'data1': arrays[1]}, opset), eager(loss, arrays), **CLOSE)
+        np.testing.assert_allclose(
+            run(path, {'data0': arrays[0], 'data1': arrays[1]}, opset), eager(loss, arrays), **CLOSE
+        )
 
 
 @opsets
 def test_net_and_loss_in_one_graph(opset, rng, tmp_path):
     net = gluon.nn.HybridSequential()
-    net.add(gluon.nn.Conv2D(4, 3, activation='relu'), gluon.nn.BatchNorm(), gluon.nn.Dense(16), gluon.nn.Dense(5))
+    net.add(
+        gluon.nn.Conv2D(4, 3, activation='relu'), gluon.nn.BatchNorm(), gluon.nn.Dense(16), gluon.nn.Dense(5)
+    )
     block = WithLoss(net, StableSoftmaxCrossEntropyLoss(ignore_label=-1, class_weight=WEIGHTS))
     block.initialize(mx.init.Xavier())
     block.hybridize()
-    feed = {'data0': rng.normal(size=(5, 3, 6, 6)).astype('float32'), 'data1': np.array([0, -1, 4, 9, 2], 'float32')}
+    feed = {
+        'data0': rng.normal(size=(5, 3, 6, 6)).astype('float32'),
+        'data1': np.array([0, -1, 4, 9, 2], 'float32'),
+    }
     want = eager(block, feed.values())
     block.export(str(tmp_path / 'block'))
     files = [str(tmp_path / name) for name in ('block-symbol.json', 'block-0000.params')]
     order = [name for name in mx.sym.load(files[0]).list_inputs() if name in feed]
-    path = export_model(*files, [feed[name].shape for name in order], onnx_file_path=str(tmp_path / 'model.onnx'), opset_version=opset)
+    path = export_model(
+        *files,
+        [feed[name].shape for name in order],
+        onnx_file_path=str(tmp_path / 'model.onnx'),
+        opset_version=opset,
+    )
     got = run(path, feed, opset)
     np.testing.assert_allclose(got, want, **CLOSE)
     np.testing.assert_array_equal(np.isnan(got), [False, False, False, True, False])
@@ -195,15 +266,33 @@ X, INDEX = mx.sym.var('x'), mx.sym.var('index')
 
 
 @opsets
-@pytest.mark.parametrize('symbol', [
-    mx.sym.pick(X, INDEX, axis=1), mx.sym.pick(X, INDEX, axis=-2, keepdims=True), mx.sym.pick(X, mx.sym.expand_dims(INDEX, axis=1), axis=1),
-    mx.sym.sum(X, axis=1, exclude=True), mx.sym.mean(X, axis=-1, exclude=True), mx.sym.mean(X, axis=(0,), exclude=True),
-    mx.sym.sum(X, axis=1), mx.sym.mean(X, axis=(0, 2)), mx.sym.log_softmax(X, axis=1), mx.sym.log_softmax(X * 100),
-    mx.sym.contrib.arange_like(X, axis=1), mx.sym.contrib.arange_like(X, axis=-2), mx.sym.contrib.arange_like(X),
-    mx.sym.where(mx.sym.contrib.arange_like(X, axis=0), X, -X), mx.sym.where(X == X, 2 * X, X), X != 1,
-], ids=lambda symbol: f"{symbol.name} {symbol.list_attr()}")
+@pytest.mark.parametrize(
+    'symbol',
+    [
+        mx.sym.pick(X, INDEX, axis=1),
+        mx.sym.pick(X, INDEX, axis=-2, keepdims=True),
+        mx.sym.pick(X, mx.sym.expand_dims(INDEX, axis=1), axis=1),
+        mx.sym.sum(X, axis=1, exclude=True),
+        mx.sym.mean(X, axis=-1, exclude=True),
+        mx.sym.mean(X, axis=(0,), exclude=True),
+        mx.sym.sum(X, axis=1),
+        mx.sym.mean(X, axis=(0, 2)),
+        mx.sym.log_softmax(X, axis=1),
+        mx.sym.log_softmax(X * 100),
+        mx.sym.contrib.arange_like(X, axis=1),
+        mx.sym.contrib.arange_like(X, axis=-2),
+        mx.sym.contrib.arange_like(X),
+        mx.sym.where(mx.sym.contrib.arange_like(X, axis=0), X, -X),
+        mx.sym.where(X == X, 2 * X, X),
+        X != 1,
+    ],
+    ids=lambda symbol: f'{symbol.name} {symbol.list_attr()}',
+)
 def test_operators_as_a_net_may_use_them(symbol, opset, rng, tmp_path):
-    feed = {'x': rng.normal(0, 1, (2, 3, 4)).astype('float32'), 'index': np.array([[0, 1, 2, 9], [-5, 0, 1, 2]], 'float32')}
+    feed = {
+        'x': rng.normal(0, 1, (2, 3, 4)).astype('float32'),
+        'index': np.array([[0, 1, 2, 9], [-5, 0, 1, 2]], 'float32'),
+    }
     feed = {name: feed[name] for name in symbol.list_inputs()}
     want = symbol.eval(**{name: mx.nd.array(array) for name, array in feed.items()})[0].asnumpy()
     got = run(exported(symbol, {}, feed, tmp_path, opset), feed, opset)
@@ -211,13 +300,27 @@ def test_operators_as_a_net_may_use_them(symbol, opset, rng, tmp_path):
     np.testing.assert_allclose(got, want, **CLOSE)
 
 
-@pytest.mark.parametrize(('symbol', 'message'), [
-    (mx.sym.pick(X, INDEX, axis=1, mode='wrap'), "pick: expected an axis, and mode 'clip', got axis 1 and mode 'wrap'"),
-    (mx.sym.contrib.arange_like(X, axis=-1, start=2), '_contrib_arange_like: expected a negative axis alone'),
-    (mx.sym.sum(X, axis=(0, 1), exclude=True), 'sum: expected one axis and no keepdims with exclude=True'),
-])
+@pytest.mark.parametrize(
+    ('symbol', 'message'),
+    [
+        (
+            mx.sym.pick(X, INDEX, axis=1, mode='wrap'),
+            "pick: expected an axis, and mode 'clip', got axis 1 and mode 'wrap'",
+        ),
+        (
+            mx.sym.contrib.arange_like(X, axis=-1, start=2),
+            '_contrib_arange_like: expected a negative axis alone',
+        ),
+        (
+            mx.sym.sum(X, axis=(0, 1), exclude=True),
+            'sum: expected one axis and no keepdims with exclude=True',
+        ),
+    ],
+)
 def test_what_has_no_converter_says_so(symbol, message, tmp_path):
-    feed = {name: np.zeros((2, 4) if name == 'index' else (2, 3, 4), 'float32') for name in symbol.list_inputs()}
+    feed = {
+        name: np.zeros((2, 4) if name == 'index' else (2, 3, 4), 'float32') for name in symbol.list_inputs()
+    }
     with pytest.raises(NotImplementedError, match=message):
         exported(symbol, {}, feed, tmp_path)
 
@@ -226,13 +329,19 @@ def test_what_has_no_converter_says_so(symbol, message, tmp_path):
 def registry(monkeypatch):
     """MXNet's converters by opset; a copy that lasts as long as the test."""
     from mxnet.onnx.mx2onnx._export_onnx import MXNetGraph
-    monkeypatch.setattr(MXNetGraph, 'registry_', {version: dict(table) for version, table in MXNetGraph.registry_.items()})
+
+    monkeypatch.setattr(
+        MXNetGraph, 'registry_', {version: dict(table) for version, table in MXNetGraph.registry_.items()}
+    )
     return MXNetGraph.registry_
 
 
 def state(registry):
     """All that an export touches, in order and by identity."""
-    tables = [(version, id(table), [(op, id(converter)) for op, converter in table.items()]) for version, table in registry.items()]
+    tables = [
+        (version, id(table), [(op, id(converter)) for op, converter in table.items()])
+        for version, table in registry.items()
+    ]
     return tables, onnx.defs.onnx_opset_version, onnx.checker.DEFAULT_CONTEXT.opset_imports
 
 
@@ -247,16 +356,27 @@ def test_everything_is_left_as_it_was(opset, registry, rng, tmp_path):
     with pytest.raises(AttributeError, match='No conversion function registered for op type sort'):
         exported(mx.sym.sort(symbol), params, feed, tmp_path, opset)
     assert state(registry) == before
-    with pytest.raises(AttributeError, match='No conversion function registered'):  # MXNet's own exporter has learnt nothing
-        mx.onnx.export_model(symbol, params, [feed[name].shape for name in symbol.list_inputs()], onnx_file_path=str(tmp_path / 'other.onnx'))
+    with pytest.raises(
+        AttributeError, match='No conversion function registered'
+    ):  # MXNet's own exporter has learnt nothing
+        mx.onnx.export_model(
+            symbol,
+            params,
+            [feed[name].shape for name in symbol.list_inputs()],
+            onnx_file_path=str(tmp_path / 'other.onnx'),
+        )
 
 
-@pytest.mark.parametrize(('op', 'registered_for'), [('pick', 12), ('pick', 13), ('where', 13), ('_contrib_arange_like', 13)])
+@pytest.mark.parametrize(
+    ('op', 'registered_for'), [('pick', 12), ('pick', 13), ('where', 13), ('_contrib_arange_like', 13)]
+)
 def test_a_users_converter_wins(op, registered_for, registry, rng, tmp_path):
     from mxnet.onnx.mx2onnx._export_onnx import MXNetGraph
 
     @MXNetGraph.register(op, registered_for)
-    @functools.wraps(registry[13].get(op, registry[12].get(op, lambda: None)))  # which gives it the name and module of MXNet's own
+    @functools.wraps(
+        registry[13].get(op, registry[12].get(op, lambda: None))
+    )  # which gives it the name and module of MXNet's own
     def converter(node, **kwargs):
         raise ZeroDivisionError(node['op'])
 
@@ -268,9 +388,16 @@ def test_a_users_converter_wins(op, registered_for, registry, rng, tmp_path):
 
 
 def test_the_signature_is_mxnets():
-    ours, mxnets = (list(inspect.signature(function).parameters.values()) for function in (export_model, mx.onnx.export_model))
+    ours, mxnets = (
+        list(inspect.signature(function).parameters.values())
+        for function in (export_model, mx.onnx.export_model)
+    )
     assert [(p.name, p.kind, p.default) for p in ours[:-1]] == [(p.name, p.kind, p.default) for p in mxnets]
-    assert (ours[-1].name, ours[-1].kind, ours[-1].default) == ('opset_version', inspect.Parameter.KEYWORD_ONLY, 13)
+    assert (ours[-1].name, ours[-1].kind, ours[-1].default) == (
+        'opset_version',
+        inspect.Parameter.KEYWORD_ONLY,
+        13,
+    )
 
 
 @pytest.mark.parametrize('opset', [11, 14, '13', None])
@@ -282,7 +409,9 @@ def test_other_opsets_are_refused(opset):
 def test_what_is_missing_is_named(monkeypatch, registry):
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, 'onnx', None)
-        with pytest.raises(ImportError, match=r'needs the onnx package: pip install "gluon-stable-ce\[onnx\]"'):
+        with pytest.raises(
+            ImportError, match=r'needs the onnx package: pip install "gluon-stable-ce\[onnx\]"'
+        ):
             export_model('loss-symbol.json', 'loss-0000.params')
     registry.clear()
     with pytest.raises(ImportError, match='restart Python'):

@@ -1,4 +1,5 @@
 """Training loops as people write them, run with gluon's loss and with ours: nothing but the loss's name differs, and nothing but rounding comes of it."""
+
 import mxnet as mx
 import numpy as np
 from mxnet import autograd, gluon
@@ -37,7 +38,9 @@ def assert_same_training(ours, stock):
         np.testing.assert_allclose(a, b, **CLOSE)
         assert np.abs(b - start).max() > 1000 * CLOSE['atol']
     assert np.mean(stock[2][-5:]) < 0.9 * stock[2][0]
-    np.testing.assert_allclose(ours[2], stock[2], rtol=0, atol=1e-5)  # oneDNN's log_softmax is off by 5e-6 at times, and gluon shows it
+    np.testing.assert_allclose(
+        ours[2], stock[2], rtol=0, atol=1e-5
+    )  # oneDNN's log_softmax is off by 5e-6 at times, and gluon shows it
 
 
 # Image classification
@@ -48,10 +51,17 @@ def train_on_digits(loss_fn, ctx):
     np.random.seed(1)
     images, labels = load_digits(return_X_y=True)
     images = (images / 16).reshape((-1, 1, 8, 8)).astype('float32')
-    train_data = gluon.data.DataLoader(gluon.data.ArrayDataset(images, labels.astype('float32')), batch_size=32, shuffle=True)
+    train_data = gluon.data.DataLoader(
+        gluon.data.ArrayDataset(images, labels.astype('float32')), batch_size=32, shuffle=True
+    )
 
     net = nn.HybridSequential()
-    net.add(nn.Conv2D(8, kernel_size=3, activation='relu', in_channels=1), nn.MaxPool2D(), nn.Flatten(), nn.Dense(10, in_units=72))
+    net.add(
+        nn.Conv2D(8, kernel_size=3, activation='relu', in_channels=1),
+        nn.MaxPool2D(),
+        nn.Flatten(),
+        nn.Dense(10, in_units=72),
+    )
     net.initialize(mx.init.Xavier(), ctx=ctx)
     net.hybridize()
     start = values(net)
@@ -105,14 +115,16 @@ def train_language_model(loss_fn, rows, ctx):
         for i in range(0, rows.shape[1] - 1, BPTT):
             if len(losses) == STEPS:
                 break
-            chars, following = rows[:, i:i + BPTT], rows[:, i + 1:i + 1 + BPTT]
-            chars = chars[:, :following.shape[1]]
+            chars, following = rows[:, i : i + BPTT], rows[:, i + 1 : i + 1 + BPTT]
+            chars = chars[:, : following.shape[1]]
             state = [part.detach() for part in state]
             with autograd.record():
                 pred, state = net(chars, state)
                 loss = loss_fn(pred, following)
             loss.backward()
-            gluon.utils.clip_global_norm([value.grad(ctx) for value in net.collect_params().values()], rows.shape[0])
+            gluon.utils.clip_global_norm(
+                [value.grad(ctx) for value in net.collect_params().values()], rows.shape[0]
+            )
             trainer.step(rows.shape[0])
             losses.append(loss.mean().asscalar())
     return start, values(net), losses
@@ -121,7 +133,7 @@ def train_language_model(loss_fn, rows, ctx):
 def one_text():
     """The text as 6 rows of equal length, nothing padded."""
     chars = [VOCABULARY.index(char) for char in TEXT]
-    return np.array(chars[:len(chars) // 6 * 6]).reshape(6, -1)
+    return np.array(chars[: len(chars) // 6 * 6]).reshape(6, -1)
 
 
 def one_line_a_row():
@@ -129,7 +141,7 @@ def one_line_a_row():
     lines = TEXT.splitlines(True)
     rows = np.full((len(lines), max(map(len, lines))), PAD)
     for row, line in zip(rows, lines):
-        row[:len(line)] = [VOCABULARY.index(char) for char in line]
+        row[: len(line)] = [VOCABULARY.index(char) for char in line]
     return rows
 
 
@@ -146,10 +158,12 @@ def test_language_model_with_padding(ctx):
     def masked(pred, label):
         mask = label != PAD
         share = mask.mean(axis=1, keepdims=True)
-        return stock_loss(pred, label, mx.nd.expand_dims(mask / mx.nd.maximum(share, 1 / label.shape[1]), axis=-1))
+        return stock_loss(
+            pred, label, mx.nd.expand_dims(mask / mx.nd.maximum(share, 1 / label.shape[1]), axis=-1)
+        )
 
     rows = one_line_a_row()
-    assert (rows[:, 1 + BPTT * 3:] == PAD).all(axis=1).any()
+    assert (rows[:, 1 + BPTT * 3 :] == PAD).all(axis=1).any()
     ours = train_language_model(StableSoftmaxCrossEntropyLoss(ignore_label=PAD), rows, ctx)
     assert_same_training(ours, train_language_model(masked, rows, ctx))
     learns_padding = train_language_model(stock_loss, rows, ctx)

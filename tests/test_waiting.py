@@ -1,4 +1,5 @@
 """Updates of metrics neither wait for the device nor let memory grow."""
+
 import subprocess
 import sys
 import textwrap
@@ -11,7 +12,9 @@ from gluon_stable_ce import StableCrossEntropy, StableLoss
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='reads the resident set from /proc, which is Linux')
+@pytest.mark.skipif(
+    not sys.platform.startswith('linux'), reason='reads the resident set from /proc, which is Linux'
+)
 def test_memory_stays_flat_over_100000_updates_without_a_get():
     code = """
         import mxnet as mx
@@ -32,7 +35,9 @@ def test_memory_stays_flat_over_100000_updates_without_a_get():
         assert metrics[0].num_inst == metrics[1].num_inst == 6_400_000
         print(sizes[1] - sizes[0])
     """
-    done = subprocess.run([sys.executable, '-c', textwrap.dedent(code)], capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, '-c', textwrap.dedent(code)], capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr
     # what 80,000 updates would keep if they kept anything: 2 arrays of 64 float32 and float64, 60 MB, beside MXNet's own book-keeping
     assert float(done.stdout) < 8

@@ -52,7 +52,8 @@ def class_terms(
     Returns
     -------
     ClassTerms
-        For an `index`, `nll` is never negative, and its gradient goes on where it is 0. float32 for float16 and bfloat16.
+        For an `index`, `nll` is never negative, and its gradient goes on where it is 0. float32 for float16
+        and bfloat16.
     """
     if kernel == 'stock':
         terms = stock.class_terms(

@@ -1,6 +1,7 @@
 """The class axis reduced by MXNet's log_softmax and pick: for every MXNet 1.x and every device, and to be exported.
 
-The layout of the class axis, casts of 16-bit floats and graphs of unknown rank are dealt with here, because only this kernel needs it.
+The layout of the class axis, casts of 16-bit floats and graphs of unknown rank are dealt with here, because
+only this kernel needs it.
 """
 
 from typing import Any, Optional, Tuple
@@ -43,7 +44,10 @@ def class_terms(
     if index is not None:
         index = F.reshape_like(index, class_axis_removed(F, pred, -1))
     nll, *others = _terms(F, pred, index, target, pred_type, logsumexp, uniform, class_weight)
-    return (F.reshape_like(nll, like), *(None if term is None else F.reshape_like(term, like) for term in others))
+    return (
+        F.reshape_like(nll, like),
+        *(None if term is None else F.reshape_like(term, like) for term in others),
+    )
 
 
 def class_axis_last(F: F, array: Array, axis: int, ndim: Optional[int] = None) -> Array:
@@ -91,7 +95,8 @@ def _terms(
     """Reduce the last axis of `pred`, (positions..., C)."""
     zero = F.slice_axis(F.contrib.arange_like(pred, axis=-1), axis=0, begin=0, end=1)  # (1,)
     if pred_type == 'logits':
-        # oneDNN's log 1 is -1.4e-6, which is nearly all of its error where p is nearly 1: measured on one class, it is taken out
+        # oneDNN's log 1 is -1.4e-6, which is nearly all of its error where p is nearly 1: measured on one
+        # class, it is taken out
         log_p, log_1 = F.log_softmax(pred, axis=-1), F.log_softmax(zero, axis=-1)
     else:
         log_p, log_1 = pred if pred_type == 'log_probs' else F.log(pred), zero
@@ -130,7 +135,9 @@ def _expected_nll(F: F, log_p: Array, target: Any, log_1: Array) -> Array:
 
 def _has_negative(F: F, target: Any) -> Array:
     """Where a target has negative entries, as a policy gradient's have: its loss may be below 0."""
-    return F.dot(F.relu(-F.BlockGrad(target)), _ones_per_class(F, target))  # (positions...), 0 where there are none
+    return F.dot(
+        F.relu(-F.BlockGrad(target)), _ones_per_class(F, target)
+    )  # (positions...), 0 where there are none
 
 
 def _uniform_nll(F: F, log_p: Array, log_1: Array, class_weight: Optional[Array]) -> Array:
