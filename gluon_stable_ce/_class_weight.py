@@ -9,7 +9,7 @@ from mxnet import gluon
 
 from . import _array_api
 from ._array_api import Array, F
-from ._options import FLOAT32_MAX
+from ._options import FLOAT32_MAX, as_numbers
 
 _LOCK = RLock()  # a constant is put on a device by the first call there, in whatever thread
 
@@ -46,12 +46,7 @@ class ClassWeight(gluon.HybridBlock):
 def as_weights(weights: Any) -> np.ndarray:
     """Check class weights and return them as float64, (C,)."""
     given = weights.asnumpy() if _array_api.is_array(weights) else weights
-    if not isinstance(given, (np.ndarray, list, tuple)):
-        raise TypeError(f'class_weight: expected an array or a list of numbers, got {type(given).__name__}')
-    values = np.asarray(given)
-    if values.dtype.kind not in 'iuf':
-        raise TypeError(f'class_weight: expected an array or a list of numbers, got {given!r:.80}')
-    values = values.astype('float64')
+    values = as_numbers('class_weight', given)
     if values.ndim != 1 or not values.size or not np.all((values >= 0) & (values <= FLOAT32_MAX)):
         raise ValueError(
             f'class_weight: expected one finite weight >= 0 per class, up to {FLOAT32_MAX:.3g}, '

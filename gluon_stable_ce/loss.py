@@ -5,6 +5,7 @@ from threading import get_ident, main_thread
 from typing import Any, Iterable, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
 import mxnet as mx
+import numpy as np
 from mxnet import gluon
 
 from . import _array_api, functional
@@ -15,11 +16,13 @@ from ._options import (
     FLOAT32_MAX,
     INVALID_LABELS,
     REDUCTIONS,
+    as_numbers,
     check_choice,
+    check_flag,
     check_ignore_label,
     check_number,
 )
-from ._signature import Signature, infer_signature, on_one_context
+from ._signature import Signature, check_array_type, infer_signature, on_one_context
 from .kernels import class_terms
 from .metric import StableCrossEntropy
 
@@ -77,6 +80,8 @@ def compose_loss(
         weight_layout=signature.weight_layout,
         ndim=signature.ndim,
     )
+    if signature.ndim is None and options.reduction != 'none':
+        loss = _refuse_class_axis(F, options, pred, loss)
     if (
         options.reduction == 'none'
         and options.sparse_label
@@ -84,6 +89,14 @@ def compose_loss(
     ):
         loss = F.reshape_like(loss, given_label)  # it may have kept the class axis
     return _array_api.in_style_of(given, loss if options.weight is None else loss * options.weight)
+
+
+def _refuse_class_axis(F, options, pred, loss):
+    """Return `loss`, (batch,); if the batch axis turns out to be the class axis, that is MXNet's shape error."""
+    batch_axis, *others = options.batch_axes
+    if others or (batch_axis < 0) == (options.axis < 0):  # then the axes are known to differ
+        return loss
+    return F.reshape_like(loss, F.contrib.arange_like(pred, axis=batch_axis))
 
 
 def _sparse_positions(F, options, signature, pred, label, class_weight):
@@ -257,24 +270,24 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         invalid_label: str = 'nan',
         **kwargs: Any,
     ) -> None:
-        # not through SoftmaxCrossEntropyLoss.__init__, which looks up its own name and would find ours if
-        # that was put in its place
+        # not through SoftmaxCrossEntropyLoss.__init__, which looks up its own name and may find ours there
         _Loss.__init__(self, weight, batch_axis, **kwargs)
-        self._axis, self._sparse_label, self._from_logits = axis, sparse_label, from_logits
-        batch_axes = tuple(batch_axis) if isinstance(batch_axis, (list, tuple)) else (batch_axis,)
+        self._axis, self._sparse_label, self._from_logits = axis, sparse_label, from_logits  # as gluon's
+        batch_axes = batch_axis if isinstance(batch_axis, (list, tuple)) else [batch_axis]
+        sparse_label = check_flag('sparse_label', sparse_label)
         self._options = LossOptions(
-            axis=axis,
-            batch_axes=batch_axes,
+            axis=check_number('axis', axis, Integral),
+            batch_axes=tuple(check_number('batch_axis', axis, Integral) for axis in batch_axes),
             sparse_label=sparse_label,
-            pred_type='log_probs' if from_logits else 'logits',
-            weight=weight,
-            ignore_label=ignore_label,
-            label_smoothing=label_smoothing,
-            lse_square_scale=lse_square_scale,
-            reduction=reduction,
-            invalid_label=invalid_label,
+            pred_type='log_probs' if check_flag('from_logits', from_logits) else 'logits',
+            weight=check_number('weight', weight, low=-FLOAT32_MAX, high=FLOAT32_MAX, optional=True),
+            ignore_label=check_ignore_label(ignore_label, sparse_label),
+            label_smoothing=check_number('label_smoothing', label_smoothing, low=0, high=1),
+            lse_square_scale=check_number('lse_square_scale', lse_square_scale, low=0, high=FLOAT32_MAX),
+            reduction=check_choice('reduction', reduction, REDUCTIONS),
+            invalid_label=check_choice('invalid_label', invalid_label, INVALID_LABELS),
         )
-        _check_options(self._options)
+        _check_combination(self._options)
         self.class_weight: Optional[ClassWeight] = None
         if class_weight is not None:
             with self.name_scope():
@@ -465,8 +478,13 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         >>> StableSoftmaxCELoss(ignore_label=-1).valid_count(mx.nd.array([[3, 1, -1], [2, -1, -1]]))
         3
         """
-        if isinstance(label, (list, tuple)):
+        if isinstance(label, (list, tuple)) and any(hasattr(part, 'shape') for part in label):
             return sum(self.valid_count(part) for part in label)
+        if isinstance(label, (np.ndarray, list, tuple)):
+            if not np.size(label):
+                return 0
+            label = mx.nd.array(as_numbers('label', label), dtype='float64')
+        check_array_type('label', type(label))
         if not self._options.sparse_label:
             return label.size // label.shape[self._options.axis]
         is_counted = functional.is_counted(mx.nd, _array_api.as_classic(label), self._options.ignore_label)
@@ -501,17 +519,8 @@ def _common(values: Iterable[Any]) -> Any:
     return None if others else first
 
 
-def _check_options(options: LossOptions) -> None:
-    """Raise TypeError or ValueError unless the options, and their combination, mean something."""
-    check_number('axis', options.axis, Integral)
-    for batch_axis in options.batch_axes:
-        check_number('batch_axis', batch_axis, Integral)
-    check_number('weight', options.weight, low=-FLOAT32_MAX, high=FLOAT32_MAX, optional=True)
-    check_number('label_smoothing', options.label_smoothing, low=0, high=1)
-    check_number('lse_square_scale', options.lse_square_scale, low=0, high=FLOAT32_MAX)
-    check_ignore_label(options.ignore_label, options.sparse_label)
-    check_choice('reduction', options.reduction, REDUCTIONS)
-    check_choice('invalid_label', options.invalid_label, INVALID_LABELS)
+def _check_combination(options: LossOptions) -> None:
+    """Raise ValueError unless the options mean something together."""
     if options.axis in options.batch_axes:
         raise ValueError(
             f'batch_axis: expected another axis than the class axis, got {options.axis} for both'

@@ -12,7 +12,7 @@ from mxnet import autograd
 from . import _array_api, functional
 from ._array_api import Array, Arrays, F
 from ._graphs import STATIC, compiled
-from ._options import PRED_TYPES, check_choice, check_ignore_label, check_number
+from ._options import PRED_TYPES, check_choice, check_flag, check_ignore_label, check_number
 from ._running_mean import ExactSums, RunningMean
 from ._signature import Signature, check_array_type, infer_signature
 from .kernels import class_terms
@@ -67,7 +67,7 @@ class StableLoss(RunningMean, mx.metric.Loss):
 
     def update(self, _: Any, preds: Arrays) -> None:
         """Take in an array of loss values of any shape, or a list of them, each on its own context."""
-        self._push([array.copy() for array in _as_list('preds', preds)])
+        self._push([_copied(array) for array in _as_list('preds', preds)])
 
 
 class MetricOptions(NamedTuple):
@@ -177,10 +177,13 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric):
         output_names: Optional[List[str]] = None,
         label_names: Optional[List[str]] = None,
     ) -> None:
-        check_number('axis', axis, Integral)
-        check_ignore_label(ignore_label, sparse_label)
-        check_choice('pred_type', pred_type, PRED_TYPES)
-        self._options = MetricOptions(axis, pred_type, ignore_label, sparse_label)
+        sparse_label = check_flag('sparse_label', sparse_label)
+        self._options = MetricOptions(
+            axis=check_number('axis', axis, Integral),
+            pred_type=check_choice('pred_type', pred_type, PRED_TYPES),
+            ignore_label=check_ignore_label(ignore_label, sparse_label),
+            sparse_label=sparse_label,
+        )
         self._classes: Optional[int] = None
         _EvalMetric.__init__(
             self, name, output_names, label_names, has_global_stats=True, **self._options._asdict()
@@ -207,7 +210,7 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric):
             and label.size == pred.shape[0]
         ):
             label = label.reshape((-1,))  # the rows of `pred` are the positions, as in mx.metric
-        signature = infer_signature(pred, label, axis=options.axis, sparse_label=options.sparse_label)
+        signature = infer_signature(pred, label, None, options.axis, (), options.sparse_label)
         if (
             signature.dtype == 'bfloat16' and options.sparse_label
         ):  # AMP's casts in a graph cannot read 64-bit labels
@@ -294,6 +297,11 @@ class StableBitsPerToken(StableCrossEntropy):
 
     def _value_of(self, sums: ExactSums) -> float:
         return super()._value_of(sums) / math.log(2)
+
+
+def _copied(array: Array) -> Array:
+    """Return a copy, in a dtype that NumPy has."""
+    return array.astype('float32') if _array_api.dtype_name(array) == 'bfloat16' else array.copy()
 
 
 def _as_list(name: str, arrays: Any) -> List[Array]:

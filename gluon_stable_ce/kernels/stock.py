@@ -36,9 +36,10 @@ def class_terms(
         if target is not None:
             target = class_axis_last(F, target, axis, ndim)
         return _terms(F, pred, index, target, pred_type, logsumexp, uniform, class_weight)
-    like = class_axis_removed(F, pred, axis) if index is None else index  # (positions...)
-    if target is not None:
-        like = same_positions(F, like, target, axis)
+    if target is None:
+        like = index  # (positions...)
+    else:
+        like = same_positions(F, pred, target, axis)
         target = class_axis_last(F, target, axis)
     pred = class_axis_last(F, pred, axis)  # some axes of the positions merged
     if index is not None:
@@ -75,9 +76,10 @@ def class_axis_removed(F: F, pred: Array, axis: int) -> Array:
     return F.BlockGrad(F.squeeze(F.slice_axis(pred, axis=axis, begin=0, end=1), axis=axis))
 
 
-def same_positions(F: F, like: Array, target: Array, axis: int) -> Array:
-    """Return `like`, (positions...). `where` refuses a `target` of other positions; merged axes do not."""
-    return F.where(class_axis_removed(F, target, axis), like, like)
+def same_positions(F: F, pred: Array, target: Array, axis: int) -> Array:
+    """Return something of (positions...). `pick` refuses a `target` of other positions; merged axes do not."""
+    one_class = F.BlockGrad(F.slice_axis(pred, axis=axis, begin=0, end=1))  # (..., 1 at `axis`, ...)
+    return F.BlockGrad(F.pick(one_class, class_axis_removed(F, target, axis), axis=axis))
 
 
 def weighted(F: F, term: Array, weight: Array) -> Array:
