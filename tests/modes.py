@@ -1,10 +1,16 @@
-"""The ways in which people call a loss, each as a function of a loss and NumPy arrays that returns the loss and the gradient of its sum."""
+"""The ways in which people call a loss.
+
+Each is a function of a loss and NumPy arrays. It returns the loss and the gradient of its sum, or of sum(head * loss), where `head` is a
+list of numbers that is repeated to the shape of the loss.
+"""
+
 import contextlib
 import os
 import tempfile
 import warnings
 
 import mxnet as mx
+import numpy as np
 from mxnet import autograd, gluon
 
 
@@ -19,60 +25,71 @@ class Nested(gluon.HybridBlock):
         return self.loss_fn(*args)
 
 
-def eager(loss_fn, *arrays):
+def eager(loss_fn, *arrays, head=None):
     loss_fn.hybridize(False)
-    return _run(loss_fn, *arrays)
+    return _run(loss_fn, *arrays, head=head)
 
 
-def default(loss_fn, *arrays):
-    return _run(loss_fn, *arrays)
+def default(loss_fn, *arrays, head=None):
+    return _run(loss_fn, *arrays, head=head)
 
 
-def hybridized(loss_fn, *arrays):
+def hybridized(loss_fn, *arrays, head=None):
     loss_fn.hybridize(static_alloc=False)
-    return _run(loss_fn, *arrays)
+    return _run(loss_fn, *arrays, head=head)
 
 
-def static_alloc(loss_fn, *arrays):
+def static_alloc(loss_fn, *arrays, head=None):
     loss_fn.hybridize(static_alloc=True, static_shape=False)
-    return _run(loss_fn, *arrays)
+    return _run(loss_fn, *arrays, head=head)
 
 
-def nested(loss_fn, *arrays):
+def nested(loss_fn, *arrays, head=None):
     net = Nested(loss_fn)
     net.hybridize()
-    return _run(net, *arrays)
+    return _run(net, *arrays, head=head)
 
 
-def nested_eager(loss_fn, *arrays):
-    return _run(Nested(loss_fn), *arrays)
+def nested_eager(loss_fn, *arrays, head=None):
+    return _run(Nested(loss_fn), *arrays, head=head)
 
 
-def exported(loss_fn, *arrays):
+def exported(loss_fn, *arrays, head=None):
     net = Nested(loss_fn)
     net.hybridize()
-    return _run(_export_and_load(net, *arrays), *arrays)
+    return _run(_export_and_load(net, *arrays), *arrays, head=head)
 
 
-def exported_alone(loss_fn, *arrays):
-    return _run(_export_and_load(loss_fn, *arrays), *arrays)
+def exported_alone(loss_fn, *arrays, head=None):
+    return _run(_export_and_load(loss_fn, *arrays), *arrays, head=head)
 
 
-def np_mode(loss_fn, *arrays):
+def np_mode(loss_fn, *arrays, head=None):
     with numpy_semantics():
-        return _run(loss_fn, *arrays, array=mx.np.array)
+        return _run(loss_fn, *arrays, array=mx.np.array, head=head)
 
 
-def np_mode_nested(loss_fn, *arrays):
+def np_mode_nested(loss_fn, *arrays, head=None):
     with numpy_semantics():
         net = Nested(loss_fn)
         net.hybridize()
-        return _run(net, *arrays, array=mx.np.array)
+        return _run(net, *arrays, array=mx.np.array, head=head)
 
 
 VERSION = tuple(map(int, mx.__version__.split('.')[:2]))
 ONEDNN = VERSION >= (1, 8)  # whether log_softmax is oneDNN's
-ALL = [eager, default, hybridized, static_alloc, nested, nested_eager, exported, exported_alone, np_mode, np_mode_nested]
+ALL = [
+    eager,
+    default,
+    hybridized,
+    static_alloc,
+    nested,
+    nested_eager,
+    exported,
+    exported_alone,
+    np_mode,
+    np_mode_nested,
+]
 SYMBOLIC = [nested, exported, np_mode_nested]
 
 
@@ -86,14 +103,17 @@ def numpy_semantics():
         mx.npx.reset_np()
 
 
-def _run(block, pred, *others, array=mx.nd.array):
+def _run(block, pred, *others, head=None, array=mx.nd.array):
     pred = array(pred, dtype=pred.dtype)
     others = [array(other, dtype=other.dtype) for other in others]
     pred.attach_grad()
     with autograd.record():
         loss = block(pred, *others)
-    loss.backward()
     assert type(loss) is type(pred)
+    if head is None:
+        loss.backward()
+    else:
+        loss.backward(array(np.resize(head, loss.shape), dtype=loss.dtype))
     return loss.asnumpy(), pred.grad.asnumpy()
 
 
