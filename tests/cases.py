@@ -212,7 +212,8 @@ def problems(
         )  # rounding can raise log p above 0, and so can a missing normalisation
     sample_weight = None
     if weighted and draw(st.booleans()):
-        sample_weight = draw(_sample_weights(pred, axis, sorted(batch_axes), symbolic))
+        known = not symbolic or settings['batch_axis'] in (0, (0,), [0])  # a graph cannot count axes from the end
+        sample_weight = draw(_sample_weights(pred, axis, sorted(batch_axes), symbolic, known))
     return Problem(pred, label, sample_weight, settings)
 
 
@@ -322,12 +323,12 @@ def _invalid_labels(dtype, classes):
 
 
 @st.composite
-def _sample_weights(draw, pred, axis, batch_axes, symbolic):
+def _sample_weights(draw, pred, axis, batch_axes, symbolic, known):
     shape = pred.shape
     kept = tuple(1 if i == axis else size for i, size in enumerate(shape))
     layouts = [kept, tuple(size if draw(st.booleans()) else 1 for size in kept)]
     batch = tuple(shape[i] for i in batch_axes)
-    if not symbolic or batch_axes == [0]:
+    if known:
         layouts += [batch, (1,) * len(batch)]
     if not symbolic:
         layouts += [

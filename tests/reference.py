@@ -5,7 +5,8 @@ Each position n has a target t, how much of each class it asks for. Its loss is
     (1 - a) sum_j t_j (-log p_j) + a / C sum_j w_j (-log p_j) + s logsumexp^2
 
 and its gradient follows in closed form. Where the loss is infinite, the gradient is its limit, which is finite.
-Where logits are NaN or all -inf, there is no gradient: it is NaN here, also at positions that do not count. A test skips these entries.
+Where it is NaN, as from a NaN logit, from logits that are all -inf or from inf - inf, there is no gradient: it is NaN here, also if the
+position does not count. A test skips these entries.
 """
 
 from typing import NamedTuple
@@ -76,6 +77,7 @@ def loss_and_gradient(
     with np.errstate(invalid='ignore'):
         loss = add_up(np.where(values == 0, 0, values * factor), axis, batch_axes, reduction)
 
+    is_undefined = np.isnan(values_per_position(positions, **_only(options, TERMS)))[..., None]
     gradient = gradient_per_position(
         positions, **_only(options, TERMS), from_logits=options.get('from_logits', False)
     )
@@ -85,7 +87,7 @@ def loss_and_gradient(
         else factor * _spread(head, positions.is_valid.shape, axis, batch_axes, reduction)
     )
     scale = np.where(positions.is_valid & positions.is_counted, of_head, 0)[..., None]  # (positions..., 1)
-    gradient = np.where((scale == 0) & ~np.isnan(gradient), 0, gradient * scale)
+    gradient = np.where(is_undefined, np.nan, gradient * scale)
     if reduction == 'none' and options.get('sparse_label', True) and np.ndim(label) == pred.ndim:
         loss = np.expand_dims(loss, axis)  # the label's shape, which has kept the class axis
     return loss, np.moveaxis(gradient, -1, axis)
