@@ -212,7 +212,11 @@ def problems(
         )  # rounding can raise log p above 0, and so can a missing normalisation
     sample_weight = None
     if weighted and draw(st.booleans()):
-        known = not symbolic or settings['batch_axis'] in (0, (0,), [0])  # a graph cannot count axes from the end
+        known = not symbolic or settings['batch_axis'] in (
+            0,
+            (0,),
+            [0],
+        )  # a graph cannot count axes from the end
         sample_weight = draw(_sample_weights(pred, axis, sorted(batch_axes), symbolic, known))
     return Problem(pred, label, sample_weight, settings)
 
