@@ -187,7 +187,7 @@ def problems(
     shape[axis] = draw(st.integers(1, classes))
     dtype = draw(st.sampled_from(dtypes))
     pred = draw(hnp.arrays(np.int32, tuple(shape), elements=st.integers(-50 * GRID, 50 * GRID))) / GRID
-    sparse_label = not dense or draw(st.booleans())
+    sparse_label = not dense or draw(st.sampled_from([True, True, False]))
     settings = {
         'axis': axis - draw(st.sampled_from([0, ndim])),
         'batch_axis': batch_axes[0] - draw(st.sampled_from([0, ndim])),
@@ -205,7 +205,7 @@ def problems(
     if special:
         pred = draw(_with_special_logits(pred, dtype, settings))
     pred = pred.astype(dtype)
-    label = draw(_labels(pred, axis, sparse_label, special, symbolic))
+    label = draw(_labels(pred, axis, sparse_label, settings.get('ignore_label'), special, symbolic))
     if special and settings.get('from_logits') and (label >= 0).all():
         pred = draw(
             _with(pred, [2**-10, 3.0])
@@ -270,7 +270,7 @@ def _with_special_logits(pred, dtype, settings):
 
 
 @st.composite
-def _labels(draw, pred, axis, sparse_label, special, symbolic):
+def _labels(draw, pred, axis, sparse_label, ignore_label, special, symbolic):
     shape, classes = pred.shape, pred.shape[axis]
     if not sparse_label:
         # eighths: exact in every dtype
@@ -281,7 +281,10 @@ def _labels(draw, pred, axis, sparse_label, special, symbolic):
         )
     dtype = draw(st.sampled_from(LABEL_DTYPES))
     positions = shape[:axis] + shape[axis + 1 :]
-    label = draw(hnp.arrays(dtype, positions, elements=st.integers(0, classes - 1)))
+    named = st.integers(0, classes - 1)
+    if ignore_label is not None and _is_in(dtype, ignore_label):
+        named |= st.just(ignore_label)
+    label = draw(hnp.arrays(dtype, positions, elements=named))
     if special:
         label = draw(_with(label, _invalid_labels(dtype, classes)))
         if draw(st.booleans()):
@@ -291,39 +294,18 @@ def _labels(draw, pred, axis, sparse_label, special, symbolic):
 
 def _invalid_labels(dtype, classes):
     """Labels outside [0, C), and what is no integer, and the nearest to what is a class."""
+    values = [-1, -100, classes, classes + 1, 2**24, 2**32]
     if dtype[0] in 'iu':
-        info = np.iinfo(dtype)
-        values = [
-            -1,
-            -100,
-            classes,
-            classes + 1,
-            2**24,
-            2**24 + 1,
-            2**31 - 1,
-            2**53 + 1,
-            2**32,
-            info.min,
-            info.max,
-        ]
-        return [value for value in values if info.min <= value <= info.max]
-    values = [
-        -1,
-        -100,
-        classes,
-        classes - 0.5,
-        0.5,
-        -0.5,
-        -0.0,
-        2**24,
-        2**32,
-        3e9,
-        1e300,
-        np.nan,
-        np.inf,
-        -np.inf,
-    ]
-    return [value for value in values if not np.isfinite(value) or abs(value) <= np.finfo(dtype).max]
+        values += [2**24 + 1, 2**31 - 1, 2**53 + 1, np.iinfo(dtype).min, np.iinfo(dtype).max]
+    else:
+        values += [classes - 0.5, 0.5, -0.5, -0.0, 3e9, 1e300, np.nan, np.inf, -np.inf]
+    return [value for value in values if _is_in(dtype, value)]
+
+
+def _is_in(dtype, value):
+    """Whether a dtype can hold a value, or infinity and NaN."""
+    info = np.iinfo(dtype) if dtype[0] in 'iu' else np.finfo(dtype)
+    return not np.isfinite(value) or info.min <= value <= info.max
 
 
 @st.composite

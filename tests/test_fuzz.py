@@ -40,7 +40,9 @@ def calls(draw):
     mode = draw(st.sampled_from(modes.ALL))
     symbolic = mode in SYMBOLIC
     dtypes = ('float32', 'float64') if symbolic else ('float32', 'float16', 'float64')
-    problem = draw(cases.problems(dtypes, dense=True, special=True, weighted=True, symbolic=symbolic))
+    problem = draw(
+        cases.problems(dtypes, classes=20, dense=True, special=True, weighted=True, symbolic=symbolic)
+    )
     return mode, problem, draw(HEADS)
 
 
