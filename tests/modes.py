@@ -11,6 +11,7 @@ import warnings
 
 import mxnet as mx
 import numpy as np
+import pytest
 from digits import WithLoss
 from mxnet import autograd, gluon
 from mxnet.gluon.contrib.nn import Identity
@@ -85,6 +86,11 @@ ALL = [
 SYMBOLIC = [nested, exported, np_mode_nested]
 
 
+def parametrize(modes):
+    """Mark a test to run in each of some modes, its argument `mode`."""
+    return pytest.mark.parametrize('mode', modes, ids=[mode.__name__ for mode in modes])
+
+
 @contextlib.contextmanager
 def numpy_semantics():
     """Np mode, for a while."""
@@ -110,11 +116,15 @@ def _run(block, pred, *others, head=None, array=mx.nd.array):
 
 
 def _export_and_load(block, *arrays):
-    arrays = [mx.nd.array(array, dtype=array.dtype) for array in arrays]
-    block(*arrays)
+    block(*[mx.nd.array(array, dtype=array.dtype) for array in arrays])
+    return load_exported(block, len(arrays))
+
+
+def load_exported(block, inputs, **options):
+    """Export a block and load the graph of so many inputs."""
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter('ignore')  # that a saved graph does not tell the dtype of its inputs
         path = os.path.join(folder, 'net')
-        block.export(path)
-        inputs = [f'data{i}' for i in range(len(arrays))]
-        return gluon.SymbolBlock.imports(f'{path}-symbol.json', inputs, f'{path}-0000.params')
+        block.export(path, **options)
+        names = [f'data{i}' for i in range(inputs)]
+        return gluon.SymbolBlock.imports(f'{path}-symbol.json', names, f'{path}-0000.params')
