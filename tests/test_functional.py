@@ -121,7 +121,9 @@ def test_align_label_of_another_shape_is_a_shape_error(shape):
 
 
 class TestCombine:
-    TERMS = ClassTerms(nll=nd.array([1, 2, inf]), logsumexp=nd.array([3, 4, 5]), uniform_nll=nd.array([6, 7, 8]))
+    TERMS = ClassTerms(
+        nll=nd.array([1, 2, inf]), logsumexp=nd.array([3, 4, 5]), uniform_nll=nd.array([6, 7, 8])
+    )
 
     @pytest.mark.parametrize(
         ('options', 'expected'),

@@ -180,7 +180,9 @@ def test_hybridize_false_compiles_nothing(graphs, batch):
 def test_hybridize_flags_reach_the_graph(flags, expected, batch, monkeypatch):
     given = []
     make = mx.nd.CachedOp
-    monkeypatch.setattr(mx.nd, 'CachedOp', lambda symbol, flags: given.append(dict(flags)) or make(symbol, flags))
+    monkeypatch.setattr(
+        mx.nd, 'CachedOp', lambda symbol, flags: given.append(dict(flags)) or make(symbol, flags)
+    )
     compiled.cache_clear()
     loss_fn = StableSoftmaxCELoss()
     loss_fn.hybridize(**flags)

@@ -26,9 +26,7 @@ class Terms(gluon.HybridBlock):
     def hybrid_forward(self, F, pred, of_class, *class_weight):
         name = 'target' if self.has_target else 'index'
         weight = class_weight[0] if class_weight else None
-        terms = class_terms(
-            F, self.kernel, pred, **{name: of_class}, class_weight=weight, **self.options
-        )
+        terms = class_terms(F, self.kernel, pred, **{name: of_class}, class_weight=weight, **self.options)
         return [term for term in terms if term is not None]
 
 

@@ -75,9 +75,7 @@ BAD_METRIC_OPTIONS = [
 
 def named(bad_options):
     """The options as ids."""
-    return [
-        pytest.param(*case, id=' '.join(re.findall(r"[^{}',:]+", str(case[0])))) for case in bad_options
-    ]
+    return [pytest.param(*case, id=' '.join(re.findall(r"[^{}',:]+", str(case[0])))) for case in bad_options]
 
 
 @pytest.mark.parametrize(('options', 'error', 'message'), named(BAD_LOSS_OPTIONS))

@@ -57,7 +57,15 @@ def main(calls):
     expected, differing = [None] * len(KINDS), [0] * len(KINDS)
     for thread in range(len(KINDS)):  # alone
         other = StableSoftmaxCELoss(ignore_label=-1, class_weight=CLASS_WEIGHT, label_smoothing=0.1)
-        work(thread, other, StableCrossEntropy(pred_type='logits', ignore_label=-1), labels, 1, expected, differing)
+        work(
+            thread,
+            other,
+            StableCrossEntropy(pred_type='logits', ignore_label=-1),
+            labels,
+            1,
+            expected,
+            differing,
+        )
     errors = []
 
     def run(thread):
@@ -72,7 +80,12 @@ def main(calls):
     for thread in threads:
         thread.join()
     counted = sum(int((labels[len(shape)] != -1).sum().asscalar()) for shape, _, _ in KINDS)
-    return {'differing': differing, 'errors': errors, 'count': metric.num_inst, 'expected_count': counted * calls}
+    return {
+        'differing': differing,
+        'errors': errors,
+        'count': metric.num_inst,
+        'expected_count': counted * calls,
+    }
 
 
 if __name__ == '__main__':
