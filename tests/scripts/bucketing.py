@@ -1,4 +1,4 @@
-# ruff: noqa: SIM905, UP008, UP031
+# ruff: noqa: UP031
 """Train a language model with Module.fit and buckets of sentences, once with SoftmaxOutput and once with a gluon loss."""
 
 import logging

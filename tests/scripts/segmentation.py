@@ -1,4 +1,4 @@
-# ruff: noqa: SIM905, UP008, UP031
+# ruff: noqa: UP031
 """Train a small fully convolutional network to segment made images, with the classes on axis 1."""
 
 import mxnet as mx

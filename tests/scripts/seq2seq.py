@@ -1,4 +1,4 @@
-# ruff: noqa: SIM905, UP008, UP031
+# ruff: noqa: UP008, UP031
 """Train an encoder and decoder with masks: they learn to write a sequence of digits backwards."""
 
 import mxnet as mx

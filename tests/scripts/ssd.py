@@ -1,4 +1,4 @@
-# ruff: noqa: SIM905, UP008, UP031
+# ruff: noqa: UP008, UP031
 """Train a small single shot detector on made images of squares and bars."""
 
 import mxnet as mx
