@@ -30,9 +30,14 @@ def execute(script, *how):
     return json.loads(done.stdout), counts and tuple(map(int, counts.groups()))
 
 
+def both(script, job):
+    """What the job returns with stock and with this package."""
+    return execute(script)[0][job], execute(script, '-m', 'gluon_stable_ce', 'run')[0][job]
+
+
 def compare(script, job):
     """Assert that the job gives the same numbers with stock and with this package."""
-    stock, ours = execute(script)[0][job], execute(script, '-m', 'gluon_stable_ce', 'run')[0][job]
+    stock, ours = both(script, job)
     assert 'error' not in stock, stock['error']
     assert 'error' not in ours, ours['error']
     assert stock.keys() == ours.keys()
@@ -41,6 +46,11 @@ def compare(script, job):
         np.testing.assert_allclose(
             ours[name], expected, rtol=0, atol=TOLERANCE * np.abs(expected).max(), err_msg=f'{job}: {name}'
         )
+
+
+@pytest.fixture
+def results():
+    return both
 
 
 @pytest.fixture

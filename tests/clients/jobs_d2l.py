@@ -1,23 +1,21 @@
 """The masked loss and the training loops of d2l (Dive into Deep Learning) on made data."""
 
 from d2l import mxnet as d2l  # isort: skip
+import numpy as onp
 import runner
 from mxnet import autograd, gluon, np, npx
 from mxnet.gluon import nn, rnn
 
-import numpy as onp
-
 npx.set_np()
+DRAWN = []
 
 
 class Recorder:
     """In the place of d2l.Animator: keeps what it would draw."""
 
-    made = []
-
     def __init__(self, *args, **kwargs):
         self.values = []
-        Recorder.made.append(self)
+        DRAWN.append(self)
 
     def add(self, x, y):
         y = y if hasattr(y, '__len__') else [y]
@@ -81,7 +79,7 @@ def train_seq2seq():
     net = d2l.EncoderDecoder(d2l.Seq2SeqEncoder(12, 8, 16, 1), Decoder(12, 8, 16, 1))
     data = gluon.data.DataLoader(gluon.data.ArrayDataset(*arrays), 16)
     d2l.train_seq2seq(net, data, 0.01, 10, {'<bos>': 1}, npx.cpu())
-    return {'loss': Recorder.made[-1].values, 'net': net}
+    return {'loss': DRAWN[-1].values, 'net': net}
 
 
 def train_ch3():
@@ -91,7 +89,7 @@ def train_ch3():
     net.initialize()
     trainer = gluon.Trainer(net.collect_params(), 'sgd', {'learning_rate': 0.1})
     d2l.train_ch3(net, loader(256, 2), loader(64, 2, 1), gluon.loss.SoftmaxCrossEntropyLoss(), 5, trainer)
-    return {'curves': Recorder.made[-1].values, 'net': net}
+    return {'curves': DRAWN[-1].values, 'net': net}
 
 
 def train_ch6():
@@ -104,7 +102,7 @@ def train_ch6():
         nn.Dense(4),
     )
     d2l.train_ch6(net, loader(256), loader(64, 0, 1), 3, 0.2, npx.cpu())
-    return {'curves': Recorder.made[-1].values, 'net': net}
+    return {'curves': DRAWN[-1].values, 'net': net}
 
 
 def train_ch8():
@@ -116,7 +114,7 @@ def train_ch8():
     data.batch_size, data.num_steps = 4, 12
     net = d2l.RNNModel(rnn.RNN(24), len(vocab))
     d2l.train_ch8(net, data, vocab, 0.5, 10, npx.cpu())
-    return {'perplexity': Recorder.made[-1].values, 'net': net}
+    return {'perplexity': DRAWN[-1].values, 'net': net}
 
 
 def train_batch_ch13():

@@ -66,7 +66,7 @@ def siamrpn():
 
 
 def segmentation():
-    """gluoncv's losses with an auxiliary head and an ignored label. They do not use gluon's, and their mean goes into a metric."""
+    """Losses of gluoncv with an auxiliary head and an ignored label. They do not use gluon's, and their mean goes into a metric."""
     losses, metric = [], mx.metric.Loss('segmentation')
     pred, aux = mx.nd.random.normal(0, 1, (2, 2, 4, 8, 8))
     label = mx.nd.array(np.random.randint(-1, 4, (2, 8, 8)))
@@ -74,10 +74,9 @@ def segmentation():
         loss = loss_fn(pred, aux, label) if 'Mix' in type(loss_fn).__name__ else loss_fn(pred, label)
         metric.update(0, [loss])
         losses.append(loss)
-    pixels, union = gluoncv.utils.metrics.SegmentationMetric(4), None
+    pixels = gluoncv.utils.metrics.SegmentationMetric(4)
     pixels.update(label, pred)
-    union = pixels.get()
-    return {'losses': losses, 'metric': metric.get()[1], 'segmentation metric': list(union)}
+    return {'losses': losses, 'metric': metric.get()[1], 'segmentation metric': list(pixels.get())}
 
 
 def ssd():

@@ -4,8 +4,12 @@ import gluonnlp as nlp
 import mxnet as mx
 import numpy as np
 import runner
-from gluonnlp.loss import ActivationRegularizationLoss, LabelSmoothing, MaskedSoftmaxCELoss
-from gluonnlp.loss import TemporalActivationRegularizationLoss
+from gluonnlp.loss import (
+    ActivationRegularizationLoss,
+    LabelSmoothing,
+    MaskedSoftmaxCELoss,
+    TemporalActivationRegularizationLoss,
+)
 from gluonnlp.model.transformer import get_transformer_encoder_decoder
 from gluonnlp.model.translation import NMTModel
 from mxnet import autograd, gluon
