@@ -407,19 +407,26 @@ def run(args: argparse.Namespace) -> int:
         _report(f'{_replaced()}{f" with {options}" if options else ""}')
         try:
             sys.argv = [script, *rest]
-            if args.module:
-                runpy.run_module(script, run_name='__main__', alter_sys=True)
-            else:
-                _set_first_path(script)
-                runpy.run_path(script, run_name='__main__')
+            _execute(script, args.module)
         finally:
-            if (
-                os.getpid() == process
-            ):  # a child that the script forked has come here as well, if it ended by an exception
-                _join_threads()
+            if os.getpid() == process:  # and not a child that the script forked
                 _report(_counted(patched))
             sys.argv, sys.path[:] = argv, path
     return 0
+
+
+def _execute(script, is_module):
+    """Run the script, and wait for its threads before the names are restored, as Python waits for them before it exits."""
+    try:
+        if is_module:
+            runpy.run_module(script, run_name='__main__', alter_sys=True)
+        else:
+            _set_first_path(script)
+            runpy.run_path(script, run_name='__main__')
+    except SystemExit:
+        _join_threads()
+        raise
+    _join_threads()  # not after an exception, whose traceback should not wait
 
 
 def _set_first_path(script):
@@ -430,7 +437,6 @@ def _set_first_path(script):
 
 
 def _join_threads():
-    """Wait for the script's threads before the names are restored; Python waits for them, too, before it exits."""
     for thread in threading.enumerate():
         if thread is not threading.current_thread() and not thread.daemon:
             thread.join()
@@ -441,8 +447,7 @@ def _numbers(text):
 
 
 def _replaced():
-    places = ', '.join(f'{module.__name__}.{name}' for name, (module, _) in _PLACES.items())
-    return f'in the place of {places}'
+    return f'replaced {", ".join(f"{module.__name__}.{name}" for name, (module, _) in _PLACES.items())}'
 
 
 def _counted(patched):

@@ -601,7 +601,8 @@ def test_run_passes_exit_codes_and_exceptions_through(write, end, code):
 
 
 @pytest.mark.slow
-def test_run_waits_for_threads(write):
+@pytest.mark.parametrize('end', ['', 'raise SystemExit'])
+def test_run_waits_for_threads(write, end):
     script = """
 import threading, time
 import mxnet as mx
@@ -610,7 +611,7 @@ def work():
     print(mx.metric.Loss().name, type(mx.metric.Loss()).__mro__[2].__name__)
 threading.Thread(target=work).start()
 """
-    out, err = run(write(script))
+    out, err = run(write(script + end))
     assert out == 'loss StableLoss\n'
     assert '0 losses and 2 metrics' in err
 
