@@ -2,4 +2,4 @@
 
 import os
 
-collect_ignore = [name for name in os.listdir(os.path.dirname(__file__)) if name not in ('conftest.py', '__pycache__')]
+collect_ignore = [name for name in os.listdir(os.path.dirname(__file__)) if name.endswith('.py')]
