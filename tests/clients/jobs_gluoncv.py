@@ -62,7 +62,7 @@ def siamrpn():
             weight,
         )
     cls_loss.backward()
-    return {'losses': [cls_loss, loc_loss], 'gradient': cls_pred.grad}
+    return {'class loss': cls_loss, 'location loss': loc_loss, 'gradient': cls_pred.grad}
 
 
 def segmentation():
