@@ -1,7 +1,7 @@
 """Run a training script with this loss and these metrics in the place of MXNet's own.
 
-`patch` replaces the names in a running process. ``python -m gluon_stable_ce run script.py`` does it for a script that
-stays as it is.
+`patch` replaces the names in a running process. ``python -m gluon_stable_ce run script.py`` does it for a
+script that stays as it is.
 """
 
 import abc
@@ -39,25 +39,28 @@ _ACTIVE: List['Patch'] = []  # the innermost comes last
 
 
 def patch(**loss_options: Any) -> 'Patch':
-    """Put this loss and these metrics in the place of MXNet's own, until `unpatch` or the end of a ``with`` block.
+    """Put this loss and these metrics in the place of MXNet's own, until `unpatch` or the end of a ``with``.
 
-    These names are replaced: ``SoftmaxCrossEntropyLoss`` and ``SoftmaxCELoss`` in `mxnet.gluon.loss`; ``CrossEntropy``,
-    ``Perplexity`` and ``Loss`` in `mxnet.metric`; and the names by which ``mx.metric.create`` finds these three metrics.
-    The replacements are classes. They take the arguments of the classes that they replace, by position and by keyword,
-    and the keyword arguments of this package's classes. Code that runs later can make subclasses of them. An ``isinstance``
-    check against a replaced name is true for objects of the stock class, too.
+    These names are replaced: ``SoftmaxCrossEntropyLoss`` and ``SoftmaxCELoss`` in `mxnet.gluon.loss`;
+    ``CrossEntropy``, ``Perplexity`` and ``Loss`` in `mxnet.metric`; and the names by which
+    ``mx.metric.create`` finds these three metrics. The replacements are classes. They take the arguments of
+    the classes that they replace, by position and by keyword, and the keyword arguments of this package's
+    classes. Code that runs later can make subclasses of them. An ``isinstance`` check against a replaced name
+    is true for objects of the stock class, too.
 
     Parameters
     ----------
     **loss_options
-        Options of `StableSoftmaxCrossEntropyLoss`, as defaults for each loss that is made. Arguments that the script gives
-        itself win over them. A default is left out where the script's own arguments rule it out: `ignore_label` and
-        `invalid_label` with ``sparse_label=False``, and `lse_square_scale` with ``from_logits=True``.
+        Options of `StableSoftmaxCrossEntropyLoss`, as defaults for each loss that is made. Arguments that the
+        script gives itself win over them. A default is left out where the script's own arguments rule it out:
+        `ignore_label` and `invalid_label` with ``sparse_label=False``, and `lse_square_scale` with
+        ``from_logits=True``.
 
     Returns
     -------
     Patch
-        A context manager that counts the losses and metrics. The names are already replaced when `patch` returns.
+        A context manager that counts the losses and metrics. The names are already replaced when `patch`
+        returns.
 
     Raises
     ------
@@ -66,20 +69,22 @@ def patch(**loss_options: Any) -> 'Patch':
 
     Notes
     -----
-    Names that another module imported before (``from mxnet.gluon.loss import SoftmaxCELoss``), and subclasses that were
-    made before, stay MXNet's own and work as before. So call `patch` before such modules are imported.
+    Names that another module imported before (``from mxnet.gluon.loss import SoftmaxCELoss``), and subclasses
+    that were made before, stay MXNet's own and work as before. So call `patch` before such modules are
+    imported.
 
-    Patches can be nested. The innermost one applies, with its own options only. Each `unpatch` restores exactly the objects
-    that were there before the patch that it undoes.
+    Patches can be nested. The innermost one applies, with its own options only. Each `unpatch` restores
+    exactly the objects that were there before the patch that it undoes.
 
-    ``mx.metric.CrossEntropy(eps=...)`` is accepted with a warning, and the epsilon is ignored: the metric has none. It is
-    only kept as the attribute ``eps``, for subclasses with an ``update`` of their own. The replacement of ``Loss`` copies
-    the arrays that it is given, since a script may write over them before the metric reads them.
+    ``mx.metric.CrossEntropy(eps=...)`` is accepted with a warning, and the epsilon is ignored: the metric has
+    none. It is only kept as the attribute ``eps``, for subclasses with an ``update`` of their own.
 
-    A pickled replacement does not need a patch where it is read: there it is an object of this package's class.
+    A pickled replacement does not need a patch where it is read: there it is an object of this package's
+    class.
 
-    The names belong to the process, so a patch applies to all threads. Patch before other threads start, and undo it when
-    they have ended. Processes that are forked are patched as well, and processes that are spawned are not.
+    The names belong to the process, so a patch applies to all threads. Patch before other threads start, and
+    undo it when they have ended. Processes that are forked are patched as well, and processes that are
+    spawned are not.
 
     Examples
     --------
@@ -126,8 +131,8 @@ def unpatch() -> None:
 class Patch:
     """An active patch, as `patch` returns it.
 
-    Leaving its ``with`` block undoes it, along with the patches that were made after it and are still active. If it was
-    undone before, nothing happens.
+    Leaving its ``with`` block undoes it, along with the patches that were made after it and are still active.
+    If it was undone before, nothing happens.
 
     Attributes
     ----------
@@ -195,10 +200,10 @@ def _stock_of(kind):
 
 
 def _let_stock_read_its_own_names(fixed):
-    """Let the methods of the stock classes find these classes under their names, whatever the names are bound to, or undo it.
+    """Let the methods of the stock classes find these classes under their own names, or undo that.
 
-    The stock classes say ``super(SoftmaxCrossEntropyLoss, self).__init__``. They are still in use while the names are
-    replaced: by modules that imported them before, and as base classes.
+    The stock classes say ``super(SoftmaxCrossEntropyLoss, self).__init__``. They are still in use while the
+    names are replaced: by modules that imported them before, and as base classes.
     """
     for stock in set(_STOCK.values()):
         for name, function in list(vars(stock).items()):
@@ -226,7 +231,7 @@ def _with_global(function, name, value):
         function.__doc__,
         function.__qualname__,
     )
-    copy._stock_function = function
+    copy._stock_function = function  # type: ignore[attr-defined]
     return copy
 
 
@@ -259,22 +264,22 @@ class _Replacement:
 
 
 def _new(name):
-    """A new object of what the name is replaced by, or of this package's class if it is not replaced."""
+    """Make an object of the replacement of a name, or of this package's class if there is none."""
     module, kind = _PLACES[name]
     if _stock_of(getattr(module, name)) is not getattr(module, name):
         kind = getattr(module, name)
-    return kind.__new__(kind)
+    return kind.__new__(kind)  # type: ignore[call-overload]
 
 
 def _replacements(counts):
-    """Replacement of each stock class: a class with the stock name and arguments, and this package's behaviour."""
+    """Make a class for each stock class, with its name and arguments, and this package's behaviour."""
 
     class SoftmaxCrossEntropyLoss(_Replacement, StableSoftmaxCrossEntropyLoss, metaclass=_ReplacementType):
         __doc__ = StableSoftmaxCrossEntropyLoss.__doc__
         _in_place_of = _STOCK['SoftmaxCrossEntropyLoss']
 
         def __init__(self, *args, **kwargs):
-            super().__init__(*args, **_defaults(counts._options, args, kwargs), **kwargs)
+            super().__init__(*args, **_defaults(counts._options, args, kwargs), **kwargs)  # type: ignore[misc]
             counts._count('losses')
 
     class CrossEntropy(_Replacement, StableCrossEntropy, metaclass=_ReplacementType):
@@ -311,12 +316,6 @@ def _replacements(counts):
             super().__init__(name=name, output_names=output_names, label_names=label_names)
             counts._count('metrics')
 
-        def update(self, _, preds):
-            arrays = list(preds) if isinstance(preds, (list, tuple)) else [preds]
-            super().update(
-                _, [array.copy() if isinstance(array, mx.nd.NDArray) else array for array in arrays]
-            )
-
     return {kind._in_place_of: kind for kind in (SoftmaxCrossEntropyLoss, CrossEntropy, Perplexity, Loss)}
 
 
@@ -336,7 +335,7 @@ def _defaults(options, args, kwargs):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the command ``run``."""
-    parser.allow_abbrev = False  # else an option of the script could be ambiguous as an abbreviation of these
+    parser.allow_abbrev = False  # an option of the script is no abbreviation of these
     parser.description = (
         'Run a Python script, unmodified, with the loss and the metrics of this package in the place of '
         "mxnet.gluon.loss.SoftmaxCrossEntropyLoss and mxnet.metric's CrossEntropy, Perplexity and Loss. "
@@ -354,11 +353,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--invalid-label', help="'nan', 'raise' or 'clip': how to treat labels outside [0, C)"
     )
-    parser.add_argument('--kernel', help='how the class axis is reduced')
     parser.add_argument(
         '-m', '--module', action='store_true', help='what follows is the name of a module, not a file'
     )
-    # REMAINDER would need a positional of its own before it, and that takes away a '--' which belongs to the script.
+    # REMAINDER would need a positional of its own before it, and that takes away a '--' which belongs to the
+    # script.
     parser.add_argument(
         'script', nargs=argparse.PARSER, help='a Python file or, after -m, a module; and its arguments'
     )
@@ -367,8 +366,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the script or module of `args` as Python does, patched.
 
-    Exceptions of the script pass through, SystemExit among them. Two lines on stderr say what was replaced, and how many
-    losses and metrics were made of it.
+    Exceptions of the script pass through, SystemExit among them. Two lines on stderr say what was replaced,
+    and how many losses and metrics were made of it.
 
     Parameters
     ----------
@@ -382,8 +381,8 @@ def run(args: argparse.Namespace) -> int:
 
     Notes
     -----
-    MXNet is imported before the script starts. So environment variables that MXNet reads when it is imported have to be
-    set outside the script.
+    MXNet is imported before the script starts. So environment variables that MXNet reads when it is imported
+    have to be set outside the script.
     """
     script, *rest = args.script[1:] if args.script[0] == '--' else args.script
     if not args.module and not os.path.exists(script):
@@ -395,7 +394,6 @@ def run(args: argparse.Namespace) -> int:
         'lse_square_scale',
         'reduction',
         'invalid_label',
-        'kernel',
     )
     options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     try:
@@ -416,7 +414,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _execute(script, is_module):
-    """Run the script, and wait for its threads before the names are restored, as Python waits for them before it exits."""
+    """Run the script, and wait for its threads before the names are restored."""
     try:
         if is_module:
             runpy.run_module(script, run_name='__main__', alter_sys=True)
@@ -454,7 +452,8 @@ def _counted(patched):
     def plural(count, word, words):
         return f'{count} {word if count == 1 else words}'
 
-    return f'{plural(patched.losses, "loss", "losses")} and {plural(patched.metrics, "metric", "metrics")} were replaced'
+    losses, metrics = plural(patched.losses, 'loss', 'losses'), plural(patched.metrics, 'metric', 'metrics')
+    return f'{losses} and {metrics} were replaced'
 
 
 def _report(text):
