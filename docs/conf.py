@@ -31,7 +31,7 @@ html_copy_source = False
 
 
 def inputs_before_parameters(app, what, name, obj, options, lines):
-    """Move gluon's Inputs and Outputs, which numpydoc would take for two more parameters, in front of the first section."""
+    """Move gluon's Inputs and Outputs to the front: numpydoc would take them for two more parameters."""
     text = '\n'.join(lines)
     found = re.search(r'^Inputs\n(?:(?: +.*)?\n)+(?:Outputs\n(?:(?: +.*)?(?:\n|\Z))+)?', text, re.M)
     if found:

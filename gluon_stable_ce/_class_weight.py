@@ -1,4 +1,4 @@
-"""Class weights as a constant of the loss's graph: saved and exported with it, and on every device without being initialised."""
+"""Class weights as a constant of the loss's graph, on every device without being initialised."""
 
 from threading import RLock
 from typing import Any, List
@@ -9,13 +9,16 @@ from mxnet import gluon
 
 from . import _array_api
 from ._array_api import Array, F
-from ._options import FLOAT32_MAX
+from ._options import FLOAT32_MAX, as_numbers
 
 _LOCK = RLock()  # a constant is put on a device by the first call there, in whatever thread
 
 
 class ClassWeight(gluon.HybridBlock):
-    """The weights of a loss's classes as a constant of its graph, (C,) float32. Called with any array or symbol."""
+    """The weights of a loss's classes as a constant of its graph, (C,) float32.
+
+    They are saved and exported with the loss. The block is called with any array or symbol.
+    """
 
     def __init__(self, weights: Any, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -24,8 +27,16 @@ class ClassWeight(gluon.HybridBlock):
         self.value = _Everywhere(self.prefix + 'value', mx.nd.array(weights, dtype='float32'))
         self.params.update({self.value.name: self.value})
 
+    def check_classes(self, classes: int) -> None:
+        """Raise ValueError unless there is a weight for each of the classes of ``pred``."""
+        if classes != self.classes:
+            raise ValueError(
+                f'class_weight: expected one weight for each of the {classes} classes of pred, '
+                f'got {self.classes}'
+            )
+
     def cast(self, dtype: Any) -> None:
-        """Stay in float32: the graph casts to what it computes in, and a weight of 0.1 is not to become 0.09998 on the way."""
+        """Stay in float32, as 0.1 would become 0.09998 in float16; the graph casts to what it computes in."""
 
     def hybrid_forward(self, F: F, like: Array, value: Array) -> Array:
         """Return the weights, as part of the graph of `like`."""
@@ -35,12 +46,7 @@ class ClassWeight(gluon.HybridBlock):
 def as_weights(weights: Any) -> np.ndarray:
     """Check class weights and return them as float64, (C,)."""
     given = weights.asnumpy() if _array_api.is_array(weights) else weights
-    if not isinstance(given, (np.ndarray, list, tuple)):
-        raise TypeError(f'class_weight: expected an array or a list of numbers, got {type(given).__name__}')
-    values = np.asarray(given)
-    if values.dtype.kind not in 'iuf':
-        raise TypeError(f'class_weight: expected an array or a list of numbers, got {given!r:.80}')
-    values = values.astype('float64')
+    values = as_numbers('class_weight', given)
     if values.ndim != 1 or not values.size or not np.all((values >= 0) & (values <= FLOAT32_MAX)):
         raise ValueError(
             f'class_weight: expected one finite weight >= 0 per class, up to {FLOAT32_MAX:.3g}, '

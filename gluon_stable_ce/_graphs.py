@@ -17,13 +17,13 @@ INPUTS = ('pred', 'label', 'sample_weight', 'class_weight')
 def trace(
     compose: Callable[..., Array], options: Any, signature: Signature, inputs: Dict[str, Array]
 ) -> Array:
-    """Compose the graph of `options` for calls of one signature from `inputs`, symbols by their names in INPUTS."""
+    """Compose the graph for calls of one signature; `inputs` are symbols by their names in INPUTS."""
     with mx.name.NameManager():  # the names in a graph do not depend on what was traced before
         return compose(mx.sym, options, signature, *(inputs.get(name) for name in INPUTS))
 
 
 class Graph:
-    """A compiled graph of some of INPUTS. It may be called from several threads, and its outputs are fresh arrays."""
+    """A compiled graph of some of INPUTS, for any number of threads. Its outputs are fresh arrays."""
 
     def __init__(
         self,

@@ -25,8 +25,9 @@ def exact_sum(values):
 
 
 def _sum_of_chunk(rest):
-    """Sum a few values. Their leading bits, down to one place, add up in float64 without rounding; then those below, and so on.
+    """Sum a few values.
 
+    Their leading bits, down to one place, add up in float64 without rounding; then those below, and so on.
     See Rump, Ogita and Oishi, "Accurate Floating-Point Summation", 2008.
     """
     total, largest = 0, np.abs(rest).max()
@@ -77,7 +78,7 @@ class ExactSums:
         )
 
     def as_dict(self):
-        """Return JSON values by name; the total in hexadecimal, as other readers of JSON take no number of that length."""
+        """Return JSON values by name; the total in hexadecimal, as other readers take no such number."""
         return {name: f'{value:x}' if name == 'total' else value for name, value in zip(self.FIELDS, self)}
 
     @classmethod
@@ -101,7 +102,7 @@ class ExactSums:
         return ExactSums(*map(int.__sub__, self, other))
 
     def over(self, count):
-        """Divide the sum of all values by the integer `count`, with one rounding; not finite if the values are not."""
+        """Divide the sum of all values by the integer `count`, with one rounding."""
         if self.nan or not count or (self.infinite and self.minus_infinite):
             return float('nan')
         if self.infinite or self.minus_infinite:
@@ -121,6 +122,7 @@ class RunningMean:
     """
 
     name: str  # EvalMetric's
+    _lock: Any
 
     def reset(self) -> None:
         """Forget everything."""
@@ -136,11 +138,11 @@ class RunningMean:
             self._sums['local'] = ExactSums()
 
     def get(self) -> Tuple[str, float]:
-        """Return (name, value) of all that came since the last `reset` or `reset_local`; NaN if nothing did."""
+        """Return (name, value) of all since the last `reset` or `reset_local`; NaN if there is nothing."""
         return self.name, self._value_of(self._window('local'))
 
     def get_global(self) -> Tuple[str, float]:
-        """Return (name, value) of all that came since the last `reset`; NaN if nothing did."""
+        """Return (name, value) of all since the last `reset`; NaN if there is nothing."""
         return self.name, self._value_of(self._window('global'))
 
     @property
@@ -204,7 +206,9 @@ class RunningMean:
             self._sums = sums
 
     def all_reduce(self, store: Any) -> Any:
-        """Return a metric of what all workers hold; this one stays as it is. All workers must call this, with data or without.
+        """Return a metric of what all workers hold; this one stays as it is.
+
+        All workers must call this, with data or without.
 
         The result's `get` and `get_global` are exactly what one process would report that had received all
         updates.
@@ -231,9 +235,14 @@ class RunningMean:
             self._pending.extend(arrays)
             if len(self._pending) > _AT_ONCE + _AHEAD:
                 self._drain(_AHEAD)
-            waited_for = self._pending[-_AHEAD - 1] if len(self._pending) > _AHEAD else None
-        if waited_for is not None:
-            waited_for.wait_to_read()
+            oldest = self._pending[-_AHEAD - 1] if len(self._pending) > _AHEAD else None
+        if oldest is not None:
+            try:
+                oldest.wait_to_read()
+            except MXNetError:
+                with self._lock:
+                    self._pending = deque(array for array in self._pending if array is not oldest)
+                raise
 
     def _drain(self, ahead: int = 0) -> None:
         """Take all but the last `ahead` arrays of the queue into the sums."""
@@ -241,7 +250,7 @@ class RunningMean:
         while len(self._pending) > ahead:
             try:
                 values.append(self._pending.popleft().asnumpy().ravel())
-            except MXNetError as error:  # of the device; what came before and after is right
+            except MXNetError as error:  # noqa: PERF203  (of the device; other arrays are right)
                 failed = error
         if values:
             sums = self._sums_of(np.concatenate(values).astype('float64', copy=False))

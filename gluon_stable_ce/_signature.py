@@ -37,7 +37,7 @@ class Signature(NamedTuple):
 
     @property
     def label_compare_dtype(self) -> str:
-        """In what labels are compared. float64 holds every class. AMP, which makes bfloat16, cannot read it in a graph."""
+        """In what labels are compared: float64 holds all. AMP, which makes bfloat16, can't read that."""
         return (
             self.compute_dtype if self.few_classes else 'float32' if self.dtype == 'bfloat16' else 'float64'
         )
@@ -82,7 +82,8 @@ def _signature_of(
     dtype, label_dtype = _array_api.name_of(dtype), _array_api.name_of(label_dtype)
     if dtype not in PRED_DTYPES:
         raise TypeError(f'pred: expected one of the dtypes {", ".join(PRED_DTYPES)}, got {dtype}')
-    positions = check_shapes(shape, label_shape, label_dtype, axis, sparse_label)
+    positions = check_shapes(shape, label_shape, str(label_dtype), axis, sparse_label)
+    _check_batch_axes(batch_axes, shape, axis)
     layout = None if weight is None else _weight_layout(weight[2], shape, positions, axis, batch_axes)
     np_style = issubclass(kind, _array_api.NP_STYLE)
     few_classes = shape[axis] <= _FEW and dtype in ('float32', 'float64') and label_dtype in (dtype, *_NARROW)
@@ -104,7 +105,7 @@ def check_shapes(
     axis: int,
     sparse_label: bool = True,
 ) -> Tuple[int, ...]:
-    """Raise TypeError or ValueError unless a label fits predictions of `shape`; return the positions' shape."""
+    """Return the positions' shape; raise TypeError or ValueError unless a label fits `shape`, pred's."""
     ndim = len(shape)
     if ndim < 2 or not -ndim <= axis < ndim or not shape[axis]:
         raise ValueError(
@@ -134,6 +135,17 @@ def check_shapes(
             f'exact up to {largest} only'
         )
     return positions
+
+
+def _check_batch_axes(batch_axes: Tuple[int, ...], shape: Tuple[int, ...], axis: int) -> None:
+    """Raise ValueError unless these are different axes of `shape`, and none is the class axis."""
+    ndim = len(shape)
+    known = [batch_axis % ndim for batch_axis in batch_axes if -ndim <= batch_axis < ndim]
+    if len(set(known) - {axis % ndim}) < len(batch_axes):
+        raise ValueError(
+            f'batch_axis: expected axes of pred, of shape {shape}, other than the class axis {axis}, '
+            f'got {", ".join(map(str, batch_axes))}'
+        )
 
 
 def _weight_layout(

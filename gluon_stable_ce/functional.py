@@ -1,21 +1,24 @@
-r"""The numerics: cross entropy per position, as functions of ``F`` (``mx.nd`` or ``mx.sym``), for use inside any HybridBlock.
+r"""The numerics: cross entropy per position, as functions of ``F`` (``mx.nd`` or ``mx.sym``).
 
-Everything is in nats. The flow is `read_labels`, `kernels.class_terms`, `combine`, `mask`,
-`reduce_positions`. Only the second of these reads the class axis; the others work on arrays of one number per
-position. Arrays are MXNet's classic ones. Where a function takes `ndim`, it is the rank of ``pred`` if that
-is known, as it is for arrays and is not for symbols. Shapes that do not fit raise MXNet's own errors: the
-checks that name an argument are the loss's.
+They are for use inside any HybridBlock. Everything is in nats. The flow is `align_label`, `read_labels`,
+`kernels.class_terms`, `combine`, `mask`, `reduce_positions`. Only `class_terms` reads the class axis; the
+others work on arrays of one number per position. Arrays are MXNet's classic ones. Where a function takes
+`ndim`, it is the rank of ``pred`` if that is known, as it is for arrays and is not for symbols. Shapes that
+do not fit raise MXNet's own errors: the checks that name an argument are the loss's.
 
 >>> import mxnet as mx
->>> loss, _ = softmax_cross_entropy(mx.nd, mx.nd.array([[0, 99], [2, 1]]), mx.nd.array([0, 0]))
->>> loss.asnumpy().round(4)
-array([99.    ,  0.3133], dtype=float32)
+>>> from gluon_stable_ce.kernels import class_terms
+>>> pred, label = mx.nd.array([[0, 99], [2, 1], [0, 0]]), mx.nd.array([0, 0, 7])
+>>> labels = read_labels(mx.nd, label, pred)
+>>> loss = combine(mx.nd, class_terms(mx.nd, 'stock', pred, index=labels.index))
+>>> mask(mx.nd, loss, labels, invalid=float('nan'), ignored=0.0).asnumpy().round(4)
+array([99.    ,  0.3133,     nan], dtype=float32)
 """
 
-from typing import NamedTuple, Optional, Sequence, Tuple
+from typing import Any, NamedTuple, Optional, Sequence
 
 from ._array_api import Array, F
-from .kernels import ClassTerms, class_terms
+from .kernels import ClassTerms
 from .kernels.stock import weighted
 
 __all__ = [
@@ -27,14 +30,13 @@ __all__ = [
     'mask',
     'read_labels',
     'reduce_positions',
-    'softmax_cross_entropy',
 ]
 
 
 class Labels(NamedTuple):
-    """What sparse labels mean, (positions...) each. The conditions are 1 or 0, and None if they hold everywhere."""
+    """What sparse labels mean, (positions...) each. A condition is 1 or 0; None if it holds everywhere."""
 
-    index: Optional[Array]  # the class, in [0, C) and never NaN; None for dense labels, which all count
+    index: Array  # the class, in [0, C) and never NaN
     is_valid: Optional[Array]
     is_counted: Optional[Array]
 
@@ -71,7 +73,7 @@ def read_labels(
     label_dtype: str = 'float64',
     few_classes: bool = False,
 ) -> Labels:
-    """Read sparse labels: the one place that decides which of them are valid, which count, and what class they name.
+    """Read sparse labels: decide which of them are valid, which count, and what class they name.
 
     A label outside [0, C), NaN or not an integer is invalid. With ``invalid_label='clip'`` no label is: it
     names the nearest class, a fraction the class of its integer part, and NaN the class 0.
@@ -110,12 +112,25 @@ def combine(
     label_smoothing: float = 0.0,
     lse_square_scale: float = 0.0,
 ) -> Array:
-    r"""Combine the terms of each position: :math:`(1-a)\, w_y\, nll + a\, uniform\_nll + s\, logsumexp^2`."""
-    loss = terms.nll if weight_of_label is None else weighted(F, terms.nll, weight_of_label)
+    r"""Combine the terms of each position.
+
+    .. math:: \ell = (1-a)\, w_y (-\log p_y) + \frac{a}{C} \sum_j w_j (-\log p_j) + s \log^2 \sum_j e^{z_j}
+
+    with label smoothing a, class weights w and `lse_square_scale` s.
+
+    Parameters
+    ----------
+    terms : ClassTerms
+        `uniform_nll` is needed for label smoothing, `logsumexp` for `lse_square_scale`.
+    weight_of_label : (positions...), optional
+        The class weight of each label.
+    """
+    loss: Any = terms.nll if weight_of_label is None else weighted(F, terms.nll, weight_of_label)
     if label_smoothing == 1:  # 0 * inf would be NaN
         loss = terms.uniform_nll
     elif label_smoothing:
-        loss = (1 - label_smoothing) * loss + label_smoothing * terms.uniform_nll
+        uniform: Any = terms.uniform_nll
+        loss = (1 - label_smoothing) * loss + label_smoothing * uniform
     if lse_square_scale:
         loss = loss + lse_square_scale * F.square(terms.logsumexp)
     return loss
@@ -128,76 +143,6 @@ def mask(F: F, values: Array, labels: Labels, invalid: float, ignored: float) ->
     if labels.is_counted is not None:
         values = F.where(labels.is_counted, values, F.ones_like(values) * ignored)
     return values
-
-
-def softmax_cross_entropy(
-    F: F,
-    pred: Array,
-    label: Array,
-    axis: int = -1,
-    sparse_label: bool = True,
-    pred_type: str = 'logits',
-    ignore_label: Optional[int] = None,
-    class_weight: Optional[Array] = None,
-    label_smoothing: float = 0.0,
-    lse_square_scale: float = 0.0,
-    invalid_label: str = 'nan',
-    ndim: Optional[int] = None,
-    dtype: Optional[str] = None,
-    kernel: str = 'stock',
-    label_dtype: str = 'float64',
-    few_classes: bool = False,
-) -> Tuple[Array, Optional[Array]]:
-    r"""Compute the cross entropy of every position, in nats.
-
-    .. math:: \ell = (1-a)\, w_y (-\log p_y) + \frac{a}{C} \sum_j w_j (-\log p_j) + s \log^2 \sum_j e^{z_j}
-
-    with label smoothing a, class weights w and `lse_square_scale` s.
-
-    Parameters
-    ----------
-    pred : (..., C at `axis`, ...) float16, float32 or float64
-    label : `pred`'s shape without `axis`, or with `sparse_label=False` `pred`'s shape
-    class_weight : (C,), of the dtype in which `pred` is computed, optional
-    axis, sparse_label, ignore_label, label_smoothing, lse_square_scale, invalid_label
-        As for `StableSoftmaxCrossEntropyLoss`; 'raise' is not possible in a graph, and is 'nan' here.
-    ndim, dtype : int and str, optional
-        Rank and dtype of `pred`, if they are known.
-    kernel, label_dtype, few_classes
-        As for `kernels.class_terms` and `read_labels`.
-
-    Returns
-    -------
-    loss : `pred`'s shape without `axis`
-    is_counted : likewise, 1 where the position counts and 0 where it is ignored; or None if all count
-    """
-    if (
-        class_weight is not None and ndim is None
-    ):  # in a graph, another number of weights than C is a shape error
-        class_weight = F.reshape_like(class_weight, F.contrib.arange_like(pred, axis=axis))
-    if sparse_label:
-        labels = read_labels(F, label, pred, axis, ignore_label, invalid_label, label_dtype, few_classes)
-        classes = {'index': labels.index}
-    else:
-        labels, classes = Labels(None, None, None), {'target': label}
-    terms = class_terms(
-        F,
-        kernel,
-        pred,
-        axis,
-        **classes,
-        pred_type=pred_type,
-        logsumexp=bool(lse_square_scale),
-        uniform=bool(label_smoothing),
-        class_weight=class_weight,
-        ndim=ndim,
-        dtype=dtype,
-    )
-    weight_of_label = None
-    if sparse_label and class_weight is not None:
-        weight_of_label = F.take(class_weight, labels.index, mode='clip')
-    loss = combine(F, terms, weight_of_label, label_smoothing, lse_square_scale)
-    return mask(F, loss, labels, invalid=float('nan'), ignored=0.0), labels.is_counted
 
 
 def align_sample_weight(
@@ -256,7 +201,9 @@ def reduce_positions(
 
     Parameters
     ----------
-    loss, is_counted : as `softmax_cross_entropy` returns them
+    loss : (positions...)
+    is_counted : (positions...), optional
+        1 where a position counts, else 0; None if all count.
     axis, batch_axes : int, sequence of int
         Class axis and batch axes of the predictions.
     reduction : 'mean' over the positions that count, 'sum' or 'none'

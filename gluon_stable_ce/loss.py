@@ -5,6 +5,7 @@ from threading import get_ident, main_thread
 from typing import Any, Iterable, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
 import mxnet as mx
+import numpy as np
 from mxnet import gluon
 
 from . import _array_api, functional
@@ -13,13 +14,16 @@ from ._class_weight import ClassWeight
 from ._graphs import INPUTS, STATIC, Graph, compiled, trace
 from ._options import (
     FLOAT32_MAX,
-    INTEGERS,
     INVALID_LABELS,
     REDUCTIONS,
+    as_numbers,
     check_choice,
+    check_flag,
+    check_ignore_label,
     check_number,
 )
-from ._signature import Signature, infer_signature, on_one_context
+from ._signature import Signature, check_array_type, infer_signature, on_one_context
+from .kernels import class_terms
 from .metric import StableCrossEntropy
 
 __all__ = ['StableSoftmaxCELoss', 'StableSoftmaxCrossEntropyLoss']
@@ -55,50 +59,88 @@ def compose_loss(
     class_weight: Optional[Array] = None,
 ) -> Array:
     """Compose the loss of each sample, of arrays or symbols; the signature is what is known of them."""
-    given, given_label = pred, _array_api.as_classic(label)
+    given, given_label, dtype = pred, _array_api.as_classic(label), signature.compute_dtype
     pred, sample_weight, class_weight = map(_array_api.as_classic, (pred, sample_weight, class_weight))
-    axis, ndim, dtype = options.axis, signature.ndim, signature.compute_dtype
-    label = given_label
-    if options.sparse_label:
-        label = functional.align_label(F, label, pred, axis, ndim, signature.label_ndim)
-    elif signature.label_dtype not in (None, dtype):
-        label = F.cast(label, dtype=dtype)
-    if class_weight is not None:
-        class_weight = F.BlockGrad(F.cast(class_weight, dtype=dtype))
     if sample_weight is not None and signature.dtype is not None:
         sample_weight = F.cast(sample_weight, dtype=dtype)
-    loss, is_counted = functional.softmax_cross_entropy(
-        F,
-        pred,
-        label,
-        axis=axis,
-        sparse_label=options.sparse_label,
-        pred_type=options.pred_type,
-        ignore_label=options.ignore_label,
-        class_weight=class_weight,
-        label_smoothing=options.label_smoothing,
-        lse_square_scale=options.lse_square_scale,
-        invalid_label=options.invalid_label,
-        ndim=ndim,
-        dtype=signature.dtype,
-        kernel=signature.kernel,
-        label_dtype=signature.label_compare_dtype,
-        few_classes=signature.few_classes,
-    )
+    if class_weight is not None:
+        class_weight = F.BlockGrad(F.cast(class_weight, dtype=dtype))  # (C,)
+        if signature.ndim is None:  # in a graph of symbols, another length than C is MXNet's shape error
+            class_weight = F.reshape_like(class_weight, F.contrib.arange_like(pred, axis=options.axis))
+    positions = _sparse_positions if options.sparse_label else _dense_positions
+    loss, is_counted = positions(F, options, signature, pred, given_label, class_weight)  # (positions...)
     loss = functional.reduce_positions(
         F,
         loss,
         is_counted,
-        axis=axis,
+        axis=options.axis,
         batch_axes=options.batch_axes,
         reduction=options.reduction,
         sample_weight=sample_weight,
         weight_layout=signature.weight_layout,
-        ndim=ndim,
+        ndim=signature.ndim,
     )
-    if options.reduction == 'none' and options.sparse_label and signature.label_ndim in (None, ndim):
+    if signature.ndim is None and options.reduction != 'none':
+        loss = _refuse_class_axis(F, options, pred, loss)
+    if (
+        options.reduction == 'none'
+        and options.sparse_label
+        and signature.label_ndim in (None, signature.ndim)
+    ):
         loss = F.reshape_like(loss, given_label)  # it may have kept the class axis
     return _array_api.in_style_of(given, loss if options.weight is None else loss * options.weight)
+
+
+def _refuse_class_axis(F, options, pred, loss):
+    """Return `loss`, (batch,); if the batch axis turns out to be the class axis, that is MXNet's shape error."""
+    batch_axis, *others = options.batch_axes
+    if others or (batch_axis < 0) == (options.axis < 0):  # then the axes are known to differ
+        return loss
+    return F.reshape_like(loss, F.contrib.arange_like(pred, axis=batch_axis))
+
+
+def _sparse_positions(F, options, signature, pred, label, class_weight):
+    """Compose the loss of each position, and whether it counts."""
+    axis = options.axis
+    label = functional.align_label(F, label, pred, axis, signature.ndim, signature.label_ndim)
+    labels = functional.read_labels(
+        F,
+        label,
+        pred,
+        axis,
+        options.ignore_label,
+        options.invalid_label,
+        label_dtype=signature.label_compare_dtype,
+        few_classes=signature.few_classes,
+    )
+    terms = _class_terms(F, options, signature, pred, class_weight, index=labels.index)
+    weight_of_label = None if class_weight is None else F.take(class_weight, labels.index, mode='clip')
+    loss = functional.combine(F, terms, weight_of_label, options.label_smoothing, options.lse_square_scale)
+    return functional.mask(F, loss, labels, invalid=float('nan'), ignored=0.0), labels.is_counted
+
+
+def _dense_positions(F, options, signature, pred, label, class_weight):
+    """Compose the same of dense labels, which all count."""
+    if signature.label_dtype not in (None, signature.compute_dtype):
+        label = F.cast(label, dtype=signature.compute_dtype)
+    terms = _class_terms(F, options, signature, pred, class_weight, target=label)
+    return functional.combine(F, terms, None, options.label_smoothing, options.lse_square_scale), None
+
+
+def _class_terms(F, options, signature, pred, class_weight, **labels):
+    return class_terms(
+        F,
+        signature.kernel,
+        pred,
+        options.axis,
+        pred_type=options.pred_type,
+        logsumexp=bool(options.lse_square_scale),
+        uniform=bool(options.label_smoothing),
+        class_weight=class_weight,
+        ndim=signature.ndim,
+        dtype=signature.dtype,
+        **labels,
+    )
 
 
 class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
@@ -109,11 +151,11 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
 
     .. math::
 
-        \ell = (1-a)\, w_y (-\log p_y) + \frac{a}{C} \sum_{j=1}^C w_j (-\log p_j) + s \log^2 \sum_{j=1}^C
-        e^{z_j}, \qquad p = \mathrm{softmax}(z)
+        \ell = (1-a)\, w_y (-\log p_y) + \frac{a}{C} \sum_{j=1}^C w_j (-\log p_j)
+        + s \log^2 \sum_{j=1}^C e^{z_j}, \qquad p = \mathrm{softmax}(z)
 
-    for every position with logits z and label y; label smoothing a, class weights w and z-loss s are off by default. A sample's loss is the
-    mean over its positions that count.
+    for every position with logits z and label y. Label smoothing a, class weights w and z-loss s are off by
+    default. A sample's loss is the mean over its positions that count.
 
     Parameters
     ----------
@@ -228,25 +270,25 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         invalid_label: str = 'nan',
         **kwargs: Any,
     ) -> None:
-        # not through SoftmaxCrossEntropyLoss.__init__, which looks up its own name and would find ours if
-        # that was put in its place
+        # not through SoftmaxCrossEntropyLoss.__init__, which looks up its own name and may find ours there
         _Loss.__init__(self, weight, batch_axis, **kwargs)
-        self._axis, self._sparse_label, self._from_logits = axis, sparse_label, from_logits
-        batch_axes = tuple(batch_axis) if isinstance(batch_axis, (list, tuple)) else (batch_axis,)
+        self._axis, self._sparse_label, self._from_logits = axis, sparse_label, from_logits  # as gluon's
+        batch_axes = batch_axis if isinstance(batch_axis, (list, tuple)) else [batch_axis]
+        sparse_label = check_flag('sparse_label', sparse_label)
         self._options = LossOptions(
-            axis=axis,
-            batch_axes=batch_axes,
+            axis=check_number('axis', axis, Integral),
+            batch_axes=tuple(check_number('batch_axis', axis, Integral) for axis in batch_axes),
             sparse_label=sparse_label,
-            pred_type='log_probs' if from_logits else 'logits',
-            weight=weight,
-            ignore_label=ignore_label,
-            label_smoothing=label_smoothing,
-            lse_square_scale=lse_square_scale,
-            reduction=reduction,
-            invalid_label=invalid_label,
+            pred_type='log_probs' if check_flag('from_logits', from_logits) else 'logits',
+            weight=check_number('weight', weight, low=-FLOAT32_MAX, high=FLOAT32_MAX, optional=True),
+            ignore_label=check_ignore_label(ignore_label, sparse_label),
+            label_smoothing=check_number('label_smoothing', label_smoothing, low=0, high=1),
+            lse_square_scale=check_number('lse_square_scale', lse_square_scale, low=0, high=FLOAT32_MAX),
+            reduction=check_choice('reduction', reduction, REDUCTIONS),
+            invalid_label=check_choice('invalid_label', invalid_label, INVALID_LABELS),
         )
-        _check_options(self._options)
-        self.class_weight = None
+        _check_combination(self._options)
+        self.class_weight: Optional[ClassWeight] = None
         if class_weight is not None:
             with self.name_scope():
                 self.class_weight = ClassWeight(class_weight)
@@ -280,7 +322,7 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         )
         self._call_kinds.add((signature.dtype, signature.weight_layout))
         if self.class_weight is not None:
-            self._check_number_of_classes(pred)
+            self.class_weight.check_classes(pred.shape[options.axis])
         if options.invalid_label == 'raise':
             self._check_labels(pred, label)
         if (
@@ -292,12 +334,12 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         class_weight = None if self.class_weight is None else self.class_weight.value.data(pred.context)
         if get_ident() != _MAIN_THREAD:
             label, class_weight = self._unmarked(label), self._unmarked(class_weight)
-        names, inputs = INPUTS[:2], (pred, label)
-        if sample_weight is not None:
-            names, inputs = (*names, 'sample_weight'), (*inputs, sample_weight)
-        if class_weight is not None:
-            names, inputs = (*names, 'class_weight'), (*inputs, class_weight)
-        return self._graph(signature, names)(*inputs)
+        names, inputs = list(INPUTS[:2]), [pred, label]
+        for name, array in zip(INPUTS[2:], (sample_weight, class_weight)):
+            if array is not None:
+                names.append(name)
+                inputs.append(array)
+        return self._graph(signature, tuple(names))(*inputs)
 
     def _unmarked(self, array: Optional[Array]) -> Optional[Array]:
         """Return a new handle of an array that needs no gradient, so that threads may share the array.
@@ -323,23 +365,17 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         """Whether a subclass has its own `hybrid_forward`, which decides what the inputs mean."""
         return type(self).hybrid_forward is not StableSoftmaxCrossEntropyLoss.hybrid_forward
 
-    def _check_number_of_classes(self, pred):
-        classes = pred.shape[self._options.axis]
-        if self.class_weight.classes != classes:
-            raise ValueError(
-                f'class_weight: expected one weight for each of the {classes} classes of pred, '
-                f'got {self.class_weight.classes}'
-            )
-
     def _check_labels(self, pred, label):
+        """Raise ValueError if there are invalid labels that count."""
         pred, label, _ = map(_array_api.as_classic, on_one_context(pred, label, None))
-        labels = functional.read_labels(mx.nd, label, pred, self._options.axis, self._options.ignore_label)
-        is_invalid = 1 - labels.is_valid
+        options = self._options
+        labels = functional.read_labels(mx.nd, label, pred, options.axis, options.ignore_label)
+        is_invalid: Any = labels.is_valid == 0
         if labels.is_counted is not None:
             is_invalid = is_invalid * labels.is_counted
         count = int(is_invalid.sum().asscalar())
         if count:
-            classes = pred.shape[self._options.axis]
+            classes = pred.shape[options.axis]
             raise ValueError(
                 f'label: expected integers in [0, {classes}), got {count} others among {label.size}'
             )
@@ -370,7 +406,7 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         self._is_compiled, self._graph_flags = active, tuple(flags.items())
 
     def register_op_hook(self, callback: Any, monitor_all: bool = False) -> None:
-        """Call `callback` with the name and the output of every operator, as in gluon. Compiles at every call from then on."""
+        """Call `callback` with the name and output of each operator, as in gluon. Each call compiles then."""
         super().register_op_hook(callback, monitor_all)
         self._op_hook = (callback, monitor_all) if callback else None
 
@@ -442,8 +478,13 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         >>> StableSoftmaxCELoss(ignore_label=-1).valid_count(mx.nd.array([[3, 1, -1], [2, -1, -1]]))
         3
         """
-        if isinstance(label, (list, tuple)):
+        if isinstance(label, (list, tuple)) and any(hasattr(part, 'shape') for part in label):
             return sum(self.valid_count(part) for part in label)
+        if isinstance(label, (np.ndarray, list, tuple)):
+            if not np.size(label):
+                return 0
+            label = mx.nd.array(as_numbers('label', label), dtype='float64')
+        check_array_type('label', type(label))
         if not self._options.sparse_label:
             return label.size // label.shape[self._options.axis]
         is_counted = functional.is_counted(mx.nd, _array_api.as_classic(label), self._options.ignore_label)
@@ -478,17 +519,8 @@ def _common(values: Iterable[Any]) -> Any:
     return None if others else first
 
 
-def _check_options(options: LossOptions) -> None:
-    """Raise TypeError or ValueError unless the options, and their combination, mean something."""
-    check_number('axis', options.axis, Integral)
-    for batch_axis in options.batch_axes:
-        check_number('batch_axis', batch_axis, Integral)
-    check_number('weight', options.weight, low=-FLOAT32_MAX, high=FLOAT32_MAX, optional=True)
-    check_number('ignore_label', options.ignore_label, Integral, low=-INTEGERS, high=INTEGERS, optional=True)
-    check_number('label_smoothing', options.label_smoothing, low=0, high=1)
-    check_number('lse_square_scale', options.lse_square_scale, low=0, high=FLOAT32_MAX)
-    check_choice('reduction', options.reduction, REDUCTIONS)
-    check_choice('invalid_label', options.invalid_label, INVALID_LABELS)
+def _check_combination(options: LossOptions) -> None:
+    """Raise ValueError unless the options mean something together."""
     if options.axis in options.batch_axes:
         raise ValueError(
             f'batch_axis: expected another axis than the class axis, got {options.axis} for both'
@@ -497,11 +529,6 @@ def _check_options(options: LossOptions) -> None:
         raise ValueError(
             'lse_square_scale: expected 0 with from_logits=True, as log-probabilities have a logsumexp of 0; '
             f'got {options.lse_square_scale}'
-        )
-    if not options.sparse_label and options.ignore_label is not None:
-        raise ValueError(
-            'ignore_label: expected None with sparse_label=False, as a distribution has no label to compare with '
-            f'{options.ignore_label}; a sample_weight of 0 removes a position'
         )
     if not options.sparse_label and options.invalid_label != 'nan':
         raise ValueError(

@@ -1,6 +1,7 @@
 """Metrics: what the loss computes, with exact sums and without waiting for the device."""
 
 import math
+from functools import partial
 from numbers import Integral
 from typing import Any, List, NamedTuple, Optional
 
@@ -11,7 +12,7 @@ from mxnet import autograd
 from . import _array_api, functional
 from ._array_api import Array, Arrays, F
 from ._graphs import STATIC, compiled
-from ._options import INTEGERS, PRED_TYPES, check_choice, check_number
+from ._options import PRED_TYPES, check_choice, check_flag, check_ignore_label, check_number
 from ._running_mean import ExactSums, RunningMean
 from ._signature import Signature, check_array_type, infer_signature
 from .kernels import class_terms
@@ -66,7 +67,7 @@ class StableLoss(RunningMean, mx.metric.Loss):
 
     def update(self, _: Any, preds: Arrays) -> None:
         """Take in an array of loss values of any shape, or a list of them, each on its own context."""
-        self._push([array.copy() for array in _as_list('preds', preds)])
+        self._push([_copied(array) for array in _as_list('preds', preds)])
 
 
 class MetricOptions(NamedTuple):
@@ -82,32 +83,43 @@ def compose_nll(
     F: F, options: MetricOptions, signature: Signature, pred: Array, label: Array, *_: Optional[Array]
 ) -> Array:
     """Compose the NLL of each position, float64, with marks for ignored positions and invalid labels."""
-    given = pred
+    given, axis = pred, options.axis
     pred, label = _array_api.as_classic(pred), _array_api.as_classic(label)
-    known = {'pred_type': options.pred_type, 'ndim': signature.ndim, 'dtype': signature.dtype}
-    if not options.sparse_label:
-        target = F.cast(label, dtype=signature.compute_dtype)
-        terms = class_terms(F, signature.kernel, pred, options.axis, target=target, **known)
-        return _array_api.in_style_of(given, F.cast(terms.nll, dtype='float64'))
-    label = functional.align_label(F, label, pred, options.axis, signature.ndim, signature.label_ndim)
-    labels = functional.read_labels(
+    reduce = partial(
+        class_terms,
         F,
-        label,
+        signature.kernel,
         pred,
-        options.axis,
-        options.ignore_label,
-        label_dtype=signature.label_compare_dtype,
-        few_classes=signature.few_classes,
+        axis,
+        pred_type=options.pred_type,
+        ndim=signature.ndim,
+        dtype=signature.dtype,
     )
-    terms = class_terms(F, signature.kernel, pred, options.axis, labels.index, **known)
-    nll = functional.mask(F, F.cast(terms.nll, dtype='float64'), labels, _INVALID, _IGNORED)
+    if options.sparse_label:
+        label = functional.align_label(F, label, pred, axis, signature.ndim, signature.label_ndim)
+        labels = functional.read_labels(
+            F,
+            label,
+            pred,
+            axis,
+            options.ignore_label,
+            label_dtype=signature.label_compare_dtype,
+            few_classes=signature.few_classes,
+        )
+        nll = F.cast(reduce(index=labels.index).nll, dtype='float64')  # (positions...)
+        nll = functional.mask(F, nll, labels, invalid=_INVALID, ignored=_IGNORED)
+    else:
+        target = F.cast(label, dtype=signature.compute_dtype)
+        nll = F.cast(reduce(target=target).nll, dtype='float64')
     return _array_api.in_style_of(given, nll)
 
 
 @mx.metric.register
 @mx.metric.alias('stable_cross_entropy')
 class StableCrossEntropy(RunningMean, mx.metric.EvalMetric):
-    r"""Mean negative log-likelihood of the labels, in nats, with no epsilon: :math:`\frac{1}{N} \sum_n -\log p_{n, y_n}`.
+    r"""Mean negative log-likelihood of the labels, in nats, with no epsilon.
+
+    .. math:: \frac{1}{N} \sum_n -\log p_{n, y_n}
 
     Reads labels as the loss does and computes what the loss computes, without weights or smoothing. Invalid
     labels are counted apart, and `get` raises ValueError if there are any.
@@ -165,22 +177,20 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric):
         output_names: Optional[List[str]] = None,
         label_names: Optional[List[str]] = None,
     ) -> None:
-        check_number('axis', axis, Integral)
-        check_number('ignore_label', ignore_label, Integral, low=-INTEGERS, high=INTEGERS, optional=True)
-        check_choice('pred_type', pred_type, PRED_TYPES)
-        if not sparse_label and ignore_label is not None:
-            raise ValueError(
-                'ignore_label: expected None with sparse_label=False, as a distribution has no label to compare with '
-                f'{ignore_label}'
-            )
-        self._options = MetricOptions(axis, pred_type, ignore_label, sparse_label)
+        sparse_label = check_flag('sparse_label', sparse_label)
+        self._options = MetricOptions(
+            axis=check_number('axis', axis, Integral),
+            pred_type=check_choice('pred_type', pred_type, PRED_TYPES),
+            ignore_label=check_ignore_label(ignore_label, sparse_label),
+            sparse_label=sparse_label,
+        )
         self._classes: Optional[int] = None
         _EvalMetric.__init__(
             self, name, output_names, label_names, has_global_stats=True, **self._options._asdict()
         )
 
     def update(self, labels: Arrays, preds: Arrays) -> None:
-        """Take in labels and predictions: an array each, or lists of as many arrays, each pair on its own context."""
+        """Take in labels and predictions: an array each, or lists of arrays, each pair on its own context."""
         labels, preds = _as_list('labels', labels), _as_list('preds', preds)
         if len(labels) != len(preds):
             raise ValueError(f'labels: expected as many arrays as preds, {len(preds)}, got {len(labels)}')
@@ -200,7 +210,7 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric):
             and label.size == pred.shape[0]
         ):
             label = label.reshape((-1,))  # the rows of `pred` are the positions, as in mx.metric
-        signature = infer_signature(pred, label, axis=options.axis, sparse_label=options.sparse_label)
+        signature = infer_signature(pred, label, None, options.axis, (), options.sparse_label)
         if (
             signature.dtype == 'bfloat16' and options.sparse_label
         ):  # AMP's casts in a graph cannot read 64-bit labels
@@ -227,10 +237,10 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric):
 @mx.metric.register
 @mx.metric.alias('stable_perplexity')
 class StablePerplexity(StableCrossEntropy):
-    """exp of the mean negative log-likelihood of the labels, with no floor, where `mx.metric.Perplexity` has one at p = 1e-10.
+    """Exponential of the mean negative log-likelihood of the labels, with no floor under small probabilities.
 
-    The positional arguments are those of `mx.metric.Perplexity`. Parameters, shapes, errors and numerics are
-    those of `StableCrossEntropy`.
+    `mx.metric.Perplexity` has one at p = 1e-10. The positional arguments are those of `mx.metric.Perplexity`.
+    Parameters, shapes, errors and numerics are those of `StableCrossEntropy`.
 
     Examples
     --------
@@ -287,6 +297,11 @@ class StableBitsPerToken(StableCrossEntropy):
 
     def _value_of(self, sums: ExactSums) -> float:
         return super()._value_of(sums) / math.log(2)
+
+
+def _copied(array: Array) -> Array:
+    """Return a copy, in a dtype that NumPy has."""
+    return array.astype('float32') if _array_api.dtype_name(array) == 'bfloat16' else array.copy()
 
 
 def _as_list(name: str, arrays: Any) -> List[Array]:

@@ -50,8 +50,9 @@ def check_arrays(pred: Any, label: Any, axis: int) -> Tuple[np.ndarray, np.ndarr
 def _to_numpy(name, array, kinds, expected):
     if not isinstance(array, (np.ndarray, mx.nd.NDArray)):
         raise TypeError(f'{name}: expected a NumPy array or an MXNet array, got {type(array).__name__}')
-    if getattr(array, 'stype', 'default') != 'default':
-        raise TypeError(f'{name}: expected a dense array, got {array.stype}')
+    stype = getattr(array, 'stype', 'default')
+    if stype != 'default':
+        raise TypeError(f'{name}: expected a dense array, got {stype}')
     dtype = np.dtype(array.dtype)
     if dtype.kind not in kinds or dtype.itemsize > 8:
         raise TypeError(f'{name}: expected {expected}, got {dtype}')

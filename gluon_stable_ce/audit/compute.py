@@ -142,6 +142,7 @@ class _Tally:
         """Class index, and whether the label is valid and whether it counts, as NumPy arrays (n,)."""
         labels = mx.nd.array(labels, dtype='float64')
         index, is_valid, is_counted = read_labels(mx.nd, labels, self.like, ignore_label=self.ignore_label)
+        assert is_valid is not None  # nothing is clipped
         is_valid = is_valid.asnumpy() != 0
         is_counted = np.ones_like(is_valid) if is_counted is None else is_counted.asnumpy() != 0
         return index.asnumpy().astype('int64'), is_valid, is_counted
@@ -152,7 +153,7 @@ class _Tally:
         return np.abs(p.sum(axis=-1, dtype='float64') - 1) <= self.tolerance
 
     def _add_sums(self, nll, p):
-        """Add exact NLLs, (m,), and the stock ones of `p`, (m,) in `pred`'s dtype; return the first stock ones."""
+        """Add exact NLLs, (m,), and the stock ones of `p`, (m,) in `pred`'s dtype; return the stock ones."""
         stock_nll = (-np.log(p + self.eps)).astype('float64')
         self.exact += ExactSums.of(nll)
         self.under += ExactSums.of(nll[nll > (-math.log(self.eps) if self.eps else np.inf)])

@@ -1,4 +1,4 @@
-"""How the class axis is reduced to one number per position. This is the one place that chooses an implementation."""
+"""How the class axis is reduced to one number per position: the one place that chooses an implementation."""
 
 from typing import NamedTuple, Optional
 
@@ -9,7 +9,7 @@ __all__ = ['ClassTerms', 'class_terms']
 
 
 class ClassTerms(NamedTuple):
-    """What is known of each position once its class axis is reduced, (positions...), in nats. None where it was not asked for."""
+    """The reductions of the class axis, (positions...), in nats. None for what was not asked for."""
 
     nll: Array  # -log p of the class `index`, or -sum_j w_j target_j log p_j
     logsumexp: Optional[Array] = None  # log sum_j exp z_j

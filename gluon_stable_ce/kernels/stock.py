@@ -1,4 +1,4 @@
-"""The class axis reduced by MXNet's log_softmax and pick: for every MXNet 1.x and every device, and to be exported.
+"""The class axis reduced by MXNet's log_softmax and pick, in every MXNet 1.x, on every device, exportable.
 
 The layout of the class axis, casts of 16-bit floats and graphs of unknown rank are dealt with here, because
 only this kernel needs it.
@@ -36,9 +36,10 @@ def class_terms(
         if target is not None:
             target = class_axis_last(F, target, axis, ndim)
         return _terms(F, pred, index, target, pred_type, logsumexp, uniform, class_weight)
-    like = class_axis_removed(F, pred, axis) if index is None else index  # (positions...)
-    if target is not None:
-        like = same_positions(F, like, target, axis)
+    if target is None:
+        like = index  # (positions...)
+    else:
+        like = same_positions(F, pred, target, axis)
         target = class_axis_last(F, target, axis)
     pred = class_axis_last(F, pred, axis)  # some axes of the positions merged
     if index is not None:
@@ -51,7 +52,10 @@ def class_terms(
 
 
 def class_axis_last(F: F, array: Array, axis: int, ndim: Optional[int] = None) -> Array:
-    """Move the class axis to the end, as MXNet's fast log_softmax needs it. Of unknown rank, the axes on one side come out merged."""
+    """Move the class axis to the end, where MXNet's log_softmax is fast.
+
+    If the rank is unknown, the axes on one side of the class axis are merged.
+    """
     if ndim is not None:
         axis %= ndim
         if axis == ndim - 1:
@@ -72,13 +76,14 @@ def class_axis_removed(F: F, pred: Array, axis: int) -> Array:
     return F.BlockGrad(F.squeeze(F.slice_axis(pred, axis=axis, begin=0, end=1), axis=axis))
 
 
-def same_positions(F: F, like: Array, target: Array, axis: int) -> Array:
-    """Return `like`, (positions...); in a graph, `where` refuses a `target` of other positions, which merged axes would hide."""
-    return F.where(class_axis_removed(F, target, axis), like, like)
+def same_positions(F: F, pred: Array, target: Array, axis: int) -> Array:
+    """Return something of (positions...). `pick` refuses a `target` of other positions; merged axes do not."""
+    one_class = F.BlockGrad(F.slice_axis(pred, axis=axis, begin=0, end=1))  # (..., 1 at `axis`, ...)
+    return F.BlockGrad(F.pick(one_class, class_axis_removed(F, target, axis), axis=axis))
 
 
 def weighted(F: F, term: Array, weight: Array) -> Array:
-    """Multiply; a weight of 0 removes the term, also if it is infinite or NaN: 0 * -inf is 0, in value and gradient."""
+    """Multiply; a weight of 0 removes the term and its gradient, also if the term is infinite or NaN."""
     return F.where(weight == 0, F.zeros_like(term), term * weight)
 
 
@@ -127,7 +132,7 @@ def _nll_at(F: F, log_p: Array, index: Array, log_1: Array) -> Array:
 
 
 def _expected_nll(F: F, log_p: Array, target: Any, log_1: Array) -> Array:
-    """-sum_j target_j log p_j. Sums over classes are matrix-vector products, ten times as fast as MXNet's own sum."""
+    """-sum_j target_j log p_j. A matrix-vector product is ten times as fast as MXNet's sum over classes."""
     ones = _ones_per_class(F, log_p)
     zero_of_scale = F.dot(target, F.broadcast_mul(log_1, ones))  # (positions...)
     return zero_of_scale - F.dot(weighted(F, log_p, target), ones)
@@ -149,7 +154,7 @@ def _uniform_nll(F: F, log_p: Array, log_1: Array, class_weight: Optional[Array]
 
 
 def _logsumexp(F: F, logits: Array, log_p: Array, log_1: Array) -> Array:
-    """log sum_j exp z_j from the class of the largest logit, which is finite wherever the sum is."""
+    """Log sum_j exp z_j from the class of the largest logit, which is finite wherever the sum is."""
     index = F.argmax(logits, axis=-1)  # (positions...)
     return F.pick(logits, index, axis=-1) + _nll_at(F, log_p, index, log_1)
 
