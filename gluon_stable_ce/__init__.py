@@ -1,7 +1,7 @@
 """Cross entropy for MXNet 1.x Gluon that is accurate for probabilities near 0 and near 1."""
 
 try:
-    import mxnet as _mxnet  # noqa: F401
+    import mxnet as _mxnet
 except ImportError as error:
     raise ImportError(
         'gluon_stable_ce needs MXNet 1.6 to 1.9: pip install "gluon-stable-ce[cpu]", or a CUDA wheel of MXNet'
@@ -10,6 +10,9 @@ except AttributeError as error:  # MXNet 1.x reads np.bool, which NumPy 1.24 rem
     raise ImportError(
         'MXNet 1.x cannot be imported with NumPy 1.24 or later: pip install "numpy<1.24"'
     ) from error
+
+if not _mxnet.__version__.startswith('1.'):
+    raise ImportError(f'gluon_stable_ce needs MXNet 1.6 to 1.9, this is {_mxnet.__version__}')
 
 from .audit import Audit, audit
 from .loss import StableSoftmaxCELoss, StableSoftmaxCrossEntropyLoss

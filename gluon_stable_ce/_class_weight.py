@@ -27,6 +27,9 @@ class ClassWeight(gluon.HybridBlock):
         self.value = _Everywhere(self.prefix + 'value', mx.nd.array(weights, dtype='float32'))
         self.params.update({self.value.name: self.value})
 
+    def __repr__(self) -> str:
+        return f'<{self.classes} weights>'
+
     def check_classes(self, classes: int) -> None:
         """Raise ValueError unless there is a weight for each of the classes of ``pred``."""
         if classes != self.classes:

@@ -8,7 +8,7 @@ import numpy as np
 INTEGERS = 2**53  # up to which float64, in which labels are compared, holds every integer
 FLOAT32_MAX = 3.4028234663852886e38  # MXNet reads larger numbers as others
 
-REDUCTIONS = ('mean', 'sum', 'none')
+REDUCTIONS = ('mean', 'valid', 'sum', 'none')
 INVALID_LABELS = ('nan', 'raise', 'clip')
 PRED_TYPES = ('probs', 'logits', 'log_probs')
 

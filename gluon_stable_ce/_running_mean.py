@@ -150,20 +150,36 @@ class RunningMean:
         """How many values `get` is the mean of."""
         return self._window('local').count
 
+    @num_inst.setter
+    def num_inst(self, value: Any) -> None:
+        self._set_count('local', value)
+
     @property
     def sum_metric(self) -> float:
         """The sum of the values that `get` is the mean of, rounded once."""
         return self._window('local').over(1)
+
+    @sum_metric.setter
+    def sum_metric(self, value: Any) -> None:
+        self._set_sum('local', value)
 
     @property
     def global_num_inst(self) -> int:
         """How many values `get_global` is the mean of."""
         return self._window('global').count
 
+    @global_num_inst.setter
+    def global_num_inst(self, value: Any) -> None:
+        self._set_count('global', value)
+
     @property
     def global_sum_metric(self) -> float:
         """The sum of the values that `get_global` is the mean of, rounded once."""
         return self._window('global').over(1)
+
+    @global_sum_metric.setter
+    def global_sum_metric(self, value: Any) -> None:
+        self._set_sum('global', value)
 
     @property
     def num_infinite(self) -> int:
@@ -262,6 +278,23 @@ class RunningMean:
         with self._lock:
             self._drain()
             return self._sums[window]
+
+    def _set_sum(self, window: str, value: Any) -> None:
+        """Set the sum, as subclasses do that add up by themselves."""
+        with self._lock:
+            before = self._window(window)
+            sums = ExactSums.of(np.array([value], dtype='float64'), before.invalid)
+            sums.count = before.count
+            self._sums[window] = sums
+
+    def _set_count(self, window: str, value: Any) -> None:
+        """Set the count, as subclasses do that count by themselves."""
+        if value != int(value):
+            raise ValueError(f'num_inst: expected an integer, got {value!r}')
+        with self._lock:
+            sums = copy.copy(self._window(window))
+            sums.count = int(value)
+            self._sums[window] = sums
 
     def _value_of(self, sums: ExactSums) -> float:
         return sums.over(sums.count)

@@ -196,6 +196,7 @@ def reduce_positions(
     sample_weight: Optional[Array] = None,
     weight_layout: Optional[str] = None,
     ndim: Optional[int] = None,
+    summed_axes: Sequence[int] = (),
 ) -> Array:
     """Weigh the losses of all positions and reduce them to one per sample.
 
@@ -206,9 +207,13 @@ def reduce_positions(
         1 where a position counts, else 0; None if all count.
     axis, batch_axes : int, sequence of int
         Class axis and batch axes of the predictions.
-    reduction : 'mean' over the positions that count, 'sum' or 'none'
+    reduction : str
+        'mean' over the positions that count; 'valid', the sum divided by how many count in a sample on
+        average; 'sum'; 'none'.
     sample_weight, weight_layout : optional
         As for `align_sample_weight`.
+    summed_axes : sequence of int
+        Further class axes of the predictions, over which the losses are summed first.
 
     Returns
     -------
@@ -216,19 +221,26 @@ def reduce_positions(
     """
     kept = F.expand_dims(
         loss, axis=axis
-    )  # the rank of pred, so that axes are counted as the caller counts them
+    )  # of pred's rank, so that axes are counted as the caller counts them
+    if summed_axes:
+        kept = F.sum(kept, axis=tuple(summed_axes), keepdims=True)
     if sample_weight is not None:
         weight = align_sample_weight(F, sample_weight, kept, axis, batch_axes, weight_layout, ndim)
         kept = weighted(F, kept, weight)
-        loss = F.reshape_like(kept, loss)
-    if reduction == 'none' or ndim == 1 + len(batch_axes):  # then each position is a sample
+        loss = F.reshape_like(kept, loss) if not summed_axes else kept
+    all_samples = ndim == 1 + len(batch_axes) and not (reduction == 'valid' and is_counted is not None)
+    if reduction == 'none' or all_samples:  # each position is a sample
         return loss
     over = {'axis': tuple(batch_axes), 'exclude': True}
-    if reduction == 'mean' and is_counted is None:
+    if reduction in ('mean', 'valid') and is_counted is None:
         return F.mean(kept, **over)
-    total = F.sum(kept, **over)
+    total = F.sum(kept, **over)  # (batch,)
     if reduction == 'sum':
         return total
     counted = F.where(is_counted, F.ones_like(loss), F.zeros_like(loss))
-    count = F.sum(F.expand_dims(counted, axis=axis), **over)
-    return total / F.broadcast_maximum(count, F.ones_like(count))  # where nothing counts, 0 / 1
+    count = F.sum(F.expand_dims(counted, axis=axis), **over)  # (batch,)
+    if reduction == 'valid':
+        count = F.mean(count, keepdims=True)
+    return F.broadcast_div(
+        total, F.where(count == 0, F.ones_like(count), count)
+    )  # where nothing counts, 0 / 1

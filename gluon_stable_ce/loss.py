@@ -1,5 +1,6 @@
 """The loss: its options, and its graph as a short composition of `functional`."""
 
+import inspect
 from numbers import Integral
 from threading import get_ident, main_thread
 from typing import Any, Iterable, NamedTuple, Optional, Sequence, Set, Tuple, Union
@@ -38,6 +39,7 @@ class LossOptions(NamedTuple):
     """What the graph of a loss depends on, beside the signature of a call."""
 
     axis: int
+    summed_axes: Tuple[int, ...]  # further class axes of dense log-probabilities, over which is summed
     batch_axes: Tuple[int, ...]
     sparse_label: bool
     pred_type: str
@@ -79,6 +81,7 @@ def compose_loss(
         sample_weight=sample_weight,
         weight_layout=signature.weight_layout,
         ndim=signature.ndim,
+        summed_axes=options.summed_axes,
     )
     if signature.ndim is None and options.reduction != 'none':
         loss = _refuse_class_axis(F, options, pred, loss)
@@ -92,7 +95,7 @@ def compose_loss(
 
 
 def _refuse_class_axis(F, options, pred, loss):
-    """Return `loss`, (batch,); if the batch axis turns out to be the class axis, that is MXNet's shape error."""
+    """Return `loss`, (batch,). If the batch axis is the class axis, that becomes MXNet's shape error."""
     batch_axis, *others = options.batch_axes
     if others or (batch_axis < 0) == (options.axis < 0):  # then the axes are known to differ
         return loss
@@ -160,7 +163,7 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
     Parameters
     ----------
     axis : int, default -1
-        Class axis of ``pred``.
+        Class axis of ``pred``. With dense log-probabilities it may be several, as in gluon.
     sparse_label : bool, default True
         Whether labels are class indices, and not distributions over the classes.
     from_logits : bool, default False
@@ -180,8 +183,11 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         over the other C - 1.
     lse_square_scale : float >= 0, default 0
         Adds this times the squared logsumexp of the logits (z-loss).
-    reduction : 'mean', 'sum' or 'none'
-        Per sample over the positions that count, or no reduction.
+    reduction : 'mean', 'valid', 'sum' or 'none'
+        'mean' and 'sum' are per sample, over the positions that count. 'valid' is per sample too, the sum
+        divided by how many positions count in a sample on average: then the mean over the batch is the mean
+        over all positions of the batch that count, as with `SoftmaxOutput`'s ``normalization='valid'``.
+        'none' is no reduction.
     invalid_label : 'nan', 'raise' or 'clip'
         How to treat labels that are outside [0, C), NaN or not an integer. 'nan': the loss is NaN and its
         gradient 0, on every device, without synchronisation. 'raise': ValueError; waits for the labels at
@@ -256,7 +262,7 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
 
     def __init__(
         self,
-        axis: int = -1,
+        axis: Union[int, Sequence[int]] = -1,
         sparse_label: bool = True,
         from_logits: bool = False,
         weight: Optional[float] = None,
@@ -273,11 +279,12 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         # not through SoftmaxCrossEntropyLoss.__init__, which looks up its own name and may find ours there
         _Loss.__init__(self, weight, batch_axis, **kwargs)
         self._axis, self._sparse_label, self._from_logits = axis, sparse_label, from_logits  # as gluon's
-        batch_axes = batch_axis if isinstance(batch_axis, (list, tuple)) else [batch_axis]
+        class_axis, *summed_axes = _as_axes('axis', axis)
         sparse_label = check_flag('sparse_label', sparse_label)
         self._options = LossOptions(
-            axis=check_number('axis', axis, Integral),
-            batch_axes=tuple(check_number('batch_axis', axis, Integral) for axis in batch_axes),
+            axis=class_axis,
+            summed_axes=tuple(summed_axes),
+            batch_axes=_as_axes('batch_axis', batch_axis),
             sparse_label=sparse_label,
             pred_type='log_probs' if check_flag('from_logits', from_logits) else 'logits',
             weight=check_number('weight', weight, low=-FLOAT32_MAX, high=FLOAT32_MAX, optional=True),
@@ -359,6 +366,24 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         graph = Graph(compose_loss, self._options, signature, names, ())
         graph.cached_op._register_op_hook(*self._op_hook)
         return graph
+
+    def __repr__(self) -> str:
+        """Show the options that differ from their defaults, and the kernel in use."""
+        shown = {
+            'axis': self._axis,
+            'sparse_label': self._sparse_label,
+            'from_logits': self._from_logits,
+            'batch_axis': self._batch_axis,
+            **self._options._asdict(),
+            'class_weight': self.class_weight,
+        }
+        parameters = inspect.signature(StableSoftmaxCrossEntropyLoss.__init__).parameters
+        changed = [
+            f'{name}={shown[name]!r}'
+            for name, parameter in parameters.items()
+            if name in shown and shown[name] != parameter.default
+        ]
+        return f'{type(self).__name__}({", ".join([*changed, "kernel=" + repr(Signature().kernel)])})'
 
     @property
     def _has_own_graph(self) -> bool:
@@ -519,9 +544,24 @@ def _common(values: Iterable[Any]) -> Any:
     return None if others else first
 
 
+def _as_axes(name: str, axes: Any) -> Tuple[int, ...]:
+    """Return one axis or several as a tuple; TypeError or ValueError if they are something else."""
+    axes = axes if isinstance(axes, (list, tuple)) else (axes,)
+    if not axes or len(set(axes)) < len(axes):
+        raise ValueError(f'{name}: expected one axis or several different ones, got {axes}')
+    return tuple(check_number(name, axis, Integral) for axis in axes)
+
+
 def _check_combination(options: LossOptions) -> None:
     """Raise ValueError unless the options mean something together."""
-    if options.axis in options.batch_axes:
+    if options.summed_axes and (options.sparse_label or options.pred_type == 'logits'):
+        raise ValueError(
+            'axis: expected one class axis unless sparse_label=False and from_logits=True, '
+            f'got {(options.axis, *options.summed_axes)}'
+        )
+    if options.summed_axes and (options.label_smoothing or options.reduction == 'none'):
+        raise ValueError("axis: expected one class axis with label_smoothing or reduction='none'")
+    if {options.axis, *options.summed_axes} & set(options.batch_axes):
         raise ValueError(
             f'batch_axis: expected another axis than the class axis, got {options.axis} for both'
         )

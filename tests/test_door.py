@@ -35,7 +35,7 @@ nd = mx.nd
         (
             {'reduction': 'average'},
             ValueError,
-            "^reduction: expected one of 'mean', 'sum', 'none', got 'average'$",
+            "^reduction: expected one of 'mean', 'valid', 'sum', 'none', got 'average'$",
         ),
         (
             {'invalid_label': 'ignore'},

@@ -139,7 +139,12 @@ def test_it_is_a_gluon_loss():
     assert isinstance(loss_fn, gluon.loss.SoftmaxCrossEntropyLoss)
     assert StableSoftmaxCELoss is StableSoftmaxCrossEntropyLoss
     assert loss_fn.name == 'ce'
-    assert 'StableSoftmaxCrossEntropyLoss(batch_axis=0' in repr(loss_fn)
+    assert repr(loss_fn) == "StableSoftmaxCrossEntropyLoss(kernel='stock')"
+    weighted = StableSoftmaxCELoss(axis=1, class_weight=[1, 2], batch_axis=[0, 2])
+    assert (
+        repr(weighted)
+        == "StableSoftmaxCrossEntropyLoss(axis=1, batch_axis=[0, 2], class_weight=<2 weights>, kernel='stock')"
+    )
 
 
 @pytest.mark.parametrize('gap', [0, 0.5, 1, 3, 5, 8, 20, 87, 99, 104, 1000, 1e30])
