@@ -291,8 +291,8 @@ def _replacements(counts):
             self.eps = _STOCK_EPS if eps is None else eps
             if eps is not None:
                 warnings.warn(
-                    f'eps: {eps} is ignored, since gluon_stable_ce.patch() put StableCrossEntropy in the place of '
-                    'mx.metric.CrossEntropy, and it adds no epsilon',
+                    f'eps: {eps} is ignored, since gluon_stable_ce.patch() put StableCrossEntropy in the place '
+                    'of mx.metric.CrossEntropy, and it adds no epsilon',
                     stacklevel=2,
                 )
             counts._count('metrics')
@@ -339,7 +339,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         'Run a Python script, unmodified, with the loss and the metrics of this package in the place of '
         "mxnet.gluon.loss.SoftmaxCrossEntropyLoss and mxnet.metric's CrossEntropy, Perplexity and Loss. "
-        'The options are defaults for the losses that the script makes. What follows the script belongs to it.'
+        'The options are defaults for the losses that the script makes. '
+        'What follows the script belongs to it.'
     )
     parser.add_argument(
         '--ignore-label', type=int, metavar='LABEL', help='label of positions that do not count'
