@@ -34,8 +34,9 @@ def waits(monkeypatch):
     """The arrays that are waited for, in order, and how: (method, array)."""
     calls = []
     for name in ('wait_to_read', 'asnumpy'):
+        original = getattr(nd.NDArray, name)
 
-        def method(array, name=name, original=getattr(nd.NDArray, name)):
+        def method(array, name=name, original=original):
             calls.append((name, array))
             return original(array)
 
