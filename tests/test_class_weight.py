@@ -27,7 +27,7 @@ def batch(rng):
 @pytest.mark.parametrize(
     ('weights', 'error', 'message'),
     [
-        ('123', TypeError, '^class_weight: expected an array or a list of numbers, got str$'),
+        ('123', TypeError, "^class_weight: expected an array or a list of numbers, got '123'$"),
         (['a', 'b'], TypeError, '^class_weight: expected an array or a list of numbers, got '),
         (
             [[1, 2]],

@@ -128,7 +128,7 @@ def test_unsuitable_store_is_an_error_on_every_worker_and_goes_on(case, pulled):
     for message, out in answers_of('refused', case):
         assert (
             message
-            == 'kvstore: expected integers for keys, not names as Module uses, and no gradient compression'
+            == 'store: expected integers for keys, not names as Module uses, and no gradient compression'
         )
         assert out == [pulled, pulled]
 
@@ -204,7 +204,7 @@ def test_store_with_pushpull_only(workers, dtype):
     ids=['mean', 'alone', 'float16', 'limb', 'fraction', 'nan', 'zero'],
 )
 def test_wrong_sums_of_a_store_are_an_error_on_every_worker(spoil):
-    message = 'kvstore: expected the sum of what 3 workers gave, got something else'
+    message = 'store: expected the sum of what 3 workers gave, got something else'
     assert run_pushpull(3, spoil) == [message] * 3
 
 
@@ -215,10 +215,10 @@ def test_wrong_sums_of_a_store_are_an_error_on_every_worker(spoil):
             None,
             [1],
             TypeError,
-            'kvstore: expected a store as mx.kv.create makes it, or with rank, num_workers and pushpull; got None',
+            'store: expected a store as mx.kv.create makes it, or with rank, num_workers and pushpull; got None',
         ),
-        ('dist_sync', [1], TypeError, "kvstore: expected a store .* got 'dist_sync'"),
-        (threading.Event(), [1], TypeError, 'kvstore: expected a store'),
+        ('dist_sync', [1], TypeError, "store: expected a store .* got 'dist_sync'"),
+        (threading.Event(), [1], TypeError, 'store: expected a store'),
         ('local', 1, TypeError, 'numbers: expected a list of integers, got 1'),
         ('local', [1.0], TypeError, r'numbers: expected a list of integers, got \[1.0\]'),
         ('local', '12', TypeError, "numbers: expected a list of integers, got '12'"),

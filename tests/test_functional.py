@@ -176,12 +176,14 @@ class TestMask:
 
 class TestReducePositions:
     LOSS = np.arange(1, 7, dtype='float32').reshape(2, 3)  # (batch, len)
+    PRED = nd.zeros((2, 3, 5))  # (batch, len, C)
 
     @RANK_KNOWN
     @pytest.mark.parametrize(
         ('options', 'expected'),
         [
             ({'reduction': 'mean'}, [2, 5]),
+            ({'reduction': 'valid'}, [2, 5]),
             ({'reduction': 'sum'}, [6, 15]),
             ({'reduction': 'none'}, [[1, 2, 3], [4, 5, 6]]),
             ({'reduction': 'mean', 'batch_axes': (1,)}, [2.5, 3.5, 4.5]),
@@ -191,7 +193,7 @@ class TestReducePositions:
     )
     def test_values(self, is_rank_known, options, expected):
         ndim = 3 if is_rank_known else None
-        loss = functional.reduce_positions(nd, nd.array(self.LOSS), ndim=ndim, **options)
+        loss = functional.reduce_positions(nd, nd.array(self.LOSS), self.PRED, ndim=ndim, **options)
         np.testing.assert_allclose(loss.asnumpy(), expected)
 
     @pytest.mark.parametrize(
@@ -199,13 +201,22 @@ class TestReducePositions:
     )
     def test_mean_divides_by_the_count_and_never_by_zero(self, is_counted, expected):
         """The losses of positions that do not count are 0 when they come here; these are not, to see the divisor."""
-        loss = functional.reduce_positions(nd, nd.array(self.LOSS), nd.array(is_counted), ndim=3)
+        loss = functional.reduce_positions(nd, nd.array(self.LOSS), self.PRED, nd.array(is_counted), ndim=3)
         np.testing.assert_allclose(loss.asnumpy(), expected)
+
+    @pytest.mark.parametrize(('is_counted', 'divisor'), [([[1, 1, 0], [1, 0, 0]], 1.5), ([[0, 0, 0]] * 2, 1)])
+    def test_valid_divides_by_the_mean_count(self, is_counted, divisor):
+        counted = nd.array(is_counted)
+        loss = functional.reduce_positions(
+            nd, nd.array(self.LOSS), self.PRED, counted, reduction='valid', ndim=3
+        )
+        np.testing.assert_allclose(loss.asnumpy(), np.array([6, 15]) / divisor, rtol=1e-6)
 
     def test_sample_weight_of_zero_removes_infinite_losses(self):
         loss = functional.reduce_positions(
             nd,
             nd.array([[inf, 1], [nan, 2]]),
+            nd.zeros((2, 2, 5)),
             reduction='sum',
             sample_weight=nd.array([[0, 2], [0, 3]]),
             weight_layout='positions',
@@ -239,51 +250,59 @@ class TestAlignSampleWeight:
     def test_known_layouts(self, layout, shape, rng):
         weight = rng.uniform(0, 2, shape).astype('float32')
         aligned = functional.align_sample_weight(
-            nd, nd.array(weight), nd.zeros(self.KEPT), self.AXIS, layout=layout, ndim=4
+            nd, nd.array(weight), nd.zeros(self.KEPT), nd.zeros(self.SHAPE), self.AXIS, layout=layout, ndim=4
         )
         self.check(weight, aligned.asnumpy())
 
-    @pytest.mark.parametrize('shape', [(3,), (1,), (3, 1, 2, 4), (3, 1, 1, 1), (3, 5, 2, 4)], ids=str)
+    @staticmethod
+    def aligned_in_a_graph(weight, pred, axis):
+        def compose(F, weight, kept, pred):
+            return functional.align_sample_weight(F, weight, kept, pred, axis)
+
+        kept = np.zeros(np.delete(pred, axis), 'float32')
+        kept = np.expand_dims(kept, axis)
+        (aligned,) = evaluate(compose, weight, kept, np.zeros(pred, 'float32'))
+        return aligned
+
+    @pytest.mark.parametrize('shape', [(3, 1, 2, 4), (3, 1, 1, 1), (1, 1, 2, 1), (3, 5, 2, 4)], ids=str)
     def test_unknown_layout(self, shape, rng):
         weight = rng.uniform(0, 2, shape).astype('float32')
-        (aligned,) = evaluate(
-            lambda F, weight, kept: functional.align_sample_weight(F, weight, kept, self.AXIS),
-            weight,
-            np.zeros(self.KEPT, 'float32'),
-        )
-        self.check(weight, aligned)
+        self.check(weight, self.aligned_in_a_graph(weight, self.SHAPE, self.AXIS))
+
+    @pytest.mark.parametrize('shape', [(3,), (1,), (3, 2), (3, 2, 1), (1, 2, 1), (3, 2, 5)], ids=str)
+    def test_unknown_layout_with_the_classes_last(self, shape, rng):
+        weight = rng.uniform(0, 2, shape).astype('float32')
+        expected = weight.reshape(shape + (1,) * (3 - len(shape))).mean(-1, keepdims=True)
+        aligned = self.aligned_in_a_graph(weight, (3, 2, 5), -1)
+        np.testing.assert_allclose(aligned, np.broadcast_to(expected, (3, 2, 1)), rtol=1e-6)
+
+    @pytest.mark.parametrize(
+        ('shape', 'pred', 'axis'),
+        [
+            ((2, 3, 3), (2, 3, 3, 3), 1),
+            ((2,), (2, 5, 3), 1),
+            ((4, 6, 2), (4, 6, 5), -1),
+            ((6,), (4, 6, 5), -1),
+        ],
+        ids=str,
+    )
+    def test_another_layout_is_a_shape_error(self, shape, pred, axis):
+        with pytest.raises(mx.MXNetError):
+            self.aligned_in_a_graph(np.ones(shape, 'float32'), pred, axis)
 
     @pytest.mark.parametrize('ndim', [4, None], ids=['rank-known', 'rank-unknown'])
     def test_batch_layout_of_several_batch_axes(self, ndim, rng):
         weight = rng.uniform(0, 2, (3, 4)).astype('float32')
         aligned = functional.align_sample_weight(
-            nd, nd.array(weight), nd.zeros(self.KEPT), self.AXIS, (0, 3), layout='batch', ndim=ndim
+            nd,
+            nd.array(weight),
+            nd.zeros(self.KEPT),
+            nd.zeros(self.SHAPE),
+            self.AXIS,
+            (0, 3),
+            layout='batch',
+            ndim=ndim,
         )
         np.testing.assert_allclose(
             aligned.asnumpy(), np.broadcast_to(weight[:, None, None, :], self.KEPT), rtol=1e-6
         )
-
-
-@RANK_KNOWN
-@pytest.mark.parametrize('options', cases.params(cases.SPARSE))
-def test_softmax_cross_entropy_of_positions(is_rank_known, options, rng, ctx):
-    pred, label = cases.make(rng, (3, 5, 2, 4), 1, **options)
-    options = {name: value for name, value in options.items() if name != 'weight'}
-    expected, _ = reference.loss_and_gradient(pred, label, axis=1, reduction='none', **options)
-    if options.pop('from_logits', False):
-        options['pred_type'] = 'log_probs'
-    class_weight = options.pop('class_weight', None)
-    loss, is_counted = functional.softmax_cross_entropy(
-        nd,
-        nd.array(pred),
-        nd.array(label),
-        axis=1,
-        class_weight=None if class_weight is None else nd.array(class_weight),
-        ndim=4 if is_rank_known else None,
-        **options,
-    )
-    np.testing.assert_allclose(loss.asnumpy(), expected, **cases.CLOSE)
-    if 'ignore_label' in options:
-        np.testing.assert_array_equal(is_counted.asnumpy(), label != options['ignore_label'])
-    else:
-        assert is_counted is None
