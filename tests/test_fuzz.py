@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from gluon_stable_ce import StableCrossEntropy, StableSoftmaxCELoss
 
+pytestmark = pytest.mark.slow
 SYMBOLIC = [*modes.SYMBOLIC, modes.exported_alone]
 HEADS = st.none() | st.lists(st.sampled_from([1, 0, -1, 0.5, 3]), min_size=1, max_size=5)
 FUZZ = settings(
