@@ -170,6 +170,7 @@ def problems(
     dtypes=('float32', 'float64'),
     classes=12,
     options=True,
+    ignored=True,
     dense=False,
     special=False,
     weighted=False,
@@ -182,6 +183,7 @@ def problems(
     dtypes : those of `pred`
     classes : how many there are at most
     options : whether options are set beside the axes
+    ignored : whether ignore_label is among them
     dense : whether labels may be distributions
     special : whether there are infinite, huge and NaN logits, log-probabilities above 0, invalid labels and negative targets
     weighted : whether there may be a sample_weight
@@ -204,7 +206,10 @@ def problems(
     if len(batch_axes) > 1:
         settings['batch_axis'] = draw(st.sampled_from([tuple, list]))(batch_axes)
     if options:
-        settings.update(draw(_options(shape[axis], sparse_label, special, symbolic and dtype == 'float64')))
+        unweighted = symbolic and dtype == 'float64'
+        settings.update(
+            draw(_options(shape[axis], sparse_label, special, ignored and sparse_label, unweighted))
+        )
     if not sparse_label:
         settings['sparse_label'] = False
     if settings.get('from_logits'):
@@ -228,8 +233,8 @@ def problems(
     return Problem(pred, label, sample_weight, settings)
 
 
-def _options(classes, sparse_label, special, unweighted):
-    """Settings that go together. `unweighted` leaves the class weights out."""
+def _options(classes, sparse_label, special, ignored, unweighted):
+    """Settings that go together, with or without ignore_label and class weights."""
     choices = {
         'label_smoothing': st.sampled_from([0.1, 0.5, 1] if special else [0.1, 0.5]),
         'lse_square_scale': st.just(1e-2),
@@ -240,7 +245,7 @@ def _options(classes, sparse_label, special, unweighted):
         choices['class_weight'] = st.lists(
             st.sampled_from([0, 0.5, 1, 3]), min_size=classes, max_size=classes
         )
-    if sparse_label:
+    if ignored:
         choices['ignore_label'] = st.integers(-1, classes) | st.sampled_from(
             [-100, 2**24] if special else [-100]
         )
@@ -293,18 +298,20 @@ def _labels(draw, pred, axis, sparse_label, ignore_label, special, symbolic):
         named |= st.just(ignore_label)
     label = draw(hnp.arrays(dtype, positions, elements=named))
     if special:
-        label = draw(_with(label, _invalid_labels(dtype, classes)))
+        label = draw(_with(label, _invalid_labels(dtype, classes, ignore_label)))
         if draw(st.booleans()):
             label = np.expand_dims(label, axis)
     return label
 
 
-def _invalid_labels(dtype, classes):
-    """Labels outside [0, C), and what is no integer, and the nearest to what is a class."""
+def _invalid_labels(dtype, classes, ignore_label):
+    """Labels outside [0, C), and what is no integer, and what is nearly a class or nearly ignored."""
     values = [-1, -100, classes, classes + 1, 2**24, 2**32]
+    values += [] if ignore_label is None else [ignore_label + 1, ignore_label - 1]
     if dtype[0] in 'iu':
         values += [2**24 + 1, 2**31 - 1, 2**53 + 1, np.iinfo(dtype).min, np.iinfo(dtype).max]
     else:
+        values += [float(np.nextafter(np.array(classes - 1, dtype), np.array(classes, dtype)))]
         values += [classes - 0.5, 0.5, -0.5, -0.0, 3e9, 1e300, np.nan, np.inf, -np.inf]
     return [value for value in values if _is_in(dtype, value)]
 

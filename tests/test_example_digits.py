@@ -11,6 +11,8 @@ from modes import VERSION
 
 import gluon_stable_ce
 
+pytestmark = pytest.mark.slow  # it trains
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(gluon_stable_ce.__file__)))
 
 
