@@ -1,0 +1,359 @@
+"""The recipes of the documentation: each block is run, and its values and gradients are compared with a formula in float64."""
+
+import os
+import re
+
+import mxnet as mx
+import numpy as np
+import pytest
+from mxnet import autograd, gluon, nd
+from reference import log_softmax
+
+import gluon_stable_ce
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(gluon_stable_ce.__file__)))
+with open(os.path.join(ROOT, 'docs', 'recipes.rst'), encoding='utf-8') as file:
+    INTRODUCTION, *SECTIONS = re.split(r'^(?=[^\n]+\n-+$)', file.read(), flags=re.M)
+RECIPES = {section.splitlines()[0]: section for section in SECTIONS}
+with open(__file__, encoding='utf-8') as file:
+    TESTED = set(re.findall(r"recipe\('(.*)'\)", file.read()))
+
+
+def blocks_in(section):
+    """The code blocks, without their indentation."""
+    found = re.findall(r'^\.\. code-block:: python\n\n((?: {3}.*\n|\n)+)', section + '\n', re.M)
+    return [re.sub('^ {3}', '', block, flags=re.M).strip('\n') + '\n' for block in found]
+
+
+def recipe(title):
+    """The names that the block of a section defines, after the imports of the page."""
+    names = {}
+    for block in (*blocks_in(INTRODUCTION), *blocks_in(RECIPES[title])):
+        exec(compile(block, title, 'exec'), names)
+    return names
+
+
+def numeric_gradient(function, array, step=1e-5):
+    """The gradient of the sum of `function` by central differences."""
+    gradient = np.zeros(array.shape)
+    for index in np.ndindex(array.shape):
+        moved = np.zeros(array.shape)
+        moved[index] = step
+        gradient[index] = np.sum(function(array + moved) - function(array - moved)) / (2 * step)
+    return gradient
+
+
+def check_values_and_gradients(recipe_of, formula_of, pred, scale=1):
+    """Both are functions of one array; the formula computes in float64. `scale` is what multiplies it into logits.
+
+    oneDNN's log_softmax is off by 5e-6, and so are the probabilities in its gradient.
+    """
+    array = nd.array(pred)
+    array.attach_grad()
+    with autograd.record():
+        loss = recipe_of(array)
+    loss.backward()
+    pred = array.asnumpy().astype('float64')
+    np.testing.assert_allclose(loss.asnumpy(), formula_of(pred), rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(
+        array.grad.asnumpy(), numeric_gradient(formula_of, pred), rtol=1e-4, atol=2e-5 * scale
+    )
+
+
+def nll_of(pred, label):
+    """-log p of each label, classes last; a label outside the classes gives what its mask removes."""
+    index = np.clip(label, 0, pred.shape[-1] - 1).astype(int)
+    return -np.take_along_axis(log_softmax(pred), index[..., None], -1)[..., 0]
+
+
+def smoothed_nll_of(pred, label, share):
+    return (1 - share) * nll_of(pred, label) - share * log_softmax(pred).mean(-1)
+
+
+def linear_net(weight, ctx=None):
+    """A net of one weight, (C, D), that keeps all axes before the last."""
+    net = gluon.nn.Dense(len(weight), use_bias=False, flatten=False, in_units=weight.shape[1])
+    net.initialize(ctx=ctx)
+    net.weight.set_data(nd.array(weight))
+    return net, gluon.Trainer(net.collect_params(), 'sgd', {'learning_rate': 0.5}, kvstore='device')
+
+
+def weight_after_a_step(weight, data, label):
+    """After the step that the mean over all positions with another label than -1 makes."""
+    data, label = data.reshape(-1, data.shape[-1]).astype('float64'), label.reshape(-1)
+    pred = data @ weight.astype('float64').T
+    gradient = np.exp(log_softmax(pred)) - np.eye(len(weight))[label.astype(int)]
+    gradient[label == -1] = 0
+    return weight - 0.5 * gradient.T @ data / max(1, (label != -1).sum())
+
+
+@pytest.fixture
+def tokens(rng):
+    """Data (5, 4, 3), labels (5, 4) of which a third is -1, and a weight (6, 3)."""
+    label = np.where(rng.uniform(size=(5, 4)) < 0.3, -1, rng.randint(0, 6, (5, 4))).astype('float32')
+    label[3] = -1
+    return (
+        rng.normal(size=(5, 4, 3)).astype('float32'),
+        label,
+        rng.normal(size=(6, 3)).astype('float32'),
+    )
+
+
+@pytest.mark.parametrize('title', RECIPES)
+def test_a_recipe_is_one_sentence_and_one_short_block_and_has_a_test(title):
+    (block,) = blocks_in(RECIPES[title])
+    assert len(block.splitlines()) <= 15
+    text = RECIPES[title].split('\n\n')[1].replace('\n', ' ')
+    assert text.count('. ') == 0
+    assert text.endswith('.')
+    assert title in TESTED
+
+
+def test_average_tokens_with_trainer_step_of_the_batch_size(tokens):
+    data, label, weight = tokens
+    train_step = recipe('Average tokens with trainer.step(batch_size)')['train_step']
+    net, trainer = linear_net(weight)
+    loss = train_step(net, trainer, nd.array(data), nd.array(label))
+    nll, counted = nll_of(data @ weight.T, label), label != -1
+    np.testing.assert_allclose(loss.mean().asscalar(), nll[counted].mean(), rtol=1e-5)
+    expected = weight_after_a_step(weight, data, label)
+    np.testing.assert_allclose(net.weight.data().asnumpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('label_dtype', ['int32', 'float32'])
+def test_padding_by_valid_length(rng, label_dtype):
+    loss_fn = recipe('Padding by valid_length')['loss_fn']
+    label, length = rng.randint(0, 5, (3, 4)), np.array([4, 2, 0])
+    mask = np.arange(4) < length[:, None]
+    check_values_and_gradients(
+        lambda pred: loss_fn(pred, nd.array(label, dtype=label_dtype), nd.array(length)),
+        lambda pred: (nll_of(pred, label) * mask).sum(1) / np.maximum(length, 1),
+        rng.normal(0, 2, (3, 4, 5)),
+    )
+
+
+@pytest.mark.parametrize('label_dtype', ['int32', 'float32'])
+def test_masked_loss_of_gluon_nlp(rng, label_dtype):
+    masked_loss = recipe('The masked loss of gluon-nlp, with label smoothing')['masked_loss']
+    label, length = rng.randint(0, 5, (3, 4)), np.array([4, 2, 0])
+    mask = np.arange(4) < length[:, None]
+    check_values_and_gradients(
+        lambda pred: masked_loss(pred, nd.array(label, dtype=label_dtype), nd.array(length)),
+        lambda pred: (smoothed_nll_of(pred, label, 0.1) * mask).mean(1),
+        rng.normal(0, 2, (3, 4, 5)),
+    )
+
+
+def test_masked_loss_of_gluon_nlp_is_that_of_dense_smoothed_labels_with_stock(rng):
+    masked_loss = recipe('The masked loss of gluon-nlp, with label smoothing')['masked_loss']
+    pred, label = nd.array(rng.normal(0, 2, (3, 4, 5))), nd.array(rng.randint(0, 5, (3, 4)))
+    length, stock = nd.array([4, 2, 1]), gluon.loss.SoftmaxCELoss(sparse_label=False)
+    mask = nd.SequenceMask(nd.ones((3, 4, 1)), length, True, axis=1)
+    dense = nd.one_hot(label, 5) * 0.9 + 0.1 / 5
+    expected = stock(pred, dense, nd.broadcast_like(mask, pred)).asnumpy()
+    np.testing.assert_allclose(masked_loss(pred, label, length).asnumpy(), expected, rtol=1e-5)
+
+
+def test_loss_of_sockeye(rng):
+    sockeye_loss = recipe('The loss of sockeye')['sockeye_loss']
+    label = np.array([[3, 2, 0, 0], [1, 4, 4, 2], [0, 0, 0, 0]])
+    check_values_and_gradients(
+        lambda pred: sockeye_loss(pred, nd.array(label)),
+        lambda pred: (smoothed_nll_of(pred, label, 0.1) * (label != 0)).sum(keepdims=True)[0] / 6,
+        rng.normal(0, 2, (3, 4, 5)),
+    )
+
+
+def test_focal_loss(rng):
+    loss_fn = recipe('Focal loss')['loss_fn']
+    label = rng.randint(0, 5, (3, 4))
+
+    def formula(pred):
+        nll = nll_of(pred, label)
+        return (1 - np.exp(-nll)) ** 2 * nll
+
+    check_values_and_gradients(
+        lambda pred: loss_fn(pred, nd.array(label)), formula, rng.normal(0, 2, (3, 4, 5))
+    )
+
+
+def test_focal_loss_near_probability_1():
+    loss_fn = recipe('Focal loss')['loss_fn']
+    pred = np.array([[9.0, 0, 0], [12, 0, 1], [0, 14, 0]])
+    loss = loss_fn(nd.array(pred), nd.array([0, 0, 1])).asnumpy()
+    nll = nll_of(pred, np.array([0, 0, 1]))
+    np.testing.assert_allclose(loss, np.expm1(-nll) ** 2 * nll, rtol=0, atol=1e-13)
+    assert (loss >= 0).all()
+
+
+@pytest.mark.parametrize('shape', [(4, 3), (4, 3, 1)])
+def test_mixup_of_two_labels(rng, shape):
+    mixup_loss = recipe('Mixup of two labels')['mixup_loss']
+    label, share, weight = np.array([0, 4, 1, 2]), np.array([0, 0.3, 1, 0.8]), rng.normal(size=(5, 3))
+    net = gluon.nn.Dense(5, use_bias=False, in_units=3)  # flattens
+    net.initialize()
+    net.weight.set_data(nd.array(weight))
+
+    def formula(data):
+        data = data.reshape(4, 3)
+        pred = (share[:, None] * data + (1 - share[:, None]) * data[::-1]) @ weight.T
+        return share * nll_of(pred, label) + (1 - share) * nll_of(pred, label[::-1])
+
+    check_values_and_gradients(
+        lambda data: mixup_loss(net, data, nd.array(label), nd.array(share)), formula, rng.normal(size=shape)
+    )
+
+
+def test_mixup_with_a_share_of_0_removes_an_infinite_loss():
+    mixup_loss = recipe('Mixup of two labels')['mixup_loss']
+    data = nd.array([[0, -np.inf], [0, -np.inf]])
+    loss = mixup_loss(lambda mixed: data, nd.zeros((2, 2)), nd.array([1, 0]), nd.array([0, 1]))
+    assert (loss.asnumpy() == 0).all()
+
+
+def test_auxiliary_heads(rng):
+    loss_of_heads = recipe('Auxiliary heads')['loss_of_heads']
+    label = np.array([[[0, 1], [-1, 2]], [[-1, 1], [-1, 1]]])
+    count = np.array([3, 2])
+
+    def formula(preds):  # (heads, N, C, H, W)
+        nll = [nll_of(np.moveaxis(pred, 1, -1), label) * (label != -1) for pred in preds]
+        return (nll[0] + 0.4 * nll[1]).sum((1, 2)) / count
+
+    check_values_and_gradients(
+        lambda preds: loss_of_heads(list(preds), nd.array(label)), formula, rng.normal(size=(2, 2, 3, 2, 2))
+    )
+
+
+def test_distillation_with_a_temperature(rng):
+    distillation_loss = recipe('Distillation with a temperature')['distillation_loss']
+    teacher, label = rng.normal(0, 4, (4, 5)), rng.randint(0, 5, 4)
+
+    def formula(pred):
+        target = np.exp(log_softmax(teacher / 4))
+        soft = -(target * log_softmax(pred / 4)).sum(-1)
+        return 0.1 * nll_of(pred, label) + 0.9 * 16 * soft
+
+    check_values_and_gradients(
+        lambda pred: distillation_loss(pred, nd.array(teacher), nd.array(label)),
+        formula,
+        rng.normal(0, 4, (4, 5)),
+    )
+
+
+def test_distillation_gives_the_teacher_no_gradient(rng):
+    distillation_loss = recipe('Distillation with a temperature')['distillation_loss']
+    teacher, student = nd.array(rng.normal(size=(4, 5))), nd.array(rng.normal(size=(4, 5)))
+    teacher.attach_grad()
+    with autograd.record():
+        loss = distillation_loss(student, teacher * 2, nd.zeros(4))
+    loss.backward()
+    assert (teacher.grad.asnumpy() == 0).all()
+
+
+def test_the_hardest_examples_of_a_batch(rng):
+    ohem_loss = recipe('The hardest examples of a batch (OHEM)')['ohem_loss']
+    label = rng.randint(0, 5, (3, 4))
+    check_values_and_gradients(
+        lambda pred: ohem_loss(pred, nd.array(label)),
+        lambda pred: np.sort(nll_of(pred, label), axis=None)[: -3 - 1 : -1],
+        rng.normal(0, 2, (3, 4, 5)),
+    )
+
+
+def test_the_hardest_examples_with_an_invalid_label_raise():
+    ohem_loss = recipe('The hardest examples of a batch (OHEM)')['ohem_loss']
+    with pytest.raises(ValueError, match='label: expected integers'):
+        ohem_loss(nd.zeros((4, 3)), nd.array([0, 3, 1, 2]))
+
+
+def test_class_loss_of_ssd(rng):
+    ssd_class_loss = recipe('The class loss of SSD')['ssd_class_loss']
+    label = np.zeros((3, 12))
+    label[0, [2, 7]], label[1, [0]], label[1, [3, 4]] = (1, 3), 2, -1  # -1 is ignored
+
+    def formula(pred):
+        nll, total = nll_of(pred, label), np.zeros(3)
+        for i in range(3):
+            is_object = label[i] > 0
+            background = np.sort(nll[i][label[i] == 0])[::-1]
+            total[i] = nll[i][is_object].sum() + background[: 3 * is_object.sum()].sum()
+        return total / 3
+
+    check_values_and_gradients(
+        lambda pred: ssd_class_loss(pred, nd.array(label)), formula, rng.normal(0, 2, (3, 12, 4))
+    )
+
+
+def test_class_loss_of_ssd_without_objects_is_0(rng):
+    ssd_class_loss = recipe('The class loss of SSD')['ssd_class_loss']
+    assert (ssd_class_loss(nd.array(rng.normal(size=(2, 6, 4))), nd.zeros((2, 6))).asnumpy() == 0).all()
+
+
+@pytest.mark.parametrize('by', ['embedding', 'weight'])
+def test_margin_head_of_insightface(rng, by):
+    margin_loss = recipe('The margin head of insightface')['margin_loss']
+    label, embedding, weight = np.array([0, 4, 1]), rng.normal(size=(3, 6)), rng.normal(size=(5, 6))
+
+    def formula(embedding, weight):
+        embedding = embedding / np.linalg.norm(embedding, axis=1, keepdims=True)
+        weight = weight / np.linalg.norm(weight, axis=1, keepdims=True)
+        cosine = embedding @ weight.T
+        rows = np.arange(3)
+        cosine[rows, label] = np.cos(np.arccos(cosine[rows, label]) + 0.5)
+        return nll_of(64 * cosine, label)
+
+    if by == 'embedding':
+        check_values_and_gradients(
+            lambda array: margin_loss(array, nd.array(weight), nd.array(label)),
+            lambda array: formula(array, weight.astype('float32')),
+            embedding,
+            scale=64,
+        )
+    else:
+        check_values_and_gradients(
+            lambda array: margin_loss(nd.array(embedding), array, nd.array(label)),
+            lambda array: formula(embedding.astype('float32'), array),
+            weight,
+            scale=64,
+        )
+
+
+@pytest.mark.parametrize('is_clipped', [True, False])
+def test_margin_head_of_insightface_has_finite_gradients_at_angle_0(rng, is_clipped, monkeypatch):
+    """Which the same head without the clip has not."""
+    margin_loss = recipe('The margin head of insightface')['margin_loss']
+    if not is_clipped:
+        monkeypatch.setattr(nd.NDArray, 'clip', lambda self, low, high: self)
+    weight = nd.array(rng.normal(size=(5, 6)))
+    embedding, label = 3 * weight, nd.arange(5)
+    embedding.attach_grad()
+    weight.attach_grad()
+    with autograd.record():
+        loss = margin_loss(embedding, weight, label)
+    loss.backward()
+    finite = [np.isfinite(array.asnumpy()).all() for array in (loss, embedding.grad, weight.grad)]
+    assert all(finite) == is_clipped
+
+
+@pytest.mark.parametrize('samples', [5, 4, 2])
+def test_several_devices_with_uneven_batches(tokens, samples):
+    data, label, weight = tokens
+    data, label = data[-samples:], label[-samples:]  # all labels of the last but one are -1
+    train_step, contexts = recipe('Several devices with uneven batches')['train_step'], [mx.cpu(0), mx.cpu(1)]
+    net, trainer = linear_net(weight, contexts)
+    train_step(net, trainer, nd.array(data), nd.array(label))
+    expected = weight_after_a_step(weight, data, label)
+    for context in contexts:
+        np.testing.assert_allclose(net.weight.data(context).asnumpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_gradient_accumulation(tokens):
+    data, label, weight = tokens
+    train_step = recipe('Gradient accumulation')['train_step']
+    net, trainer = linear_net(weight)
+    batches = [(nd.array(data[part]), nd.array(label[part])) for part in (slice(2), slice(2, 4), slice(4, 5))]
+    for _ in range(2):  # nothing of one step is in the next
+        train_step(net, trainer, batches)
+        weight = weight_after_a_step(weight, data, label)
+        np.testing.assert_allclose(net.weight.data().asnumpy(), weight, rtol=1e-5, atol=1e-6)
