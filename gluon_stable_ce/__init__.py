@@ -1,4 +1,4 @@
-"""Cross entropy for MXNet Gluon that is accurate for probabilities near 0 and near 1."""
+"""Cross entropy for MXNet 1.x Gluon that is accurate for probabilities near 0 and near 1."""
 
 try:
     import mxnet as _mxnet

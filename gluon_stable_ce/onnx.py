@@ -1,7 +1,7 @@
-"""Export to ONNX: what MXNet's exporter lacks, or has wrong, for the graph of the loss.
+"""Export to ONNX, with the converters for the graph of the loss that MXNet lacks or has wrong.
 
-MXNet keeps its converters in one registry. Ours are in it only while `export_model` runs, and never in the
-place of a user's.
+MXNet has one registry of converters. Those of this module are in it only while `export_model` runs, and they
+never replace a user's converter.
 """
 
 from ast import literal_eval
@@ -18,7 +18,7 @@ __all__ = ['export_model']
 
 _CONVERTERS: Dict[str, Any] = {}
 _OPSETS = (12, 13)  # those that MXNet has converters for
-_LOCK = Lock()  # what an export changes for a while belongs to the whole process
+_LOCK = Lock()  # an export changes globals of the process while it runs
 
 
 def export_model(
@@ -36,38 +36,42 @@ def export_model(
     *,
     opset_version: int = 13,
 ) -> str:
-    """Export a graph that may contain the loss to an ONNX file: ``mx.onnx.export_model`` with the converters that it lacks.
+    """Export a graph that may contain the loss to an ONNX file.
 
-    MXNet converts to operators of opset 12 or 13 and labels the model with the newest opset that the
-    installed onnx knows; here it is converted to, checked against and labelled with the one asked for.
+    This is ``mx.onnx.export_model`` with more converters. MXNet converts to operators of opset 12 or 13 and
+    labels the model with the newest opset that the installed onnx has. This function converts to, checks
+    against and labels with `opset_version`.
 
     Parameters
     ----------
     sym, params : str and str, Symbol and dict, or Symbol and list of two dicts
         The files that ``block.export`` writes, or a graph and its parameters.
     in_shapes, in_types : list of tuple, list of dtype
-        Of the inputs in the order of ``sym.list_inputs()``. That is the order in which the graph reads them,
-        and may put labels first.
+        Shapes and dtypes of the inputs in the order of ``sym.list_inputs()``. That is the order in which the
+        graph first reads them, so the label may come first.
     onnx_file_path, verbose, dynamic, dynamic_input_shapes, run_shape_inference, input_type, input_shape
-        As in MXNet. With ``dynamic=True``, None in `dynamic_input_shapes` is an axis of any length.
+        As in MXNet. With ``dynamic=True``, None in `dynamic_input_shapes` stands for an axis of any length.
     opset_version : int, 12 or 13
         The opset of the model.
 
     Returns
     -------
     str
-        `onnx_file_path`
+        `onnx_file_path`.
 
     Raises
     ------
     ImportError
-        Without onnx, or with an MXNet older than 1.9.
-    ValueError, NotImplementedError
-        For another opset; for an operator in a form that has no converter.
+        If onnx is not installed, or MXNet is older than 1.9.
+    ValueError
+        If `opset_version` is another opset.
+    NotImplementedError
+        If an operator has options that no converter handles.
 
     Examples
     --------
-    >>> export_model('net-symbol.json', 'net-0000.params', [(8, 3, 32, 32), (8,)], onnx_file_path='net.onnx')  # doctest: +SKIP
+    >>> files = 'net-symbol.json', 'net-0000.params'
+    >>> export_model(*files, [(8, 3, 32, 32), (8,)], onnx_file_path='net.onnx')  # doctest: +SKIP
     'net.onnx'
     """
     onnx = _import_onnx()
@@ -92,7 +96,8 @@ def export_model(
 def _import_onnx():
     if not hasattr(mx, 'onnx'):
         raise ImportError(
-            f'gluon_stable_ce.onnx needs MXNet 1.9, the first with mx.onnx.export_model; this is MXNet {mx.__version__}'
+            'gluon_stable_ce.onnx needs MXNet 1.9, the first with mx.onnx.export_model; '
+            f'this is MXNet {mx.__version__}'
         )
     try:
         import onnx
@@ -100,7 +105,7 @@ def _import_onnx():
         raise ImportError(
             'gluon_stable_ce.onnx needs the onnx package: pip install "gluon-stable-ce[onnx]"'
         ) from error
-    if not _registry():  # MXNet fills it while it is imported, if it finds onnx
+    if not _registry():  # importing MXNet fills it, if onnx is installed
         raise ImportError(
             'gluon_stable_ce.onnx needs an MXNet that was imported after onnx was installed: restart Python'
         )
@@ -115,7 +120,7 @@ def _registry():
 
 @contextmanager
 def _newest_opset(onnx, version):
-    """Have onnx name `version` as its newest opset, which is what MXNet asks it for, and check nodes against it."""
+    """Let onnx report `version` as its newest opset, which MXNet writes, and check nodes against it."""
     name_newest, context = onnx.defs.onnx_opset_version, onnx.checker.DEFAULT_CONTEXT
     checked = context.opset_imports
     try:
@@ -127,15 +132,14 @@ def _newest_opset(onnx, version):
 
 @contextmanager
 def _registered(opset_version):
-    """Have our converters in MXNet's registry, each in the place of none or of MXNet's own."""
-    tables = [
-        _registry()[version] for version in range(opset_version, 11, -1)
-    ]  # the order in which MXNet looks them up
+    """Add the converters of this module to MXNet's registry, in place of MXNet's but not of a user's."""
+    # in the order in which MXNet searches them
+    tables = [_registry()[version] for version in range(opset_version, 11, -1)]
     before = tables[0].copy()
     try:
         for op, convert in _CONVERTERS.items():
             stock = next((table[op] for table in tables if op in table), None)
-            if stock is None or _is_mxnets_own(stock):
+            if stock is None or _is_of_mxnet(stock):
                 tables[0][op] = partial(_converted, convert, stock)
         yield
     finally:
@@ -143,51 +147,51 @@ def _registered(opset_version):
         tables[0].update(before)
 
 
-def _is_mxnets_own(converter):
-    # a user's wrapper may well carry the name and the __module__ of what it wraps
+def _is_of_mxnet(converter):
+    # not by __module__: a user's wrapper may have the name and the __module__ of what it wraps
     return getattr(converter, '__globals__', {}).get('__name__', '').startswith('mxnet.onnx.')
 
 
 def _converted(convert, stock, node, **kwargs):
     at = _Node(node, stock, kwargs)
-    answer = convert(at)
-    if answer is None:  # then the last node made is the result
+    result = convert(at)
+    if result is None:  # then the output of the last node made is the result
         at.made[-1].output[0] = node['name']
-        answer = at.made  # for MXNet a result of the dtype of the first input
-    return answer
+        result = at.made  # MXNet takes its dtype for that of the first input
+    return result
 
 
 class _Node:
-    """An MXNet node on its way to ONNX: its inputs by name, its attributes, and the ONNX nodes `made` of it."""
+    """An MXNet node that is being converted: its inputs by name, its attributes, the ONNX nodes `made`."""
 
     def __init__(self, node, stock, kwargs):
         sources = [kwargs['outputs_lookup'][source][output] for source, output, *_ in node['inputs']]
         self.inputs, self.dtypes = [source.name for source in sources], [source.dtype for source in sources]
         self.op, self.attrs, self.made = node['op'], node.get('attrs', {}), []
         self.opset = kwargs['opset_version']
-        self.stock = partial(stock, node, **kwargs) if stock else None  # MXNet's own converter of it
+        self.stock = partial(stock, node, **kwargs) if stock else None  # MXNet's converter
         self._initializers = kwargs['initializer']
-        self._names = (f'{node["name"]}/{i}' for i in count())  # MXNet's own converters join with _
+        self._names = (f'{node["name"]}/{i}' for i in count())  # MXNet's converters join with _
 
     def is_true(self, attr):
         return self.attrs.get(attr) in ('True', '1')
 
     def constant(self, value, dtype='int64'):
-        """A new constant; its name."""
+        """Add a constant and return its name."""
         import onnx
 
         self._initializers.append(onnx.numpy_helper.from_array(np.array(value, dtype), next(self._names)))
         return self._initializers[-1].name
 
     def make(self, op, *inputs, **attrs):
-        """A new ONNX node; the name of its output."""
+        """Add an ONNX node and return the name of its output."""
         import onnx
 
         self.made.append(onnx.helper.make_node(op, inputs, [next(self._names)], **attrs))
         return self.made[-1].output[0]
 
     def make_over(self, axes, op, data, **attrs):
-        """The same for an operator whose axes became an input with opset 13."""
+        """Add a node of an operator whose axes are an attribute before opset 13 and an input since."""
         return (
             self.make(op, data, axes=axes, **attrs)
             if self.opset < 13
@@ -213,7 +217,7 @@ def _converts(*ops):
 
 @_converts('pick')
 def _pick(at):
-    """MXNet has none."""
+    """Convert `pick`, for which MXNet has no converter."""
     axis, mode = at.attrs.get('axis', '-1'), at.attrs.get('mode', 'clip')
     if axis == 'None' or mode != 'clip':
         raise NotImplementedError(
@@ -221,7 +225,7 @@ def _pick(at):
         )
     (data, index), axis = at.inputs, int(axis)
     one = at.make('Slice', data, at.constant([0]), at.constant([1]), at.constant([axis]))
-    index = at.make('Reshape', index, at.make('Shape', one))  # it may come with the axis or without
+    index = at.make('Reshape', index, at.make('Shape', one))  # it may have the axis or not
     index = at.cast(index, 'int64')  # NaN may become any integer; the clipping makes it harmless
     index = at.make('Min', index, at.make('Sub', at.length(data, axis), at.constant(1)))
     picked = at.make('GatherElements', data, at.make('Max', index, at.constant(0)), axis=axis)
@@ -231,31 +235,30 @@ def _pick(at):
 
 @_converts('_equal', '_not_equal_scalar')
 def _compare(at):
-    """MXNet has none. Its truth is 1 in the dtype of what is compared."""
+    """Convert comparisons, for which MXNet has no converter: 1 or 0 in the dtype of the inputs."""
     if at.op == '_equal':
-        truth = at.make('Equal', *at.inputs)
+        is_true = at.make('Equal', *at.inputs)
     else:
-        truth = at.make(
-            'Not', at.make('Equal', *at.inputs, at.constant(float(at.attrs['scalar']), at.dtypes[0]))
-        )
-    at.cast(truth, at.dtypes[0])
+        scalar = at.constant(float(at.attrs['scalar']), at.dtypes[0])
+        is_true = at.make('Not', at.make('Equal', *at.inputs, scalar))
+    at.cast(is_true, at.dtypes[0])
 
 
 @_converts('broadcast_maximum')
 def _maximum(at):
-    """MXNet has none."""
+    """Convert `broadcast_maximum`, for which MXNet has no converter."""
     at.make('Max', *at.inputs)
 
 
 @_converts('where')
 def _where(at):
-    """MXNet's own gives its result out as of the condition's dtype."""
+    """Convert `where`: MXNet's converter says that the result has the condition's dtype."""
     return at.stock(), (at.dtypes[1],)
 
 
 @_converts('_contrib_arange_like')
 def _arange_like(at):
-    """MXNet's own takes axis -1 for an axis of length 1."""
+    """Convert `arange_like` of a negative axis, which MXNet's converter takes for an axis of length 1."""
     axis = at.attrs.get('axis', 'None')
     if not axis.startswith('-'):
         return at.stock()
@@ -268,7 +271,7 @@ def _arange_like(at):
 
 @_converts('log_softmax')
 def _log_softmax(at):
-    """MXNet's own for opset 12 takes exponentials, which overflow, and their logarithm."""
+    """Convert `log_softmax` to opset 12, where MXNet's converter takes exponentials that overflow."""
     if at.opset > 12 or at.attrs.get('axis', '-1') != '-1' or at.attrs.keys() - {'axis'}:
         return at.stock()
     at.make('LogSoftmax', *at.inputs, axis=-1)
@@ -276,7 +279,7 @@ def _log_softmax(at):
 
 @_converts('mean', 'sum')
 def _reduce(at):
-    """MXNet's own does not read `exclude`."""
+    """Convert `mean` and `sum` with `exclude`, which MXNet's converter does not read."""
     if not at.is_true('exclude'):
         return at.stock()
     axes = np.ravel(literal_eval(at.attrs.get('axis', '()'))).tolist()
@@ -286,13 +289,12 @@ def _reduce(at):
         )
     data, axis = at.inputs[0], axes[0]
     # the rank is not known, so the axes on one side are merged first
-    if axis >= 0:  # (before..., kept, after...) -> (before..., kept, A)
+    if axis >= 0:  # (before..., excluded, after...) -> (before..., excluded, A)
         shape, over = at.constant([0] * (axis + 1) + [-1]), [*range(axis), axis + 1]
-    else:  # -> (B, kept, after...)
-        kept = at.make(
-            'Slice', at.make('Shape', data), at.constant([axis]), at.constant([np.iinfo('int64').max])
-        )
-        shape, over = at.make('Concat', at.constant([-1]), kept, axis=0), [0, *range(2, 1 - axis)]
+    else:  # -> (B, excluded, after...)
+        end = at.constant([np.iinfo('int64').max])
+        sizes = at.make('Slice', at.make('Shape', data), at.constant([axis]), end)
+        shape, over = at.make('Concat', at.constant([-1]), sizes, axis=0), [0, *range(2, 1 - axis)]
     data = at.make('Reshape', data, shape)
     if at.op == 'mean':
         at.make('ReduceMean', data, axes=over, keepdims=0)
