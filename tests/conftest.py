@@ -1,4 +1,4 @@
-"""What all tests share: the contexts to run on, the modes to run in, one seed, and the examples as modules."""
+"""What all tests share: the contexts to run on, one seed, and the examples as modules."""
 
 import os
 import sys
@@ -14,10 +14,15 @@ hypothesis.settings.load_profile('ci' if os.environ.get('CI') else 'default')
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'examples'))
 
-GPU = pytest.mark.skipif(mx.context.num_gpus() == 0, reason='this machine has no GPU that MXNet can use')
+CONTEXTS = [mx.cpu(0)] + [mx.gpu(0)] * (mx.context.num_gpus() > 0)
 
 
-@pytest.fixture(params=[mx.cpu(0), pytest.param(mx.gpu(0), marks=GPU)], ids=str)
+def pytest_report_header():
+    """Say once where the tests run."""
+    return f'contexts: {", ".join(map(str, CONTEXTS))}' + ('' if CONTEXTS[1:] else ' (MXNet can use no GPU)')
+
+
+@pytest.fixture(params=CONTEXTS, ids=str)
 def ctx(request):
     """Every context that exists, as the current one."""
     with request.param:

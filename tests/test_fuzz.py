@@ -1,0 +1,163 @@
+"""The loss and the metric against the reference, over the whole space of options, modes, dtypes, layouts and special values.
+
+`make fuzz EXAMPLES=20000` sets FUZZ_EXAMPLES.
+"""
+
+import os
+
+import cases
+import modes
+import mxnet as mx
+import numpy as np
+import pytest
+import reference
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from gluon_stable_ce import StableCrossEntropy, StableSoftmaxCELoss
+
+SYMBOLIC = [*modes.SYMBOLIC, modes.exported_alone]
+HEADS = st.none() | st.lists(st.sampled_from([1, 0, -1, 0.5, 3]), min_size=1, max_size=5)
+FUZZ = settings(
+    max_examples=int(os.environ.get('FUZZ_EXAMPLES', 300)),
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+
+# What MXNet's own kernel cannot do, and what is therefore not drawn, or not compared.
+KNOWN_LIMITS = {
+    'a graph of symbols does not know the dtype of its inputs': 'so float16 is not cast, class weights do not become float64, and a '
+    'sample_weight or a dense label has to have the dtype of pred: `problems(symbolic=True)` draws none of these',
+    'oneDNN hides a NaN that is not at the label': 'the loss may be finite; `_is_unclear` leaves out such a position',
+    'a row of only -inf logits has no probabilities': 'its loss is NaN where the label asks for one; `_is_unclear` leaves out the rest',
+    'the gradient of log_softmax is NaN where its output is': 'also times 0, so also where a position is ignored: the reference is NaN there',
+}
+
+
+@st.composite
+def calls(draw):
+    """A mode, a problem for it, and a head gradient."""
+    mode = draw(st.sampled_from(modes.ALL))
+    symbolic = mode in SYMBOLIC
+    dtypes = ('float32', 'float64') if symbolic else ('float32', 'float16', 'float64')
+    problem = draw(
+        cases.problems(dtypes, classes=20, dense=True, special=True, weighted=True, symbolic=symbolic)
+    )
+    return mode, problem, draw(HEADS)
+
+
+@FUZZ
+@given(calls())
+def test_loss_is_the_reference(call):
+    mode, problem, head = call
+    loss_fn = StableSoftmaxCELoss(**problem.settings)
+    positions = _read(problem)
+    is_invalid = positions.is_counted & ~positions.is_valid
+    if problem.settings.get('invalid_label') == 'raise' and mode not in modes.SYMBOLIC and is_invalid.any():
+        with pytest.raises(ValueError, match=f'got {is_invalid.sum()} others'):
+            mode(loss_fn, *problem.arrays, head=head)
+        return
+    loss, gradient = mode(loss_fn, *problem.arrays, head=head)
+    _check_loss(problem, positions, loss)
+    _check_gradient(problem, positions, head, gradient)
+
+
+@FUZZ
+@given(
+    cases.problems(('float32', 'float16', 'float64'), dense=True, special=True, options=False),
+    st.sampled_from(['logits', 'log_probs', 'probs']),
+    st.none() | st.integers(-1, 3),
+    st.booleans(),
+)
+def test_metric_is_the_reference(problem, pred_type, ignore_label, in_np_mode):
+    pred, label = problem.pred, problem.label
+    if pred_type != 'logits':
+        pred = -np.abs(pred) if pred_type == 'log_probs' else np.exp(-np.abs(pred))
+    options = {'axis': problem.settings['axis'], 'sparse_label': problem.settings.get('sparse_label', True)}
+    if options['sparse_label']:
+        options['ignore_label'] = ignore_label
+    values, invalid = reference.metric_terms(pred, label, pred_type=pred_type, **options)
+
+    metric = StableCrossEntropy(pred_type=pred_type, **options)
+    if in_np_mode:
+        with modes.numpy_semantics():
+            metric.update([mx.np.array(label, dtype=label.dtype)], [mx.np.array(pred, dtype=pred.dtype)])
+    else:
+        metric.update([mx.nd.array(label, dtype=label.dtype)], [mx.nd.array(pred, dtype=pred.dtype)])
+    if invalid:
+        with pytest.raises(ValueError, match=f'got {invalid} others'):
+            metric.get()
+        return
+    assert metric.num_inst == values.size
+    settings = {**options, 'batch_axis': problem.settings['batch_axis'], 'from_logits': pred_type != 'logits'}
+    if _is_unclear(cases.Problem(pred, label, None, settings)).any():
+        return
+    tolerance = cases.TOLERANCES[str(pred.dtype)]
+    with np.errstate(divide='ignore'):
+        log_p = np.log(pred.astype('float64')) if pred_type == 'probs' else pred
+    bound, _ = reference.error_bounds(log_p, label, reduction='none', **tolerance._asdict(), **settings)
+    with np.errstate(invalid='ignore'):
+        expected = values.mean() if values.size else np.nan
+    cases.assert_within(metric.get()[1], expected, bound.sum() / max(values.size, 1))
+    assert metric.num_infinite == (values == np.inf).sum()
+
+
+def _read(problem):
+    given = {name: problem.settings[name] for name in reference.READING if name in problem.settings}
+    return reference.read_positions(problem.pred, problem.label, problem.axis, **given)
+
+
+def _check_loss(problem, positions, loss):
+    pred, settings = problem.pred, problem.settings
+    assert loss.dtype == (np.float64 if pred.dtype == np.float64 else np.float32)
+    expected, _ = reference.loss_and_gradient(*problem[:3], **settings)
+    assert loss.shape == expected.shape
+    bound, _ = reference.error_bounds(*problem[:3], **settings, **cases.TOLERANCES[str(pred.dtype)]._asdict())
+    is_unclear = _add_up(problem, _is_unclear(problem)).reshape(loss.shape) > 0
+    cases.assert_within(loss, expected, bound, skipped=is_unclear)
+    if (positions.target >= 0).all() and (
+        problem.sample_weight is None or (problem.sample_weight >= 0).all()
+    ):
+        assert not (loss < 0).any()
+
+
+def _check_gradient(problem, positions, head, gradient):
+    pred, settings = problem.pred, problem.settings
+    assert gradient.dtype == pred.dtype
+    loss, _ = reference.loss_and_gradient(*problem[:3], **settings)
+    head = None if head is None else np.resize(head, loss.shape)
+    _, expected = reference.loss_and_gradient(*problem[:3], head, **settings)
+    tolerance = cases.TOLERANCES[str(pred.dtype)]
+    _, bound = reference.error_bounds(*problem[:3], head, **settings, **tolerance._asdict())
+    bound = bound + tolerance.relative * np.abs(expected)
+    if pred.dtype == np.float16:
+        bound = bound + cases.FLOAT16_GRADIENT.absolute + cases.FLOAT16_GRADIENT.relative * np.abs(expected)
+    cases.assert_within(gradient, expected, bound, skipped=np.isnan(expected))
+    is_removed = ~(positions.is_valid & positions.is_counted) | (_weight_of(problem) == 0)
+    is_removed = np.expand_dims(is_removed, problem.axis) & ~np.isnan(expected)
+    assert not gradient[is_removed].any()
+
+
+def _is_unclear(problem):
+    """The positions, (positions...), about whose loss nothing is claimed; see KNOWN_LIMITS."""
+    logits = np.moveaxis(problem.pred, problem.axis, -1)  # (positions..., C)
+    positions = _read(problem)
+    asked_for = positions.target != 0
+    if problem.settings.get('from_logits'):
+        return np.zeros(positions.is_valid.shape, bool)
+    is_broken = np.isnan(logits).any(-1) | (logits == -np.inf).all(-1)
+    is_clear = (np.isnan(logits) & asked_for).any(-1) | ((logits == -np.inf).all(-1) & asked_for.any(-1))
+    is_clear |= ~positions.is_counted | ~positions.is_valid | (_weight_of(problem) == 0)
+    return is_broken & ~is_clear
+
+
+def _weight_of(problem):
+    if problem.sample_weight is None:
+        return np.ones(np.delete(problem.pred.shape, problem.axis))
+    axes = reference.normalised(problem.axis, problem.settings['batch_axis'], problem.pred.ndim)
+    return reference.fit_sample_weight(problem.sample_weight, problem.pred.shape, *axes)
+
+
+def _add_up(problem, values):
+    axes = reference.normalised(problem.axis, problem.settings['batch_axis'], problem.pred.ndim)
+    return reference.add_up(values, *axes, problem.settings.get('reduction', 'mean'))
