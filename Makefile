@@ -51,7 +51,8 @@ test-matrix: $(MATRIX:%=.venv-%/.ready)
 test-horovod: .venv-horovod/.ready
 	.venv-horovod/bin/python -m pytest -rs tests/horovod $(ARGS)
 
-HOROVOD := HOROVOD_WITH_MXNET=1 HOROVOD_WITH_GLOO=1 HOROVOD_WITHOUT_MPI=1 HOROVOD_WITHOUT_PYTORCH=1 HOROVOD_WITHOUT_TENSORFLOW=1
+HOROVOD := HOROVOD_WITH_MXNET=1 HOROVOD_WITH_GLOO=1 HOROVOD_WITHOUT_MPI=1 HOROVOD_WITHOUT_PYTORCH=1 HOROVOD_WITHOUT_TENSORFLOW=1 \
+    MAKEFLAGS=-j$$(nproc)
 
 .venv-horovod/.ready: setup.cfg
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
