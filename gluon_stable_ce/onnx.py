@@ -298,12 +298,16 @@ def _where(at):
 
 @_converts('_contrib_arange_like')
 def _arange_like(at):
-    """Convert `arange_like` of a negative axis, which MXNet's converter takes for an axis of length 1."""
+    """Convert `arange_like` of an axis alone.
+
+    MXNet's converter takes a negative axis for one of length 1, and makes a Range of float16, which ONNX
+    lacks.
+    """
     axis = at.attrs.get('axis', 'None')
-    if not axis.startswith('-'):
-        return at.stock()
-    if at.attrs.keys() - {'axis'}:
+    if at.attrs.keys() - {'axis'} and axis.startswith('-'):
         raise NotImplementedError(f'_contrib_arange_like: expected a negative axis alone, got {at.attrs}')
+    if axis == 'None' or at.attrs.keys() - {'axis'}:
+        return at.stock()
     at.cast(
         at.make('Range', at.constant(0), at.length(at.inputs[0], int(axis)), at.constant(1)), at.dtypes[0]
     )

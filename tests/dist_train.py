@@ -47,9 +47,9 @@ if __name__ == '__main__':
         metric.reset()
         for data, label in test:
             metric.update(label, net(data))
-        metric.all_reduce(store)  # from here on it is the whole's, on every worker
+        whole = metric.all_reduce(store)  # a metric of all workers' data, the same on every worker
         print(
-            f'epoch {epoch}: {metric.get()[1]!r} nats over {metric.num_inst} digits, says worker {store.rank}',
+            f'epoch {epoch}: {whole.get()[1]!r} nats over {whole.num_inst} digits, says worker {store.rank}',
             flush=True,
         )
     if store.rank == 0:

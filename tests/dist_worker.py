@@ -108,21 +108,21 @@ def metric(shards):
     )
     metric = StableCrossEntropy()
 
-    def see():
+    def update():
         if stop > start:
             probs, labels = predictions(start, stop)
             metric.update(labels, probs)
 
     got = []
-    see()
-    for _ in range(2):  # a second call changes nothing
-        metric.all_reduce(store)
-        got.append((metric.get()[1], metric.num_inst))
+    update()
+    for _ in range(2):  # the first call does not change the metric
+        whole = metric.all_reduce(store)
+        got.append((whole.get()[1], whole.num_inst))
     metric.reset_local()
-    see()
-    metric.all_reduce(store)
-    got.append((metric.get()[1], metric.num_inst))
-    got.append((metric.get_global()[1], metric.global_num_inst))
+    update()
+    whole = metric.all_reduce(store)
+    got.append((whole.get()[1], whole.num_inst))
+    got.append((whole.get_global()[1], whole.global_num_inst))
     return got
 
 
