@@ -4,14 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 MATRIX := 1.8.0.post0 1.7.0.post2 1.6.0
 
-.PHONY: help demo test quick bench docs test-matrix test-horovod clean
+.PHONY: help demo test quick fuzz bench docs test-clients test-matrix test-horovod clean
 
 help:
 	@echo 'make demo         train on real digits, and compare the metrics (examples/digits.py)'
 	@echo 'make test         linter, formatter, types, doctests and tests'
 	@echo 'make quick        the tests that are neither slow nor distributed, in less than a minute'
+	@echo 'make fuzz         random problems against the reference (EXAMPLES=20000)'
 	@echo 'make bench        measure speed, memory and accuracy (WITH=torch adds PyTorch)'
 	@echo 'make docs         the API reference as HTML'
+	@echo 'make test-clients the losses, metrics and loops of other packages, patched and beside stock'
 	@echo 'make test-matrix  the tests on every supported MXNet'
 	@echo 'make test-horovod the tests of all_reduce over Horovod, which it compiles first'
 	@echo 'make clean        remove all environments'
@@ -28,6 +30,9 @@ test: $(VENV)/.cpu-docs-onnx-test
 quick: $(VENV)/.cpu-docs-onnx-test
 	$(BIN)/python -m pytest -m 'not slow and not dist' $(ARGS)
 
+fuzz: $(VENV)/.cpu-docs-onnx-test
+	FUZZ_EXAMPLES=$(or $(EXAMPLES),20000) $(BIN)/python -m pytest tests/test_fuzz.py tests/test_audit_fuzz.py $(ARGS)
+
 # Nothing else should run meanwhile. PyTorch has an environment of its own, since it wants another NumPy.
 bench: $(VENV)/.cpu-demo $(if $(filter torch,$(WITH)),.venv-torch/bin/torch-is-here)
 	$(BIN)/python benchmarks/run.py $(if $(filter torch,$(WITH)),--with-torch .venv-torch/bin/python) $(ARGS)
@@ -36,6 +41,10 @@ bench: $(VENV)/.cpu-demo $(if $(filter torch,$(WITH)),.venv-torch/bin/torch-is-h
 	$(PYTHON) -m venv .venv-torch
 	.venv-torch/bin/pip install --quiet numpy torch==2.13.0
 	touch $@
+
+# d2l, gluonnlp, gluoncv, sockeye and gluonts, in an environment of their own.
+test-clients:
+	PYTHON=$(PYTHON) tests/clients/run.sh $(ARGS)
 
 # Each older MXNet in an environment of its own; what it can't do is skipped by name.
 test-matrix: $(MATRIX:%=.venv-%/.ready)

@@ -14,17 +14,17 @@ author = 'The gluon_stable_ce authors'
 copyright = author
 version = release = gluon_stable_ce.__version__
 extensions = ['sphinx.ext.autodoc', 'sphinx.ext.mathjax', 'numpydoc']
-default_role = 'py:obj'  # a link where there is something to link to, else code
+default_role = 'py:obj'  # a link if there is something to link to, else code
 add_module_names = False
 autodoc_typehints = 'none'  # the docstrings say shapes and dtypes, which types can't
 autodoc_inherit_docstrings = False
-numpydoc_show_class_members = False  # index.rst names them, so that gluon's own do not appear
+numpydoc_show_class_members = False  # index.rst names them, so that gluon's do not appear
 numpydoc_show_inherited_class_members = False
 numpydoc_class_members_toctree = False
 html_theme = 'alabaster'
 html_theme_options = {
     'page_width': '1100px',
-    'description': 'Cross entropy for MXNet Gluon that tells the truth in both tails',
+    'description': 'Cross entropy for MXNet Gluon that is accurate for probabilities near 0 and near 1',
 }
 html_show_sourcelink = False
 html_copy_source = False

@@ -17,6 +17,7 @@ if not _mxnet.__version__.startswith('1.'):
 from .audit import Audit, audit
 from .loss import StableSoftmaxCELoss, StableSoftmaxCrossEntropyLoss
 from .metric import StableBitsPerToken, StableCrossEntropy, StableLoss, StablePerplexity
+from .patch import patch, unpatch
 
 __all__ = [
     'Audit',
@@ -27,5 +28,7 @@ __all__ = [
     'StableSoftmaxCELoss',
     'StableSoftmaxCrossEntropyLoss',
     'audit',
+    'patch',
+    'unpatch',
 ]
 __version__ = '0.1.0'

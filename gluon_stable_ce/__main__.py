@@ -12,6 +12,10 @@ COMMANDS = {
         'gluon_stable_ce.audit',
         'Compute the exact cross entropy of given predictions, and what an epsilon hides.',
     ),
+    'run': (
+        'gluon_stable_ce.patch',
+        "Run a script or a module with this loss and these metrics in the place of MXNet's own.",
+    ),
 }
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 from collections import deque
 from threading import RLock
 from typing import Any, Deque, Dict, List, Tuple
@@ -85,12 +86,19 @@ class ExactSums:
     def from_dict(cls, fields):
         """Return the sums that `as_dict` was made from; ValueError if it was made from none."""
         try:
-            fields = {name: int(fields[name], 16) if name == 'total' else fields[name] for name in cls.FIELDS}
-        except (TypeError, KeyError, ValueError) as error:
-            raise ValueError(f'state: expected sums with {", ".join(cls.FIELDS)}, got {fields!r}') from error
-        if any(isinstance(value, bool) or not isinstance(value, int) for value in fields.values()):
-            raise ValueError(f'state: expected sums of integers, got {fields!r}')
-        return cls(**fields)
+            total, *counts = (fields[name] for name in cls.FIELDS)
+            is_sums = (
+                isinstance(total, str)
+                and re.fullmatch('-?[0-9a-f]+', total)
+                and all(type(count) is int and count >= 0 for count in counts)
+                and sum(counts[1:4]) <= counts[0]  # of the values, as many are not finite
+                and (counts[0] or not int(total, 16))
+            )
+        except (TypeError, KeyError):
+            is_sums = False
+        if not is_sums:
+            raise ValueError(f'state: expected sums with {", ".join(cls.FIELDS)}, got {fields!r:.200}')
+        return cls(int(total, 16), *counts)
 
     def __iter__(self):
         return (getattr(self, name) for name in self.FIELDS)
@@ -122,6 +130,7 @@ class RunningMean:
     """
 
     name: str  # EvalMetric's
+    _kwargs: Dict[str, Any]  # EvalMetric's: the options
     _lock: Any
 
     def reset(self) -> None:
@@ -191,11 +200,13 @@ class RunningMean:
 
         Raises
         ------
-        TypeError
-            If `other` is not the same class of metric.
+        TypeError, ValueError
+            If `other` is not the same class of metric, or has other options.
         """
         if type(other) is not type(self):
             raise TypeError(f'other: expected a {type(self).__name__}, got {type(other).__name__}')
+        if other._identity() != self._identity():
+            raise ValueError(f'other: expected a metric with {self._identity()}, got {other._identity()}')
         theirs = {window: other._window(window) for window in _WINDOWS}
         with self._lock:
             self._drain()
@@ -203,7 +214,7 @@ class RunningMean:
 
     def state_dict(self) -> Dict[str, Any]:
         """Return all that the metric holds as plain JSON values, which can go into a checkpoint."""
-        return {window: self._window(window).as_dict() for window in _WINDOWS}
+        return {**self._identity(), **{window: self._window(window).as_dict() for window in _WINDOWS}}
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         """Go on from a `state_dict`, in the place of what the metric holds.
@@ -214,9 +225,12 @@ class RunningMean:
             If `state` is something else; nothing is changed then.
         """
         try:
+            got = {name: state[name] for name in self._identity()}
             sums = {window: ExactSums.from_dict(state[window]) for window in _WINDOWS}
         except (TypeError, KeyError) as error:
             raise ValueError(f'state: expected what state_dict() returns, got {state!r:.200}') from error
+        if got != self._identity():
+            raise ValueError(f'state: expected that of a metric with {self._identity()}, got {got}')
         with self._lock:
             self._pending.clear()
             self._sums = sums
@@ -244,6 +258,10 @@ class RunningMean:
             window: ExactSums(*numbers[i * size : (i + 1) * size]) for i, window in enumerate(_WINDOWS)
         }
         return whole
+
+    def _identity(self) -> Dict[str, Any]:
+        """Return what metrics have in common that may be merged, or take each other's state."""
+        return {'metric': type(self).__name__, 'options': dict(self._kwargs)}
 
     def _push(self, arrays: List[Array]) -> None:
         """Queue arrays that the device may still be computing."""

@@ -149,6 +149,7 @@ def align_sample_weight(
     F: F,
     sample_weight: Array,
     kept: Array,
+    pred: Array,
     axis: int = -1,
     batch_axes: Sequence[int] = (0,),
     layout: Optional[str] = None,
@@ -161,34 +162,42 @@ def align_sample_weight(
     layout : str, optional
         'kept': what broadcasts to `kept`; 'pred': what broadcasts to `pred`, of which the mean over the
         classes counts; 'positions': `kept` without `axis`; 'batch': the batch axes alone. None, for symbols
-        of unknown shape: 'kept', or 'pred' or 'batch' if the batch axis is 0; a weight of another shape is
-        MXNet's shape error.
+        of unknown shape: 'kept' or 'pred', and if the classes come last and the batch axis is 0, also the
+        first axes of 'positions', such as (batch,). A weight of another shape is MXNet's shape error.
     ndim : int, optional
         The rank of `kept`, if it is known.
     """
-    from_first_axis = False
     if layout == 'positions':
         sample_weight = F.expand_dims(sample_weight, axis=axis)
-    elif layout == 'pred':
-        sample_weight = F.mean(sample_weight, axis=axis, keepdims=True)
     elif layout == 'batch':
         axes = [batch_axis % ndim if ndim else batch_axis for batch_axis in batch_axes]
         for other in range(ndim or max(axes)):
             if other not in axes:
                 sample_weight = F.expand_dims(sample_weight, axis=other)
-        from_first_axis = ndim is None
-    elif layout is None:
-        from_first_axis = tuple(batch_axes) == (0,)
-    if from_first_axis:  # MXNet broadcasts from the last axis on, so the order of the axes is reversed
+    if ndim is None and (layout == 'batch' or (layout is None and axis == -1 and tuple(batch_axes) == (0,))):
+        # MXNet broadcasts from the last axis on, so the order of the axes is reversed
         ones = F.transpose(F.ones_like(kept))
         sample_weight = F.transpose(F.broadcast_mul(ones, F.transpose(sample_weight)))
-        return F.mean(sample_weight, axis=axis, keepdims=True)
+    if layout is None:
+        sample_weight = _refuse_other_classes(F, sample_weight, pred, axis)
+    if layout in (None, 'pred'):
+        sample_weight = F.mean(sample_weight, axis=axis, keepdims=True)
     return F.broadcast_like(sample_weight, kept)
+
+
+def _refuse_other_classes(F: F, sample_weight: Array, pred: Array, axis: int) -> Array:
+    """Return weights of 1 or C classes; another number of classes is MXNet's shape error."""
+    classes = F.contrib.arange_like(sample_weight, axis=axis)
+    classes = F.broadcast_like(
+        classes, F.contrib.arange_like(pred, axis=axis)
+    )  # (C,), its first element is 0
+    return F.broadcast_add(sample_weight, F.slice_axis(classes, axis=0, begin=0, end=1))
 
 
 def reduce_positions(
     F: F,
     loss: Array,
+    pred: Array,
     is_counted: Optional[Array] = None,
     axis: int = -1,
     batch_axes: Sequence[int] = (0,),
@@ -203,6 +212,8 @@ def reduce_positions(
     Parameters
     ----------
     loss : (positions...)
+    pred : (..., C at `axis`, ...)
+        Only its shape is read, to check `sample_weight` in a graph.
     is_counted : (positions...), optional
         1 where a position counts, else 0; None if all count.
     axis, batch_axes : int, sequence of int
@@ -225,7 +236,7 @@ def reduce_positions(
     if summed_axes:
         kept = F.sum(kept, axis=tuple(summed_axes), keepdims=True)
     if sample_weight is not None:
-        weight = align_sample_weight(F, sample_weight, kept, axis, batch_axes, weight_layout, ndim)
+        weight = align_sample_weight(F, sample_weight, kept, pred, axis, batch_axes, weight_layout, ndim)
         kept = weighted(F, kept, weight)
         loss = F.reshape_like(kept, loss) if not summed_axes else kept
     all_samples = ndim == 1 + len(batch_axes) and not (reduction == 'valid' and is_counted is not None)

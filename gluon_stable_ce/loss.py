@@ -74,6 +74,7 @@ def compose_loss(
     loss = functional.reduce_positions(
         F,
         loss,
+        pred,
         is_counted,
         axis=options.axis,
         batch_axes=options.batch_axes,

@@ -97,6 +97,11 @@ def params(named):
     return [pytest.param(value, id=name) for name, value in named.items()]
 
 
+def rows(named):
+    """A dict of tuples as parameters of pytest for several arguments, with the names as ids."""
+    return [pytest.param(*values, id=name) for name, values in named.items()]
+
+
 def make(rng, shape, axis, sparse_label=True, from_logits=False, ignore_label=None, invalid=True, **_):
     """Predictions and labels, float32, that exercise what the options allow: ignored and invalid labels, and targets of 0."""
     pred = rng.normal(0, 3, shape)

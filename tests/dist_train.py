@@ -1,4 +1,4 @@
-"""Distributed training on handwritten digits: each worker has its part of the data, and all of them know the cross entropy of the whole."""
+"""Distributed training on handwritten digits: each worker has a part of the data, and reports the cross entropy of all of it."""
 
 import sys
 
@@ -47,9 +47,9 @@ if __name__ == '__main__':
         metric.reset()
         for data, label in test:
             metric.update(label, net(data))
-        whole = metric.all_reduce(store)  # a metric of all workers' data, the same on every worker
+        whole = metric.all_reduce(store)  # the metric of all workers, the same on each
         print(
-            f'epoch {epoch}: {whole.get()[1]!r} nats over {whole.num_inst} digits, says worker {store.rank}',
+            f'epoch {epoch}: {whole.get()[1]!r} nats over {whole.num_inst} digits, worker {store.rank}',
             flush=True,
         )
     if store.rank == 0:

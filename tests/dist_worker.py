@@ -1,4 +1,4 @@
-"""One worker of a distributed job: does what it is told by name, and prints what it got as one line of JSON."""
+"""One worker of a distributed job: calls the function named on its command line, and prints the result as a line of JSON."""
 
 import json
 import random
@@ -106,24 +106,26 @@ def metric(shards):
     start, stop = (
         SHARDS[store.rank] if shards == 'uneven' else (28 * store.rank, min(28 * store.rank + 28, 83))
     )
-    metric = StableCrossEntropy()
+    local = StableCrossEntropy()
 
     def update():
         if stop > start:
             probs, labels = predictions(start, stop)
-            metric.update(labels, probs)
+            local.update(labels, probs)
 
-    got = []
+    results = []
     update()
-    for _ in range(2):  # the first call does not change the metric
-        whole = metric.all_reduce(store)
-        got.append((whole.get()[1], whole.num_inst))
-    metric.reset_local()
+    for _ in range(2):  # a second call gives the same
+        before = local.state_dict()
+        whole = local.all_reduce(store)
+        assert local.state_dict() == before
+        results.append((whole.get()[1], whole.num_inst))
+    local.reset_local()
     update()
-    whole = metric.all_reduce(store)
-    got.append((whole.get()[1], whole.num_inst))
-    got.append((whole.get_global()[1], whole.global_num_inst))
-    return got
+    whole = local.all_reduce(store)
+    results.append((whole.get()[1], whole.num_inst))
+    results.append((whole.get_global()[1], whole.global_num_inst))
+    return results
 
 
 if __name__ == '__main__':

@@ -238,7 +238,7 @@ def _expected(target, log_p):
 
 
 def _logsumexp(pred):
-    """log sum_j exp z_j, (positions...)."""
+    """Log sum_j exp z_j, (positions...)."""
     largest = pred.max(-1)
     with np.errstate(invalid='ignore', over='ignore', divide='ignore'):
         return largest + np.log(np.exp(pred - largest[..., None]).sum(-1))

@@ -296,6 +296,16 @@ BAD_FILES = {
     'random bytes npz': (['a.npz'], {'a.npz': bytes(range(256)) * 9}, 'not a zip'),
     'random bytes params': (['a.params'], {'a.params': bytes(range(256)) * 9}, 'mx.nd.save'),
     'a pickle': (['a.npy', 'a.npy'], {'a.npy': pickle.dumps(Bomb())}, 'a.npy: cannot be read'),
+    'a negative size in the label': (
+        FILES,
+        {'a.npy': GOOD, 'b.npy': npy(LABEL, shaped((-1,), '<i8'))},
+        'without negative sizes, got (-1,)',
+    ),
+    'version 3': (
+        FILES,
+        {'a.npy': npy(GOOD).replace(b'Y\x01\x00', b'Y\x03\x00'), 'b.npy': LABEL},
+        'version 1 or 2',
+    ),
     'pickled npy': (FILES, {'a.npy': GOOD, 'b.npy': BOMBS}, 'Python objects'),
     'pickled npz': (['a.npz'], {'a.npz': {'pred': GOOD, 'label': BOMBS}}, 'allow_pickle=False'),
     'pickled npz, axis 0': (
@@ -372,7 +382,8 @@ BAD_FILES = {
     'params, 2**62 arrays': params_case(count=2**62),
     'params, 2**63 rows': params_case(pred_shape=(2**63 - 1, 2)),
     'params, a size that overflows to 8': params_case(pred_shape=(2**62 + 4, 2)),
-    'params, negative rows': params_case(pred_shape=(-4, -2)),
+    'params, negative rows': params_case('at least one number', pred_shape=(-4, -2)),
+    'params, no rows': params_case('at least one number', pred_shape=(0, 2)),
     'params, no axes': params_case(pred_shape=()),
     'params, too many axes': params_case(pred_shape=(1,) * 40),
     'params, unknown dtype': params_case(dtype=77),
@@ -383,6 +394,10 @@ BAD_FILES = {
     'params, a name that is no text': params_case(names=struct.pack('<QQcQc', 2, 1, b'\xff', 1, b'a')),
     'params, more bytes': params_case(names=struct.pack('<QQ', 0, 0)),
 }
+for dtype in ('|V0', '|S0', '<U0', ('<f4', (0,))):
+    BAD_FILES[f'npy, no bytes in {dtype}'] = header_case((4, 2), dtype)
+    BAD_FILES[f'npy, a negative size and no bytes in {dtype}'] = header_case((-1,), dtype)
+    BAD_FILES[f'npz, a negative size and no bytes in {dtype}'] = member_case((-1,), dtype)
 BAD_FILES.update({f'npy, {name}': header_case(shape) for name, shape in SHAPES.items()})
 BAD_FILES.update({f'npz, {name}': member_case(shape) for name, shape in SHAPES.items()})
 

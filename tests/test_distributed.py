@@ -90,12 +90,12 @@ def test_sums_are_exact_call_after_call(kind, workers, servers):
 
 
 @pytest.mark.dist
-def test_one_distributed_worker_is_its_own_sum():
+def test_sum_of_one_distributed_worker():
     assert answers_of('reduces', workers=1) == [sums_of(1)]
 
 
 @pytest.mark.dist
-def test_many_calls_find_keys_that_every_server_has():
+def test_keys_of_many_calls_have_a_server():
     """Two servers, and keys so great that key * 9973 leaves the int32 that MXNet computes it in."""
     assert answers_of('reduces_from', str(215329 - 6), servers=2) == [sums_of(2, 8)] * 2
 
@@ -111,9 +111,7 @@ def test_many_calls_find_keys_that_every_server_has():
         ('dist_async', 'sgd', True, 1),
     ],
 )
-def test_a_store_that_trains_carries_numbers_too_and_trains_the_same(
-    kind, optimizer, update_on_kvstore, devices
-):
+def test_store_of_a_trainer_reduces_too_and_trains_the_same(kind, optimizer, update_on_kvstore, devices):
     call = 'training', kind, optimizer, str(update_on_kvstore), str(devices)
     answers = answers_of(*call, 'True')
     assert [answer['sums'] for answer in answers] == [sums_of(2)] * 2
@@ -127,7 +125,7 @@ def test_a_store_that_trains_carries_numbers_too_and_trains_the_same(
 
 @pytest.mark.dist
 @pytest.mark.parametrize(('case', 'pulled'), [('names', 2), ('compression', 1)])
-def test_a_store_that_cannot_carry_numbers_says_so_on_every_worker_and_goes_on(case, pulled):
+def test_unsuitable_store_is_an_error_on_every_worker_and_goes_on(case, pulled):
     for message, out in answers_of('refused', case):
         assert (
             message
@@ -137,7 +135,7 @@ def test_a_store_that_cannot_carry_numbers_says_so_on_every_worker_and_goes_on(c
 
 
 @pytest.mark.parametrize('kind', ['local', 'device'])
-def test_one_process_is_its_own_sum(kind):
+def test_sum_of_one_process(kind):
     numbers = [3, -(2**2239), 0, np.int64(5)]
     sums = all_reduce(mx.kv.create(kind), numbers)
     assert sums == numbers
@@ -191,7 +189,7 @@ class Horovod:
         return self._world.workers
 
     def allreduce(self, tensor, average=None, name=None, op=None):
-        """Sum over all workers; other than the module, never average them."""
+        """Sum over all workers. Without `op`, the module returns the average."""
         assert op == self.Sum
         return self._world.total(self._rank, name, tensor)
 
@@ -244,7 +242,7 @@ def test_sums_are_exact_without_servers(interface, workers, dtype):
     ],
     ids=['mean', 'alone', 'float16', 'limb', 'fraction', 'nan', 'zero'],
 )
-def test_another_result_than_the_sum_is_an_error_on_every_worker(spoil, interface):
+def test_wrong_sums_are_an_error_on_every_worker(spoil, interface):
     message = 'store: expected the sum of what 3 workers gave, got something else'
     assert run_threads(interface, 3, spoil) == [message] * 3
 
@@ -301,7 +299,7 @@ def test_a_store_of_one_worker_is_accepted_in_a_horovod_job_of_one(says, monkeyp
         ('local', [-(2**2239) - 1], ValueError, 'numbers: expected integers from'),
     ],
 )
-def test_bad_input(store, numbers, error, message):
+def test_all_reduce_rejects_bad_arguments(store, numbers, error, message):
     store = mx.kv.create('local') if store == 'local' else store
     with pytest.raises(error, match=message):
         all_reduce(store, numbers)
@@ -309,8 +307,8 @@ def test_bad_input(store, numbers, error, message):
 
 @pytest.mark.dist
 @pytest.mark.parametrize(('shards', 'workers'), [('even', 2), ('even', 3), ('uneven', 2), ('uneven', 3)])
-def test_a_reduced_metric_is_that_of_one_process_on_every_worker(shards, workers):
-    """Exactly, whether a worker has no data or calls twice."""
+def test_metric_of_the_whole_on_every_worker(shards, workers):
+    """Exactly what one process reports of all data, also if a worker has no data, and at every call."""
     stop = min(28 * workers, 83) if shards == 'even' else dist_worker.SHARDS[workers - 1][1]
     probs, labels = dist_worker.predictions(0, stop)
     whole = StableCrossEntropy()
@@ -319,24 +317,26 @@ def test_a_reduced_metric_is_that_of_one_process_on_every_worker(shards, workers
     whole.update(labels, probs)
     twice = [whole.get()[1], whole.num_inst]
     assert once[1] == stop
-    got = answers_of('metric', shards, workers=workers)
-    assert got == [[once, once, once, twice]] * workers
+    assert answers_of('metric', shards, workers=workers) == [[once, once, once, twice]] * workers
 
 
 @pytest.mark.parametrize('kind', ['local', 'device'])
-def test_a_metric_of_one_process_stays_as_it_is(kind):
+def test_metric_of_one_process_is_a_copy(kind):
     probs, labels = dist_worker.predictions()
     metric = StableCrossEntropy()
     metric.update(labels, probs)
-    before = metric.get(), metric.num_inst
+    before = metric.state_dict()
     whole = metric.all_reduce(mx.kv.create(kind))
-    assert whole is not metric
-    assert (whole.get(), whole.num_inst) == (metric.get(), metric.num_inst) == before
+    assert type(whole) is type(metric)
+    assert metric.state_dict() == whole.state_dict() == before
+    whole.update(labels, probs)
+    assert metric.state_dict() == before
+    assert whole.num_inst == 2 * metric.num_inst
 
 
 @pytest.mark.dist
-def test_distributed_training_reports_one_number(tmp_path):
-    """The example of the README: every worker says the same of every epoch, and the last is true of the net that was saved."""
+def test_distributed_training_reports_the_same_on_every_worker(tmp_path):
+    """The example of the README: every worker reports the same of every epoch, and the last value is that of the net that was saved."""
     pytest.importorskip('sklearn', reason='the example trains on digits that come with scikit-learn')
     import dist_train
 

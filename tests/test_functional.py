@@ -27,7 +27,7 @@ def evaluate(compose, *arrays):
 
 class TestReadLabels:
     LABELS = np.array([0, 2, 3, -1, 1.5, nan, inf, -inf, -0.0], 'float32')
-    IS_VALID = [1, 1, 0, 0, 0, 0, 0, 0, 1]
+    IS_VALID = (1, 1, 0, 0, 0, 0, 0, 0, 1)
 
     @pytest.mark.parametrize('few_classes', [True, False], ids=['few', 'many'])
     def test_index_and_is_valid(self, few_classes, ctx):

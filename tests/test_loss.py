@@ -372,10 +372,12 @@ def test_stated_bounds(classes, bound, dtype, confidence, rng, ctx):
         np.testing.assert_allclose(loss[is_sure], expected[is_sure], rtol=0, atol=3e-7)
 
 
+TEN_CLASSES = {'class_weight': np.arange(10), 'label_smoothing': 0.1}
+
+
 class TestSubclasses:
     """What clients do: override forward with weights of gluon's shape, or hybrid_forward, both with every option."""
 
-    OPTIONS = {'class_weight': np.arange(10), 'label_smoothing': 0.1}
     LENGTH = np.array([4, 2, 0], 'float32')
 
     @pytest.fixture
@@ -385,7 +387,7 @@ class TestSubclasses:
 
     def masked(self, batch):
         mask = (np.arange(4) < self.LENGTH[:, None]).astype('float32')
-        return reference.loss_and_gradient(*batch, mask, **self.OPTIONS)[0]
+        return reference.loss_and_gradient(*batch, mask, **TEN_CLASSES)[0]
 
     def test_forward_with_a_mask(self, batch, ctx):
         """As D2L's."""
@@ -396,7 +398,7 @@ class TestSubclasses:
                 return super().forward(pred, label, mx.npx.sequence_mask(weights, valid_length, True, axis=1))
 
         with modes.numpy_semantics():
-            loss = MaskedLoss(**self.OPTIONS)(*map(mx.np.array, (*batch, self.LENGTH)))
+            loss = MaskedLoss(**TEN_CLASSES)(*map(mx.np.array, (*batch, self.LENGTH)))
             np.testing.assert_allclose(loss.asnumpy(), self.masked(batch), **cases.CLOSE)
 
     # SequenceMask is a classic operator
@@ -411,7 +413,7 @@ class TestSubclasses:
                 )
                 return super().hybrid_forward(F, pred, label, weights)
 
-        loss, _ = mode(SequenceLoss(**self.OPTIONS), *batch, self.LENGTH)
+        loss, _ = mode(SequenceLoss(**TEN_CLASSES), *batch, self.LENGTH)
         np.testing.assert_allclose(loss, self.masked(batch), **cases.CLOSE)
 
     @every_mode
@@ -423,8 +425,8 @@ class TestSubclasses:
                 return super().hybrid_forward(F, pred, label) + 0.5 * super().hybrid_forward(F, other, label)
 
         pred, label = batch
-        loss, _ = mode(LossWithAux(**self.OPTIONS), pred, pred, label)
-        expected, _ = reference.loss_and_gradient(pred, label, **self.OPTIONS)
+        loss, _ = mode(LossWithAux(**TEN_CLASSES), pred, pred, label)
+        expected, _ = reference.loss_and_gradient(pred, label, **TEN_CLASSES)
         np.testing.assert_allclose(loss, 1.5 * expected, **cases.CLOSE)
 
     @every_mode
@@ -433,8 +435,8 @@ class TestSubclasses:
             def hybrid_forward(self, F, pred, label, sample_weight=None):
                 return super().hybrid_forward(F, pred, label, sample_weight) / 2
 
-        loss, gradient = mode(HalvedLoss(**self.OPTIONS), *batch)
-        expected, expected_gradient = reference.loss_and_gradient(*batch, **self.OPTIONS)
+        loss, gradient = mode(HalvedLoss(**TEN_CLASSES), *batch)
+        expected, expected_gradient = reference.loss_and_gradient(*batch, **TEN_CLASSES)
         np.testing.assert_allclose(loss, expected / 2, **cases.CLOSE)
         np.testing.assert_allclose(gradient, expected_gradient / 2, **cases.CLOSE)
 

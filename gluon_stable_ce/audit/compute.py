@@ -153,7 +153,7 @@ class _Tally:
         return np.abs(p.sum(axis=-1, dtype='float64') - 1) <= self.tolerance
 
     def _add_sums(self, nll, p):
-        """Add exact NLLs, (m,), and the stock ones of `p`, (m,) in `pred`'s dtype; return the stock ones."""
+        """Add exact NLLs, (m,), and those of both stock metrics from `p`, (m,); return the first."""
         stock_nll = (-np.log(p + self.eps)).astype('float64')
         self.exact += ExactSums.of(nll)
         self.under += ExactSums.of(nll[nll > (-math.log(self.eps) if self.eps else np.inf)])

@@ -10,6 +10,7 @@ from typing import List, Tuple
 
 import mxnet as mx
 import numpy as np
+from numpy.lib import format as npy
 
 _MAGIC = 0x112  # at the head of a file of mx.nd.save
 _CLASSIC, _NUMPY_SHAPE = (
@@ -82,7 +83,19 @@ def _check_not_empty(**arrays):
 
 
 def _read_npy(path):
-    return np.lib.format.open_memmap(path, mode='r')  # which refuses pickled objects
+    with open(path, 'rb') as file:
+        shape = _read_npy_shape(file)
+    if min(shape, default=0) < 0:  # NumPy would infer it, and crash the process if the dtype has no bytes
+        raise ValueError(f'expected a shape without negative sizes, got {shape}')
+    return npy.open_memmap(path, mode='r')  # which refuses pickled objects
+
+
+def _read_npy_shape(file):
+    readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+    version = npy.read_magic(file)
+    if version not in readers:  # 3 is for records, which are no predictions
+        raise ValueError(f'expected version 1 or 2 of the .npy format, got {version}')
+    return readers[version](file)[0]
 
 
 def _read_npz(path):
@@ -122,29 +135,29 @@ def _check_params(path):
     """
     with open(path, 'rb') as file:
         try:
-            versions = _walk_params(file, os.path.getsize(path))
+            versions = _walk_params(file)
         except struct.error as error:
             raise ValueError('the file is cut short') from error
+        if file.tell() != os.path.getsize(path):  # a seek goes past the end without an error
+            raise ValueError(f'expected {file.tell()} bytes, got {os.path.getsize(path)}')
     if len(versions) != 1:
         raise ValueError('expected arrays of one version of the format, and at least one')
     return versions == {_NUMPY_SHAPE}
 
 
-def _walk_params(file, size):
-    """Walk through all arrays and names without reading their contents; return the versions of the arrays."""
+def _walk_params(file):
+    """Move over all arrays and names without reading their contents; return the versions of the arrays."""
     magic, _, arrays = _unpack(file, 'QQQ')
     if magic != _MAGIC:
         raise ValueError('expected a file that mx.nd.save of MXNet 1.x has written')
-    versions = {_walk_array(file, size) for _ in range(arrays)}
+    versions = {_walk_array(file) for _ in range(arrays)}
     (names,) = _unpack(file, 'Q')
     for _ in range(names):
-        _skip(file, size, *_unpack(file, 'Q'))
-    if file.tell() != size:
-        raise ValueError(f'expected {file.tell()} bytes, got {size}')
+        file.seek(*_unpack(file, 'Q'), os.SEEK_CUR)
     return versions
 
 
-def _walk_array(file, size):
+def _walk_array(file):
     version, storage, axes = _unpack(file, 'Iii')
     if version not in (_CLASSIC, _NUMPY_SHAPE):
         raise ValueError('expected arrays that mx.nd.save of MXNet 1.x has written')
@@ -160,15 +173,9 @@ def _walk_array(file, size):
         raise ValueError(
             f"expected integers, float16, float32 or float64, got number {dtype} of MXNet's dtypes"
         )
-    _skip(file, size, math.prod(shape) * _ITEM_SIZES[dtype])
+    file.seek(math.prod(shape) * _ITEM_SIZES[dtype], os.SEEK_CUR)
     return version
 
 
 def _unpack(file, layout):
     return struct.unpack('<' + layout, file.read(struct.calcsize('<' + layout)))
-
-
-def _skip(file, size, count):
-    if count > size - file.tell():
-        raise ValueError('the file is cut short')
-    file.seek(count, os.SEEK_CUR)

@@ -1,0 +1,643 @@
+"""patch() and the command run: MXNet's own names stand for this package's loss and metrics, and scripts do not notice."""
+
+import abc
+import contextlib
+import copy
+import gc
+import os
+import pickle
+import re
+import subprocess
+import sys
+import threading
+import weakref
+
+import mxnet as mx
+import numpy as np
+import pytest
+from mxnet import autograd, gluon
+from mxnet.gluon.contrib import estimator
+from mxnet.gluon.loss import SoftmaxCELoss as ImportedBefore
+
+from gluon_stable_ce import StableCrossEntropy, StableLoss, StablePerplexity, StableSoftmaxCrossEntropyLoss
+from gluon_stable_ce.patch import Patch, patch, unpatch
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+SCRIPTS = os.path.join(HERE, 'scripts')
+STOCK = {
+    'SoftmaxCrossEntropyLoss': gluon.loss.SoftmaxCrossEntropyLoss,
+    'SoftmaxCELoss': gluon.loss.SoftmaxCELoss,
+    'CrossEntropy': mx.metric.CrossEntropy,
+    'Perplexity': mx.metric.Perplexity,
+    'Loss': mx.metric.Loss,
+}
+METRICS = {'CrossEntropy': StableCrossEntropy, 'Perplexity': StablePerplexity, 'Loss': StableLoss}
+REGISTERED = {
+    'ce': 'CrossEntropy',
+    'crossentropy': 'CrossEntropy',
+    'perplexity': 'Perplexity',
+    'loss': 'Loss',
+}
+
+
+def bindings():
+    """All that a patch may change, by identity."""
+    places = {name: getattr(gluon.loss if 'Softmax' in name else mx.metric, name) for name in STOCK}
+    own = {
+        (kind, name): value
+        for kind in STOCK.values()
+        for name, value in vars(kind).items()
+        if callable(value)
+    }
+    return places, own, mx.registry.get_registry(mx.metric.EvalMetric)
+
+
+@pytest.fixture(autouse=True)
+def restored():
+    """Each test leaves everything as it was."""
+    before = bindings()
+    yield
+    assert bindings() == before
+
+
+@pytest.fixture
+def patched():
+    with patch() as active:
+        yield active
+
+
+@pytest.fixture
+def logits(rng):
+    return mx.nd.array(rng.normal(0, 2, (6, 5)))
+
+
+LABEL = mx.nd.array([0, 1, 2, 3, 4, 0])
+
+
+# What is replaced
+
+
+def test_replaces_the_loss_by_both_names(patched, logits):
+    assert gluon.loss.SoftmaxCELoss is gluon.loss.SoftmaxCrossEntropyLoss
+    loss_fn = gluon.loss.SoftmaxCrossEntropyLoss()
+    assert isinstance(loss_fn, StableSoftmaxCrossEntropyLoss)
+    assert isinstance(loss_fn, STOCK['SoftmaxCELoss'])
+    np.testing.assert_allclose(
+        loss_fn(logits, LABEL).asnumpy(), ImportedBefore()(logits, LABEL).asnumpy(), atol=1e-5
+    )
+    assert loss_fn(mx.nd.array([[20, 0]]), mx.nd.array([0])).asscalar() >= 0
+
+
+@pytest.mark.parametrize('name', METRICS)
+def test_replaces_the_metrics(patched, name):
+    assert isinstance(getattr(mx.metric, name)(*[None] * (name == 'Perplexity')), METRICS[name])
+
+
+@pytest.mark.parametrize('name', REGISTERED)
+def test_replaces_the_metrics_that_create_finds_by_name(patched, name):
+    metric = mx.metric.create(name, **({'ignore_label': None} if name == 'perplexity' else {}))
+    assert type(metric) is getattr(mx.metric, REGISTERED[name])
+
+
+def test_a_patched_metric_has_no_floor(patched):
+    metric = mx.metric.create('ce')
+    metric.update([mx.nd.array([0])], [mx.nd.array([[1e-43, 1]])])
+    assert metric.get() == ('cross-entropy', pytest.approx(99.02, abs=0.01))
+
+
+def test_composite_metrics_hold_the_replacements(patched):
+    acc, ce = mx.metric.create(['acc', 'ce']).metrics
+    assert type(acc) is mx.metric.Accuracy
+    assert isinstance(ce, StableCrossEntropy)
+
+
+def test_metric_configuration_makes_the_metric_again(patched):
+    metric = mx.metric.Perplexity(0, name='ppl')
+    again = mx.metric.create(metric.get_config())
+    assert type(again) is type(metric)
+    assert again.get_config() == metric.get_config()
+
+
+def test_the_loss_has_gluons_name(patched):
+    """So a log of Estimator, or a file of parameters, has the names that it has without the patch."""
+    assert re.fullmatch(r'softmaxcrossentropyloss\d+', gluon.loss.SoftmaxCELoss().name)
+    assert gluon.loss.SoftmaxCELoss(prefix='a_').prefix == 'a_'
+
+
+# Until when
+
+
+def test_unpatch_restores():
+    before = bindings()
+    assert isinstance(patch(), Patch)
+    assert gluon.loss.SoftmaxCELoss is not STOCK['SoftmaxCELoss']
+    unpatch()
+    assert bindings() == before
+
+
+def test_an_exception_restores():
+    with pytest.raises(KeyError), patch():
+        raise KeyError
+
+
+def test_unpatch_without_a_patch():
+    with pytest.raises(RuntimeError, match='unpatch: expected a patch'):
+        unpatch()
+
+
+def test_nested_patches_restore_one_level_each(logits):
+    with patch(ignore_label=0):
+        outer = bindings()
+        with patch(ignore_label=1):
+            assert bindings()[0] != outer[0]
+            assert gluon.loss.SoftmaxCELoss()(logits, LABEL).asnumpy()[1] == 0
+        assert bindings() == outer
+        patch()
+        assert gluon.loss.SoftmaxCELoss()(logits, LABEL).asnumpy().all()
+        unpatch()
+        assert gluon.loss.SoftmaxCELoss()(logits, LABEL).asnumpy()[0] == 0
+
+
+def test_leaving_the_block_undoes_the_patches_made_inside():
+    with patch():
+        patch(ignore_label=-1)
+        patch()
+    assert gluon.loss.SoftmaxCELoss is STOCK['SoftmaxCELoss']
+
+
+def test_leaving_the_block_after_unpatch():
+    with patch():
+        with patch():
+            unpatch()
+        assert gluon.loss.SoftmaxCELoss is not STOCK['SoftmaxCELoss']
+
+
+def test_restores_a_name_that_somebody_else_had_replaced(monkeypatch):
+    other = type('Other', (STOCK['CrossEntropy'],), {})
+    monkeypatch.setattr(mx.metric, 'CrossEntropy', other)
+    with patch():
+        assert isinstance(mx.metric.CrossEntropy(), StableCrossEntropy)
+    assert mx.metric.CrossEntropy is other
+
+
+def test_objects_go_on_after_unpatch(logits):
+    with patch(ignore_label=0):
+        loss_fn, metric = gluon.loss.SoftmaxCELoss(), mx.metric.create('ce')
+    assert loss_fn(logits, LABEL).asnumpy()[0] == 0
+    metric.update([LABEL], [mx.nd.softmax(logits)])
+    assert 0 < metric.get()[1] < 10
+
+
+def test_a_patch_that_is_undone_is_not_kept():
+    with patch() as active:
+        gluon.loss.SoftmaxCELoss()
+    reference = weakref.ref(active)
+    del active
+    gc.collect()
+    assert reference() is None
+
+
+# Options of the loss
+
+
+@pytest.mark.parametrize(
+    ('args', 'kwargs', 'axis'),
+    [((), {}, 1), ((-1,), {}, -1), ((), {'axis': -1}, -1)],
+    ids=['default', 'positional', 'keyword'],
+)
+def test_arguments_win_over_the_options_of_the_patch(args, kwargs, axis):
+    with patch(axis=1, batch_axis=0):
+        assert gluon.loss.SoftmaxCELoss(*args, **kwargs)._axis == axis
+
+
+def test_positional_arguments_are_gluons(patched, logits):
+    probs = mx.nd.one_hot(LABEL, 5)
+    ours = gluon.loss.SoftmaxCELoss(-1, False, True, 0.5, 0)(mx.nd.log_softmax(logits), probs)
+    stock = ImportedBefore(-1, False, True, 0.5, 0)(mx.nd.log_softmax(logits), probs)
+    np.testing.assert_allclose(ours.asnumpy(), stock.asnumpy(), atol=1e-5)
+
+
+def test_options_that_a_call_rules_out_are_left_out(logits):
+    with patch(ignore_label=-1, invalid_label='raise', lse_square_scale=0.1, label_smoothing=0.1):
+        gluon.loss.SoftmaxCELoss(sparse_label=False)(logits, mx.nd.one_hot(LABEL, 5))
+        gluon.loss.SoftmaxCELoss(-1, False)(logits, mx.nd.one_hot(LABEL, 5))
+        gluon.loss.SoftmaxCELoss(from_logits=True)(mx.nd.log_softmax(logits), LABEL)
+        with pytest.raises(ValueError, match='label'):
+            gluon.loss.SoftmaxCELoss()(logits, LABEL + 1)
+
+
+def test_scripts_may_use_this_packages_options(patched, logits):
+    assert gluon.loss.SoftmaxCELoss(ignore_label=0)(logits, LABEL).asnumpy()[0] == 0
+
+
+@pytest.mark.parametrize(
+    ('options', 'error'),
+    [({'ignore_label': 'pad'}, TypeError), ({'label_smoothing': 2}, ValueError), ({'colour': 1}, TypeError)],
+)
+def test_rejects_options_that_the_loss_does_not_take(options, error):
+    before = bindings()
+    with pytest.raises(error, match=next(iter(options))):
+        patch(**options)
+    assert bindings() == before
+
+
+# Arguments of stock metrics
+
+
+def test_perplexity_takes_ignore_label_first(patched):
+    """Three rows of three classes, where an axis of 0 would fit as well."""
+    probs = mx.nd.array([[0.5, 0.25, 0.25], [0.25, 0.5, 0.25], [0.125, 0.375, 0.5]])
+    metric = mx.metric.Perplexity(0)
+    metric.update([mx.nd.array([0, 1, 1])], [probs])
+    assert metric.get()[1] == pytest.approx((0.5 * 0.375) ** -0.5)
+    assert mx.metric.Perplexity(-1, -1, 'ppl').name == 'ppl'
+
+
+def test_loss_metric_takes_a_name_first(patched):
+    metric = mx.metric.Loss('CrossEntropy')
+    metric.update(0, [mx.nd.array([1, 2]), mx.nd.array([3])])
+    assert metric.get() == ('CrossEntropy', 2)
+
+
+def test_loss_metric_reads_arrays_before_they_are_written_over(patched):
+    metric, values = mx.metric.Loss(), mx.nd.array([1, 2])
+    metric.update(None, values)
+    values[:] = 100
+    metric.update(None, [values])
+    values[:] = 0
+    assert metric.get()[1] == (1 + 2 + 200) / 4
+
+
+def test_eps_is_ignored_with_a_warning(patched):
+    for make in (lambda: mx.metric.CrossEntropy(1e-3), lambda: mx.metric.create('ce', eps=1e-3)):
+        with pytest.warns(UserWarning, match=r'eps: 0\.001 is ignored'):
+            metric = make()
+        assert metric.eps == 1e-3
+        metric.update([mx.nd.array([0])], [mx.nd.array([[0.5, 0.5]])])
+        assert metric.get()[1] == pytest.approx(np.log(2), rel=1e-12)
+
+
+def test_no_warning_without_eps(patched, recwarn):
+    assert mx.metric.CrossEntropy(name='ce').eps == 1e-12
+    assert not [warning for warning in recwarn if 'eps' in str(warning.message)]
+
+
+# isinstance and subclasses
+
+
+def test_isinstance_of_objects_made_before():
+    loss_fn, metric = STOCK['SoftmaxCELoss'](), STOCK['CrossEntropy']()
+    subclass = type('Subclass', (STOCK['SoftmaxCELoss'],), {})
+    with patch():
+        assert isinstance(loss_fn, gluon.loss.SoftmaxCELoss)
+        assert isinstance(subclass(), gluon.loss.SoftmaxCELoss)
+        assert isinstance(metric, mx.metric.CrossEntropy)
+        assert not isinstance(metric, mx.metric.Perplexity)
+
+
+def test_isinstance_of_the_replacements(patched):
+    perplexity = mx.metric.Perplexity(None)
+    assert isinstance(perplexity, mx.metric.Perplexity)
+    assert isinstance(perplexity, mx.metric.EvalMetric)
+    assert not isinstance(perplexity, (mx.metric.CrossEntropy, mx.metric.Loss, mx.metric.Accuracy))
+    assert not isinstance(gluon.loss.L2Loss(), gluon.loss.SoftmaxCELoss)
+    assert isinstance(StableSoftmaxCrossEntropyLoss(), gluon.loss.SoftmaxCELoss)
+    assert not isinstance(3, gluon.loss.SoftmaxCELoss)
+    assert issubclass(gluon.loss.SoftmaxCELoss, gluon.loss.Loss)
+    with pytest.raises(TypeError):
+        issubclass(3, gluon.loss.SoftmaxCELoss)
+    with patch():
+        assert isinstance(perplexity, mx.metric.Perplexity)
+
+
+def test_isinstance_of_a_subclass_is_about_the_subclass(patched):
+    class Subclass(gluon.loss.SoftmaxCELoss):
+        pass
+
+    assert isinstance(Subclass(), Subclass)
+    assert isinstance(Subclass(), gluon.loss.SoftmaxCELoss)
+    assert not isinstance(gluon.loss.SoftmaxCELoss(), Subclass)
+    assert not isinstance(ImportedBefore(), Subclass)
+
+
+def masked_loss():
+    """A subclass as clients write it, of what the name stands for now."""
+
+    class MaskedLoss(gluon.loss.SoftmaxCrossEntropyLoss):
+        def __init__(
+            self, axis=-1, sparse_label=True, from_logits=False, weight=None, batch_axis=0, **kwargs
+        ):
+            super().__init__(axis, sparse_label, from_logits, weight, batch_axis, **kwargs)
+
+        def hybrid_forward(self, F, pred, label, valid_length):
+            weight = F.expand_dims(F.ones_like(label), axis=-1)
+            weight = F.SequenceMask(weight, sequence_length=valid_length, use_sequence_length=True, axis=1)
+            return super().hybrid_forward(F, pred, label, weight)
+
+    return MaskedLoss
+
+
+@pytest.mark.parametrize('hybridize', [False, True], ids=['eager', 'hybrid'])
+def test_subclass_with_a_mask(rng, hybridize):
+    pred, label = mx.nd.array(rng.normal(0, 1, (3, 4, 5))), mx.nd.array(rng.randint(0, 5, (3, 4)))
+    lengths = mx.nd.array([4, 2, 1])
+    losses, gradients = [], []
+    with patch():
+        ours = masked_loss()
+    for kind in (ours, masked_loss()):
+        loss_fn = kind()
+        loss_fn.hybridize(hybridize)
+        pred.attach_grad()
+        with autograd.record():
+            loss = loss_fn(pred, label, lengths)
+        loss.backward()
+        losses.append(loss.asnumpy())
+        gradients.append(pred.grad.asnumpy())
+    assert issubclass(ours, StableSoftmaxCrossEntropyLoss)
+    np.testing.assert_allclose(*losses, atol=1e-5)
+    np.testing.assert_allclose(*gradients, atol=1e-6)
+
+
+def test_subclass_with_the_name_of_its_base(patched, logits):
+    class SoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
+        def __init__(self, **kwargs):
+            super(SoftmaxCrossEntropyLoss, self).__init__(**kwargs)  # noqa: UP008
+
+    assert SoftmaxCrossEntropyLoss()(logits, LABEL).shape == (6,)
+
+
+def test_subclass_with_an_abstract_base_class(patched, logits):
+    class Named(abc.ABC):
+        @abc.abstractmethod
+        def title(self):
+            pass
+
+    class NamedLoss(gluon.loss.SoftmaxCELoss, Named):
+        def title(self):
+            return 'loss'
+
+    assert NamedLoss().title() == 'loss'
+    assert NamedLoss()(logits, LABEL).shape == (6,)
+
+
+def test_subclass_of_the_loss_metric_that_adds_up_by_itself(patched):
+    class Mean(mx.metric.Loss):
+        def update(self, _, preds):
+            for value, count in preds:
+                self.sum_metric += value
+                self.num_inst += count
+
+    metric = Mean('mean')
+    metric.update(None, [(3, 2), (1, 2)])
+    assert metric.get() == ('mean', 1)
+
+
+# The stock classes go on
+
+
+def test_stock_classes_work_while_their_names_are_replaced(patched, logits):
+    assert type(ImportedBefore()) is STOCK['SoftmaxCELoss']
+    assert ImportedBefore()(logits, LABEL).shape == (6,)
+    for name in METRICS:
+        stock = STOCK[name](*[None] * (name == 'Perplexity'))
+        assert stock.name in ('cross-entropy', 'perplexity', 'loss')
+    assert mx.metric.Torch().name == 'torch'
+    assert mx.metric.create('caffe').name == 'caffe'
+
+
+def test_subclasses_made_before_the_patch_stay_stock(rng):
+    kind = masked_loss()
+    with patch() as active:
+        loss = kind()(mx.nd.array(rng.normal(0, 1, (3, 4, 5))), mx.nd.zeros((3, 4)), mx.nd.array([4, 2, 1]))
+    assert loss.shape == (3,)
+    assert active.losses == 0
+
+
+@pytest.mark.parametrize(
+    'kind', [StableSoftmaxCrossEntropyLoss, StableLoss, StableCrossEntropy], ids=lambda kind: kind.__name__
+)
+def test_no_recursion_if_a_name_is_bound_to_this_packages_class_by_hand(monkeypatch, kind):
+    """Item 5 of the issue: gluon's own __init__ looks its name up."""
+    module, name = {
+        StableSoftmaxCrossEntropyLoss: (gluon.loss, 'SoftmaxCrossEntropyLoss'),
+        StableLoss: (mx.metric, 'Loss'),
+        StableCrossEntropy: (mx.metric, 'CrossEntropy'),
+    }[kind]
+    monkeypatch.setattr(module, name, kind)
+    assert isinstance(getattr(module, name)(), kind)
+    with patch():
+        assert isinstance(getattr(module, name)(), kind)
+        assert isinstance(kind(), kind)
+    assert getattr(module, name) is kind
+
+
+# Pickle, copies, threads, Estimator
+
+
+@pytest.mark.parametrize('active', [True, False], ids=['patched', 'unpatched'])
+def test_pickles_do_not_need_a_patch(logits, active):
+    with patch(ignore_label=0):
+        loss_fn, metric = gluon.loss.SoftmaxCELoss(), mx.metric.Perplexity(0)
+        metric.update([LABEL], [mx.nd.softmax(logits)])
+        data = pickle.dumps((loss_fn, metric))
+    with patch() if active else contextlib.nullcontext():
+        loss_again, metric_again = pickle.loads(data)
+        names = gluon.loss.SoftmaxCELoss, mx.metric.Perplexity
+    expected = names if active else (StableSoftmaxCrossEntropyLoss, StablePerplexity)
+    assert (type(loss_again), type(metric_again)) == expected
+    np.testing.assert_array_equal(loss_again(logits, LABEL).asnumpy(), loss_fn(logits, LABEL).asnumpy())
+    assert metric_again.get() == metric.get()
+
+
+def test_copies_have_the_class(patched):
+    for thing in (gluon.loss.SoftmaxCELoss(), mx.metric.Loss(), mx.metric.create('ce')):
+        assert type(copy.deepcopy(thing)) is type(thing)
+        assert type(copy.copy(thing)) is type(thing)
+
+
+def test_counts_from_several_threads(patched):
+    threads = [threading.Thread(target=lambda: [mx.metric.Loss() for _ in range(50)]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert patched.metrics == 200
+    assert repr(patched) == '<patch(): 0 losses and 200 metrics were replaced>'
+
+
+def test_estimator(patched, rng):
+    data = gluon.data.ArrayDataset(
+        rng.normal(0, 1, (16, 4)).astype('float32'), rng.randint(0, 3, 16).astype('float32')
+    )
+    net = gluon.nn.Dense(3)
+    net.initialize()
+    job = estimator.Estimator(
+        net, gluon.loss.SoftmaxCELoss(), trainer=gluon.Trainer(net.collect_params(), 'sgd')
+    )
+    job.fit(gluon.data.DataLoader(data, 4), val_data=gluon.data.DataLoader(data, 4), epochs=1)
+    accuracy, loss = job.train_metrics
+    assert type(accuracy) is mx.metric.Accuracy
+    assert loss.name == 'training softmaxcrossentropyloss'
+
+
+# The command run
+
+
+def python(*command, folder=None, check=0):
+    """Run Python with the package on its path. Return what it printed on stdout and stderr."""
+    env = dict(os.environ, PYTHONPATH=os.path.dirname(HERE))
+    command = [sys.executable, '-W', 'ignore::DeprecationWarning', *command]
+    done = subprocess.run(
+        command, env=env, cwd=folder, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == check, done.stderr
+    return done.stdout, done.stderr
+
+
+def run(*args, **kwargs):
+    return python('-m', 'gluon_stable_ce', 'run', *args, **kwargs)
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text, name='script.py'):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+        return str(tmp_path / name)
+
+    return write
+
+
+def numbers(text):
+    """The lines, with each number apart from the words around it."""
+    pattern = re.compile(r'-?\d+\.\d+')
+    return pattern.sub('#', text), [float(number) for number in pattern.findall(text)]
+
+
+SCRIPT_NAMES = ['bucketing.py', 'segmentation.py', 'seq2seq.py', 'ssd.py', 'word_language_model.py']
+
+
+def test_all_scripts_are_run_and_none_names_this_package():
+    pytest_files = {'__init__.py', 'conftest.py'}
+    assert {name for name in os.listdir(SCRIPTS) if name.endswith('.py')} == pytest_files.union(SCRIPT_NAMES)
+    for name in SCRIPT_NAMES:
+        with open(os.path.join(SCRIPTS, name), encoding='utf-8') as script:
+            assert not re.search('stable', script.read(), re.IGNORECASE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', SCRIPT_NAMES)
+def test_scripts_print_the_same_numbers(name, tmp_path):
+    """To a relative 1e-4."""
+    script = os.path.join(SCRIPTS, name)
+    words, expected = numbers(python(script, folder=tmp_path)[0])
+    out, err = run(script, folder=tmp_path)
+    words_again, values = numbers(out)
+    assert words_again == words
+    assert len(expected) >= 3
+    np.testing.assert_allclose(values, expected, rtol=1e-4)
+    losses, metrics = map(int, re.search(r'(\d+) loss(?:es)? and (\d+) metrics? were replaced', err).groups())
+    assert losses >= 1
+    assert metrics >= 1
+
+
+SAY = """
+import os, sys
+import mxnet as mx
+print(sys.argv)
+print(sys.path[0])
+print(__name__, os.path.basename(__file__), sys.modules['__main__'].__dict__ is globals())
+print(type(mx.gluon.loss.SoftmaxCELoss()).__mro__[2].__name__)
+"""
+
+
+def test_run_gives_the_script_its_arguments_and_path(write, tmp_path):
+    script = write(SAY)
+    args = ['--ignore-label', '7', '-m', '--l', '--help', '--', 'last', '--version', '-1']
+    out, err = run('--ignore-label', '-1', script, *args)
+    assert out.splitlines() == [
+        str([script, *args]),
+        str(tmp_path.resolve()),
+        '__main__ script.py True',
+        'StableSoftmaxCrossEntropyLoss',
+    ]
+    first, last = [line for line in err.splitlines() if line.startswith('gluon_stable_ce: ')]
+    assert 'mxnet.gluon.loss.SoftmaxCELoss' in first
+    assert "{'ignore_label': -1}" in first
+    assert last == 'gluon_stable_ce: 1 loss and 0 metrics were replaced'
+
+
+@pytest.mark.slow
+def test_run_module(write, tmp_path):
+    write('', 'package/__init__.py')
+    write(SAY, 'package/job.py')
+    out, _ = run('--label-smoothing', '0.1', '-m', 'package.job', '-m', 'x', folder=tmp_path)
+    lines = out.splitlines()
+    assert lines[0] == str([str(tmp_path / 'package' / 'job.py'), '-m', 'x'])
+    assert lines[1] == str(tmp_path)
+    assert lines[3] == 'StableSoftmaxCrossEntropyLoss'
+
+
+@pytest.mark.slow
+def test_run_folder_and_sibling_modules(write, tmp_path):
+    write('from sibling import x\nprint(x)', 'app/__main__.py')
+    write('x = 5', 'app/sibling.py')
+    assert run(str(tmp_path / 'app'))[0] == '5\n'
+    assert run('--', str(tmp_path / 'app'))[0] == '5\n'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('end', 'code'),
+    [('sys.exit(3)', 3), ('sys.exit()', 0), ("sys.exit('gone')", 1), ('raise KeyError("gone")', 1)],
+)
+def test_run_passes_exit_codes_and_exceptions_through(write, end, code):
+    _, err = run(write(f'import sys, mxnet as mx\nmx.metric.Loss()\n{end}\n'), check=code)
+    assert 'gluon_stable_ce: 0 losses and 1 metric were replaced\n' in err
+    assert ('gone' in err) == ('gone' in end)
+    assert ('Traceback' in err) == ('raise' in end)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('end', ['', 'raise SystemExit'])
+def test_run_waits_for_threads(write, end):
+    script = """
+import threading, time
+import mxnet as mx
+def work():
+    time.sleep(0.5)
+    print(mx.metric.Loss().name, type(mx.metric.Loss()).__mro__[2].__name__)
+threading.Thread(target=work).start()
+"""
+    out, err = run(write(script + end))
+    assert out == 'loss StableLoss\n'
+    assert '0 losses and 2 metrics' in err
+
+
+@pytest.mark.slow
+def test_run_reports_once_if_the_script_forks(write):
+    script = 'import os, sys\npid = os.fork()\nif not pid:\n    sys.exit()\nos.waitpid(pid, 0)\n'
+    _, err = run(write(script))
+    assert err.count('were replaced') == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('args', 'message'),
+    [
+        (['no-such-file.py'], "script: expected a file, got 'no-such-file.py'"),
+        (['--label-smoothing', '2', __file__], 'label_smoothing: expected a number from 0 to 1, got 2'),
+        ([], 'the following arguments are required: script'),
+        (['--ignore', '1', __file__], 'error:'),
+    ],
+    ids=['file', 'option', 'nothing', 'abbreviation'],
+)
+def test_run_refuses(args, message):
+    assert message in run(*args, check=2)[1]
+
+
+@pytest.mark.slow
+def test_run_class_weight(write):
+    script = 'import mxnet as mx\nprint(mx.gluon.loss.SoftmaxCELoss()(mx.nd.zeros((2, 2)), mx.nd.array([0, 1])).asnumpy().tolist())'
+    out, _ = run('--class-weight', '1,0', write(script))
+    assert out.endswith(', 0.0]\n')
