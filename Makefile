@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 MATRIX := 1.8.0.post0 1.7.0.post2 1.6.0
 
-.PHONY: help demo test quick fuzz bench docs test-clients test-matrix clean
+.PHONY: help demo test quick fuzz bench docs test-clients test-matrix test-horovod clean
 
 help:
 	@echo 'make demo         train on real digits, and compare the metrics (examples/digits.py)'
@@ -15,6 +15,7 @@ help:
 	@echo 'make docs         the API reference as HTML'
 	@echo 'make test-clients the losses, metrics and loops of other packages, patched and beside stock'
 	@echo 'make test-matrix  the tests on every supported MXNet'
+	@echo 'make test-horovod the tests of all_reduce over Horovod, which it compiles first'
 	@echo 'make clean        remove all environments'
 
 demo: $(VENV)/.cpu-demo
@@ -52,6 +53,23 @@ test-matrix: $(MATRIX:%=.venv-%/.ready)
 .venv-%/.ready: setup.cfg
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --quiet --editable '.[test]' 'mxnet==$*'
+	touch $@
+
+# Horovod is compiled for this MXNet, with g++, which takes some minutes once. pip must not take a wheel of another build
+# from its cache. Its packages are listed here, as its metadata names none of them for MXNet.
+test-horovod: .venv-horovod/.ready
+	.venv-horovod/bin/python -m pytest -rs tests/horovod $(ARGS)
+
+HOROVOD := HOROVOD_WITH_MXNET=1 HOROVOD_WITH_GLOO=1 HOROVOD_WITHOUT_MPI=1 HOROVOD_WITHOUT_PYTORCH=1 HOROVOD_WITHOUT_TENSORFLOW=1 \
+    MAKEFLAGS=-j$$(nproc)
+
+.venv-horovod/.ready: setup.cfg
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet 'mxnet==1.9.1' 'numpy<1.24' 'setuptools<81' wheel 'cmake<4' \
+	    cffi cloudpickle packaging psutil pyyaml hypothesis pytest
+	PATH="$(CURDIR)/$(@D)/bin:$$PATH" $(HOROVOD) $(@D)/bin/pip install --no-cache-dir --no-build-isolation --no-deps \
+	    'horovod==0.28.1'
+	$(@D)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
 docs: $(VENV)/.cpu-docs

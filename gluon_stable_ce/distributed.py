@@ -1,8 +1,10 @@
-"""Exact all-reduce of integers over the workers of an MXNet KVStore.
+"""Exact all-reduce of integers over the workers of an MXNet KVStore or of a Horovod job.
 
 The result does not depend on what the store does to the gradients that it carries.
 """
 
+import os
+import sys
 from itertools import count
 from numbers import Integral
 from typing import Any, List
@@ -19,7 +21,7 @@ _KEYS = (key for key in count(2**16) if key * 9973 % 2**32 < 2**31)
 
 
 def all_reduce(store: Any, numbers: List[int]) -> List[int]:
-    """Sum each of `numbers` over all workers of a store, exactly.
+    """Sum each of `numbers` over all workers of a store or of Horovod, exactly.
 
     This is a collective call: it returns when every worker has made it.
 
@@ -32,10 +34,16 @@ def all_reduce(store: Any, numbers: List[int]) -> List[int]:
 
     Parameters
     ----------
-    store : mxnet.kv.KVStore, or an object with `rank`, `num_workers` and `pushpull`
-        What ``mx.kv.create`` returns. With one worker ('local', 'device') the sums are the numbers. A store
-        that is not an ``mx.kv.KVStore``, such as one that is registered with
-        ``mx.kv.KVStoreBase.register``, must sum float64 arrays in ``pushpull(key, value, out=out)``.
+    store : mxnet.kv.KVStore, module horovod.mxnet, or object with `rank`, `num_workers` and `pushpull`
+        A store is what ``mx.kv.create`` returns. With one worker ('local', 'device') the sums are the
+        numbers.
+
+        In a job of Horovod 0.24 or later: the module, that is `hvd` of ``import horovod.mxnet as hvd``, after
+        ``hvd.init()``. MXNet 1.x has no store for Horovod: ``mx.kv.create('horovod')`` returns a store of one
+        worker.
+
+        Any other store, such as one that is registered with ``mx.kv.KVStoreBase.register``, must sum float64
+        arrays in ``pushpull(key, value, out=out)``.
     numbers : list of int
         Integers from -2**2239 to 2**2239 - 1. Every worker gives equally many, in the same order.
 
@@ -47,33 +55,34 @@ def all_reduce(store: Any, numbers: List[int]) -> List[int]:
     Raises
     ------
     TypeError, ValueError
-        If an argument is not as described above. Then nothing is sent, and the other workers go on waiting
-        for this one.
+        If an argument is not as described above, if Horovod is not initialised, or if a store has one worker
+        in a job of several Horovod processes. Then nothing is sent, and the other workers go on waiting for
+        this one.
     RuntimeError
         If the keys of the store are strings (`Module` uses strings, `gluon.Trainer` integers), if it
         compresses gradients, or if it returns other values than were sent. Every worker raises it.
 
     Notes
     -----
-    A call waits for all work that is queued in this process. It leaves up to 2 kB per number and worker on
-    the servers and in each process, since MXNet never frees a key. It uses integer keys from 2**16 on; those
-    below are free for other use. A worker that is restarted while the servers go on running cannot join,
-    since it counts keys from the beginning.
+    With servers, a call waits for all work that is queued in this process. It leaves up to 2 kB per number
+    and worker on the servers and in each process, since MXNet never frees a key. It uses integer keys from
+    2**16 on; those below are free for other use. A worker that is restarted while the servers go on running
+    cannot join, since it counts keys from the beginning.
 
     The tests run real processes on one machine: 'dist_sync', 'dist_device_sync' and 'dist_async' with one and
-    two servers and two and three workers; 'local' and 'device'. Horovod and BytePS are replaced by a Python
-    store with the same interface. Horovod, BytePS and several machines were not run.
+    two servers and two and three workers; 'local' and 'device'; Horovod 0.28.1 over Gloo with two and three
+    processes. BytePS is replaced by a Python store with the same interface. BytePS, Horovod over MPI or NCCL,
+    and several machines were not run.
 
     Examples
     --------
     >>> all_reduce(mx.kv.create('local'), [3, -2 ** 1126])[0]
     3
     """
-    rank, workers = _place(store)
+    rank, workers, exchange = _way_of(store)
     row = _row_of(rank, numbers)
     if workers == 1:
         return [int(number) for number in numbers]
-    exchange = _over_servers if isinstance(store, mx.kv.KVStore) else _by_pushpull
     rows = exchange(store, rank, workers, row)  # (workers, 2 + limbs)
     limbs = rows.astype('<u2')
     heads = np.stack([np.arange(1, workers + 1), limbs[:, 2:].sum(axis=1) % 2**16], axis=1)
@@ -105,13 +114,25 @@ def _over_servers(store, rank, workers, row):
     return np.stack([row.asnumpy() for row in rows])
 
 
+def _by_allreduce(hvd, rank, workers, row):
+    """Exchange the rows of all workers by a sum over the Horovod processes."""
+    rows = _alone(rank, workers, row)
+    return hvd.allreduce(rows, op=hvd.Sum, name=f'gluon_stable_ce.all_reduce.{len(row)}').asnumpy()
+
+
 def _by_pushpull(store, rank, workers, row):
-    """Exchange the rows of all workers by a sum of arrays that are zero in all other rows."""
+    """Exchange the rows of all workers by a sum over the workers of a store without servers."""
+    rows = _alone(rank, workers, row)
+    total = mx.nd.zeros(rows.shape, dtype='float64')
+    store.pushpull(f'gluon_stable_ce.all_reduce.{len(row)}', rows, out=total)
+    return total.asnumpy()
+
+
+def _alone(rank, workers, row):
+    """Return an array with the row of this worker, (workers, len(row)). It is 0 in the rows of the others."""
     rows = np.zeros((workers, len(row)))
     rows[rank] = row
-    total = mx.nd.zeros(rows.shape, dtype='float64')
-    store.pushpull(f'gluon_stable_ce.all_reduce.{len(row)}', mx.nd.array(rows, dtype='float64'), out=total)
-    return total.asnumpy()
+    return mx.nd.array(rows, dtype='float64')
 
 
 def _row_of(rank, numbers):
@@ -129,13 +150,30 @@ def _row_of(rank, numbers):
     return np.concatenate([[rank + 1, limbs.sum() % 2**16], limbs])
 
 
-def _place(store):
-    """Return the rank and the number of workers."""
+def _way_of(store):
+    """Return the rank, the number of workers, and the function that exchanges their rows."""
+    if all(callable(getattr(store, name, None)) for name in ('rank', 'size', 'allreduce')):
+        return store.rank(), store.size(), _by_allreduce
     rank, workers = getattr(store, 'rank', None), getattr(store, 'num_workers', None)
-    known = isinstance(store, mx.kv.KVStore) or callable(getattr(store, 'pushpull', None))
+    has_servers = isinstance(store, mx.kv.KVStore)
+    known = has_servers or callable(getattr(store, 'pushpull', None))
     if not (known and isinstance(rank, int) and isinstance(workers, int)):
         raise TypeError(
-            'store: expected a store as mx.kv.create makes it, or with rank, num_workers and pushpull; '
-            f'got {store!r:.80}'
+            'store: expected a store as mx.kv.create makes it, the module horovod.mxnet, or an object with '
+            f'rank, num_workers and pushpull; got {store!r:.80}'
         )
-    return rank, workers
+    if workers == 1 and _horovod_processes() > 1:
+        raise ValueError(
+            f'store: expected the module horovod.mxnet, as this is one of {_horovod_processes()} Horovod '
+            f'processes; got a store of type {getattr(store, "type", None)!r}, which has one worker. '
+            'Pass hvd of `import horovod.mxnet as hvd`'
+        )
+    return rank, workers, _over_servers if has_servers else _by_pushpull
+
+
+def _horovod_processes():
+    """Return how many processes the Horovod job has that this process is one of; 1 if there is none."""
+    hvd = sys.modules.get('horovod.mxnet')
+    if hvd is not None and hvd.is_initialized():
+        return hvd.size()
+    return int(os.environ.get('HOROVOD_SIZE', 1))  # which horovodrun sets

@@ -46,11 +46,13 @@ def export_model(
     ----------
     sym, params : str and str, Symbol and dict, or Symbol and list of two dicts
         The files that ``block.export`` writes, or a graph and its parameters.
-    in_shapes, in_types : list of tuple, list of dtype
-        Shapes and dtypes of the inputs in the order of ``sym.list_inputs()``. That is the order in which the
-        graph first reads them, so the label may come first.
+    in_shapes, in_types : dict or list of tuple, dict or list of dtype
+        Shapes and dtypes of the inputs. A dict has them by the name of the input. A list has them in the
+        order of ``sym.list_inputs()``. That is the order in which the graph first reads them, so the label
+        may come first. A single dtype is that of all inputs.
     onnx_file_path, verbose, dynamic, dynamic_input_shapes, run_shape_inference, input_type, input_shape
         As in MXNet. With ``dynamic=True``, None in `dynamic_input_shapes` stands for an axis of any length.
+        `dynamic_input_shapes`, `input_type` and `input_shape` may be dicts, too.
     opset_version : int, 12 or 13
         The opset of the model.
 
@@ -64,33 +66,71 @@ def export_model(
     ImportError
         If onnx is not installed, or MXNet is older than 1.9.
     ValueError
-        If `opset_version` is another opset.
+        If `opset_version` is another opset, or if a dict lacks an input or has a name that no input has.
     NotImplementedError
         If an operator has options that no converter handles.
 
     Examples
     --------
     >>> files = 'net-symbol.json', 'net-0000.params'
-    >>> export_model(*files, [(8, 3, 32, 32), (8,)], onnx_file_path='net.onnx')  # doctest: +SKIP
+    >>> shapes = {'data0': (8, 3, 32, 32), 'data1': (8,)}
+    >>> export_model(*files, shapes, onnx_file_path='net.onnx')  # doctest: +SKIP
     'net.onnx'
     """
     onnx = _import_onnx()
     if opset_version not in _OPSETS:
         raise ValueError(f'opset_version: expected {" or ".join(map(str, _OPSETS))}, got {opset_version!r}')
+    given = {
+        'in_shapes': in_shapes,
+        'in_types': in_types,
+        'dynamic_input_shapes': dynamic_input_shapes,
+        'input_type': input_type,
+        'input_shape': input_shape,
+    }
     with _LOCK, _newest_opset(onnx, opset_version), _registered(opset_version):
         return mx.onnx.export_model(
             sym,
             params,
-            in_shapes,
-            in_types,
-            onnx_file_path,
-            verbose,
-            dynamic,
-            dynamic_input_shapes,
-            run_shape_inference,
-            input_type,
-            input_shape,
+            onnx_file_path=onnx_file_path,
+            verbose=verbose,
+            dynamic=dynamic,
+            run_shape_inference=run_shape_inference,
+            **_lists_of(given, sym, params),
         )
+
+
+def _lists_of(given, sym, params):
+    """Return the arguments with lists in MXNet's order in place of dicts by the name of the input."""
+    if not any(isinstance(values, dict) for values in given.values()):
+        return given
+    inputs = _inputs_of(sym, params)
+    return {
+        argument: _list_of(argument, values, inputs) if isinstance(values, dict) else values
+        for argument, values in given.items()
+    }
+
+
+def _list_of(argument, values, inputs):
+    missing = [name for name in inputs if name not in values]
+    unknown = [name for name in values if name not in inputs]
+    if missing or unknown:
+        raise ValueError(
+            f'{argument}: expected a dict with the inputs {inputs}, got {list(values)}; '
+            f'missing: {missing}, unknown: {unknown}'
+        )
+    return [values[name] for name in inputs]
+
+
+def _inputs_of(sym, params):
+    """Return the names of a graph's inputs: all that have no value, but for the label of an output layer."""
+    if isinstance(sym, str):
+        sym = mx.sym.load(sym)
+    if isinstance(params, str):
+        params = {key.split(':', 1)[-1] for key in mx.nd.load(params)}  # arg:weight
+    elif not isinstance(params, dict):
+        params = set().union(*params)
+    label = f'{list(sym.get_internals())[-1].name}_label'  # such as softmax_label, which MXNet leaves out
+    return [name for name in sym.list_inputs() if name not in params and name != label]
 
 
 def _import_onnx():
@@ -258,12 +298,16 @@ def _where(at):
 
 @_converts('_contrib_arange_like')
 def _arange_like(at):
-    """Convert `arange_like` of a negative axis, which MXNet's converter takes for an axis of length 1."""
+    """Convert `arange_like` of an axis alone.
+
+    MXNet's converter takes a negative axis for one of length 1, and makes a Range of float16, which ONNX
+    lacks.
+    """
     axis = at.attrs.get('axis', 'None')
-    if not axis.startswith('-'):
-        return at.stock()
-    if at.attrs.keys() - {'axis'}:
+    if at.attrs.keys() - {'axis'} and axis.startswith('-'):
         raise NotImplementedError(f'_contrib_arange_like: expected a negative axis alone, got {at.attrs}')
+    if axis == 'None' or at.attrs.keys() - {'axis'}:
+        return at.stock()
     at.cast(
         at.make('Range', at.constant(0), at.length(at.inputs[0], int(axis)), at.constant(1)), at.dtypes[0]
     )

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import dist_worker
 import mxnet as mx
@@ -143,29 +144,65 @@ def test_sum_of_one_process(kind):
     assert all_reduce(mx.kv.create(kind), []) == []
 
 
+class World:
+    """Workers that are threads: `total` waits for all of them, and returns what `spoil` makes of their arrays."""
+
+    def __init__(self, workers, spoil):
+        self.workers, self._spoil = workers, spoil
+        self._given, self._barrier = [None] * workers, threading.Barrier(workers)
+
+    def total(self, rank, key, value):
+        assert isinstance(key, str)
+        assert value.dtype == np.float64
+        self._given[rank] = value.asnumpy()
+        self._barrier.wait(30)
+        result = mx.nd.array(self._spoil(self._given, rank), dtype='float64')
+        self._barrier.wait(30)
+        return result
+
+
 class PushPull:
-    """The interface of MXNet's Horovod store, which has no servers: `pushpull` waits for all workers and gives each of them the sum."""
+    """The interface of a store without servers, as BytePS's."""
 
     type = 'pushpull'
 
-    def __init__(self, rank, world, spoil):
-        self.rank, self.num_workers, self._world, self._spoil = rank, len(world['given']), world, spoil
+    def __init__(self, rank, world):
+        self.rank, self.num_workers, self._world = rank, world.workers, world
 
     def pushpull(self, key, value, out=None, priority=0):
         """Sum over all workers, as the store would over machines."""
-        assert isinstance(key, str)
-        self._world['given'][self.rank] = value.asnumpy()
-        self._world['barrier'].wait(30)
-        out[:] = mx.nd.array(self._spoil(self._world['given'], self.rank), dtype='float64')
-        self._world['barrier'].wait(30)
+        out[:] = self._world.total(self.rank, key, value)
 
 
-def run_pushpull(workers, spoil):
+class Horovod:
+    """The functions of the module horovod.mxnet that a reduction needs. tests/horovod runs the module itself."""
+
+    Average, Sum = range(2)
+
+    def __init__(self, rank, world):
+        self._rank, self._world = rank, world
+
+    def rank(self):
+        return self._rank
+
+    def size(self):
+        return self._world.workers
+
+    def allreduce(self, tensor, average=None, name=None, op=None):
+        """Sum over all workers. Without `op`, the module returns the average."""
+        assert op == self.Sum
+        return self._world.total(self._rank, name, tensor)
+
+
+interfaces = pytest.mark.parametrize('interface', [PushPull, Horovod])
+
+
+def run_threads(interface, workers, spoil):
     """Three calls of each worker, a thread each; what they returned, or the error."""
-    world, answers = {'given': [None] * workers, 'barrier': threading.Barrier(workers)}, [None] * workers
+    world, answers = World(workers, spoil), [None] * workers
 
     def work(rank):
-        store = PushPull(rank, world, spoil)
+        store = interface(rank, world)
         try:
             answers[rank] = [all_reduce(store, numbers_of(rank, call)) for call in range(3)]
         except RuntimeError as error:
@@ -179,15 +216,17 @@ def run_pushpull(workers, spoil):
     return answers
 
 
+@interfaces
 @pytest.mark.parametrize('workers', [2, 3])
 @pytest.mark.parametrize('dtype', ['float64', 'float32'])
-def test_store_with_pushpull_only(workers, dtype):
+def test_sums_are_exact_without_servers(interface, workers, dtype):
     assert (
-        run_pushpull(workers, lambda given, rank: sum(rows.astype(dtype) for rows in given))
+        run_threads(interface, workers, lambda given, rank: sum(rows.astype(dtype) for rows in given))
         == [sums_of(workers)] * workers
     )
 
 
+@interfaces
 @pytest.mark.parametrize(
     'spoil',
     [
@@ -203,9 +242,38 @@ def test_store_with_pushpull_only(workers, dtype):
     ],
     ids=['mean', 'alone', 'float16', 'limb', 'fraction', 'nan', 'zero'],
 )
-def test_wrong_sums_of_a_store_are_an_error_on_every_worker(spoil):
+def test_wrong_sums_are_an_error_on_every_worker(spoil, interface):
     message = 'store: expected the sum of what 3 workers gave, got something else'
-    assert run_pushpull(3, spoil) == [message] * 3
+    assert run_threads(interface, 3, spoil) == [message] * 3
+
+
+def in_horovod_job(monkeypatch, says, size):
+    """Make this process one of a Horovod job, as the module or horovodrun's environment says."""
+    if says == 'module':
+        hvd = SimpleNamespace(is_initialized=lambda: True, size=lambda: size)
+        monkeypatch.setitem(sys.modules, 'horovod.mxnet', hvd)
+    else:
+        monkeypatch.setenv('HOROVOD_SIZE', str(size))
+        monkeypatch.setitem(sys.modules, 'horovod.mxnet', SimpleNamespace(is_initialized=lambda: False))
+
+
+@pytest.mark.parametrize('says', ['module', 'environment'])
+@pytest.mark.parametrize('kind', ['horovod', 'local'])
+def test_a_store_of_one_worker_is_refused_in_a_horovod_job_of_several(kind, says, monkeypatch):
+    in_horovod_job(monkeypatch, says, 2)
+    metric = StableCrossEntropy()
+    message = (
+        'store: expected the module horovod.mxnet, as this is one of 2 Horovod processes; '
+        f"got a store of type '{kind}', which has one worker. Pass hvd of `import horovod.mxnet as hvd`"
+    )
+    with pytest.raises(ValueError, match=message):
+        metric.all_reduce(mx.kv.create(kind))
+
+
+@pytest.mark.parametrize('says', ['module', 'environment'])
+def test_a_store_of_one_worker_is_accepted_in_a_horovod_job_of_one(says, monkeypatch):
+    in_horovod_job(monkeypatch, says, 1)
+    assert all_reduce(mx.kv.create('horovod'), [3]) == [3]
 
 
 @pytest.mark.parametrize(
@@ -215,7 +283,7 @@ def test_wrong_sums_of_a_store_are_an_error_on_every_worker(spoil):
             None,
             [1],
             TypeError,
-            'store: expected a store as mx.kv.create makes it, or with rank, num_workers and pushpull; got None',
+            'store: expected a store as mx.kv.create makes it, the module horovod.mxnet, or an object with rank, num_workers and pushpull; got None',
         ),
         ('dist_sync', [1], TypeError, "store: expected a store .* got 'dist_sync'"),
         (threading.Event(), [1], TypeError, 'store: expected a store'),

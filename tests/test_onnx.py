@@ -262,6 +262,90 @@ def test_net_and_loss_in_one_graph(opset, rng, tmp_path):
     np.testing.assert_array_equal(np.isnan(got), [False, False, False, True, False])
 
 
+@pytest.fixture
+def labelled(rng, tmp_path):
+    """A net with its loss as files, as a graph and parameters, and shapes and dtypes of its inputs by name."""
+    block = WithLoss(gluon.nn.Dense(5), StableSoftmaxCrossEntropyLoss(class_weight=WEIGHTS))
+    block.initialize()
+    block.hybridize()
+    eager(block, (rng.normal(size=(6, 7)).astype('float32'), rng.randint(0, 5, 6)))
+    prefix = str(tmp_path / 'block')
+    block.export(prefix)
+    symbol, *params = mx.model.load_checkpoint(prefix, 0)
+    return {
+        'files': (f'{prefix}-symbol.json', f'{prefix}-0000.params'),
+        'dict': (symbol, {**params[0], **params[1]}),
+        'two dicts': (symbol, params),
+        'shapes': {'data1': (6,), 'data0': (6, 7)},
+        'types': {'data0': np.dtype('float32'), 'data1': np.dtype('int64')},
+        'order': [name for name in symbol.list_inputs() if name.startswith('data')],
+    }
+
+
+@pytest.mark.parametrize('graph', ['files', 'dict', 'two dicts'])
+@pytest.mark.parametrize('names', [('in_shapes', 'in_types'), ('input_shape', 'input_type')], ids=str)
+def test_dicts_by_input_name_make_the_model_that_lists_in_order_make(graph, names, labelled, tmp_path):
+    by_name = labelled['shapes'], labelled['types']
+    in_order = [[values[name] for name in labelled['order']] for values in by_name]
+    models = []
+    for index, arguments in enumerate([in_order, by_name, (in_order[0], by_name[1])]):
+        path = tmp_path / f'{index}.onnx'
+        export_model(*labelled[graph], onnx_file_path=str(path), **dict(zip(names, arguments)))
+        models.append(path.read_bytes())
+    assert models == [models[0]] * 3
+    inputs = {entry.name: entry.type.tensor_type for entry in onnx.load(str(path)).graph.input}
+    assert inputs['data1'].elem_type == onnx.TensorProto.INT64
+    assert [size.dim_value for size in inputs['data0'].shape.dim] == [6, 7]
+
+
+def test_one_dtype_is_that_of_all_inputs_beside_shapes_by_name(labelled, tmp_path):
+    path = export_model(
+        *labelled['files'],
+        labelled['shapes'],
+        np.float32,
+        str(tmp_path / 'net.onnx'),
+        dynamic=True,
+        dynamic_input_shapes={'data1': (None,), 'data0': (None, 7)},
+    )
+    feed = {'data0': np.ones((2, 7), 'float32'), 'data1': np.array([1, 9], 'float32')}
+    np.testing.assert_array_equal(np.isnan(run(path, feed)), [False, True])
+
+
+@pytest.mark.parametrize('graph', ['files', 'dict', 'two dicts'])
+@pytest.mark.parametrize(
+    ('argument', 'values', 'message'),
+    [
+        ('in_shapes', {'data0': (6, 7)}, r"missing: \['data1'\], unknown: \[\]"),
+        (
+            'in_shapes',
+            {'data0': (6, 7), 'data1': (6,), 'label': (6,)},
+            r"missing: \[\], unknown: \['label'\]",
+        ),
+        ('in_types', {'data0': 'float32', 'y': 'int64'}, r"missing: \['data1'\], unknown: \['y'\]"),
+        ('in_types', {}, r"missing: \['data\d', 'data\d'\], unknown: \[\]"),
+        ('dynamic_input_shapes', {'data0': (None, 7)}, r"missing: \['data1'\]"),
+    ],
+)
+def test_missing_and_unknown_input_names_are_named(argument, values, message, graph, labelled):
+    arguments = {'in_shapes': labelled['shapes'], argument: values}
+    with pytest.raises(ValueError, match=f'{argument}: expected a dict with the inputs .*{message}'):
+        export_model(*labelled[graph], **arguments)
+
+
+def test_a_parameter_without_value_is_a_missing_input(labelled):
+    symbol, params = labelled['dict']
+    params = {name: value for name, value in params.items() if not name.endswith('_bias')}
+    with pytest.raises(ValueError, match=r"missing: \['\w+_bias'\]"):
+        export_model(symbol, params, labelled['shapes'])
+
+
+def test_the_label_of_an_output_layer_is_no_input_by_name(tmp_path):
+    symbol = mx.sym.LogisticRegressionOutput(mx.sym.var('x'), name='out')  # has an input out_label
+    assert symbol.list_inputs() == ['x', 'out_label']
+    path = export_model(symbol, {}, {'x': (2, 3)}, onnx_file_path=str(tmp_path / 'net.onnx'))
+    np.testing.assert_array_equal(run(path, {'x': np.zeros((2, 3), 'float32')}), np.full((2, 3), 0.5))
+
+
 X, INDEX = mx.sym.var('x'), mx.sym.var('index')
 
 

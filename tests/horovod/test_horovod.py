@@ -1,0 +1,109 @@
+"""All-reduce over Horovod: real processes, which horovodrun starts. `make test-horovod` builds Horovod and runs this."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from dist_worker import SHARDS, numbers_of, predictions
+
+from gluon_stable_ce import StableCrossEntropy
+
+pytest.importorskip('horovod.mxnet', reason='Horovod is not installed: make test-horovod')
+
+pytestmark = pytest.mark.dist
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+TESTS = os.path.dirname(HERE)
+TIMEOUT = 120  # seconds for a whole job; one takes about ten
+
+
+@pytest.fixture(scope='module', params=[1, 2, 3], ids='{} processes'.format)
+def job(request, tmp_path_factory):
+    """What each process of a job returned, by rank."""
+    processes, folder = request.param, tmp_path_factory.mktemp('job')
+    command = [sys.executable, os.path.join(HERE, 'local_horovodrun.py'), '--gloo']
+    command += ['-np', str(processes), '-H', f'localhost:{processes}', '--network-interfaces', 'lo']
+    command += [sys.executable, os.path.join(HERE, 'hvd_worker.py'), str(folder), str(TIMEOUT)]
+    path = os.pathsep.join([os.path.dirname(TESTS), TESTS, os.environ.get('PYTHONPATH', '')])
+    run = subprocess.Popen(
+        command,
+        env=dict(os.environ, PYTHONPATH=path, OMP_NUM_THREADS='1'),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        universal_newlines=True,
+    )
+    try:
+        output, _ = run.communicate(timeout=TIMEOUT)
+    except subprocess.TimeoutExpired:
+        run.send_signal(signal.SIGTERM)  # horovodrun ends its processes; they end themselves, too
+        run.wait(30)
+        raise
+    finally:
+        if run.poll() is None:
+            run.kill()
+    assert run.returncode == 0, output
+    return [json.loads((folder / f'{rank}.json').read_text()) for rank in range(processes)]
+
+
+def sums_of(processes, calls):
+    return [
+        [sum(column) for column in zip(*(numbers_of(rank, call) for rank in range(processes)))]
+        for call in range(calls)
+    ]
+
+
+def test_sums_are_exact_call_after_call(job):
+    assert [worker['sums'] for worker in job] == [sums_of(len(job), 4)] * len(job)
+
+
+def test_a_reduced_metric_is_that_of_one_process_to_the_last_bit(job):
+    """Its sums and its values, in both windows. The second of the processes has no data."""
+    whole = StableCrossEntropy()
+    probs, labels = predictions(0, SHARDS[len(job) - 1][1])
+    whole.update(labels, probs)
+    whole.reset_local()
+    whole.update(labels, probs)
+    expected = {
+        'states': [whole.state_dict()] * 2,
+        'values': [whole.get()[1]] * 2 + [whole.get_global()[1]] * 2,
+        'is_unchanged': True,
+    }
+    assert [worker['metrics'] for worker in job] == [expected] * len(job)
+
+
+def test_training_goes_on_with_the_same_weights(job):
+    weights = [worker[name]['weight'] for worker in job for name in ('training', 'training alone')]
+    assert weights == [weights[0]] * 2 * len(job)
+    assert all(abs(weight - 0.5) > 1e-4 for row in weights[0] for weight in row)  # it did train
+    assert [worker['training']['sums'] for worker in job] == [sums_of(len(job), 3)] * len(job)
+
+
+def test_a_store_of_one_worker_is_refused_by_name_if_there_are_more_processes(job):
+    for worker in job:
+        for kind in ('horovod', 'local'):
+            if len(job) == 1:
+                assert worker['errors'][kind] == [1]
+            else:
+                assert worker['errors'][kind] == (
+                    f'ValueError: store: expected the module horovod.mxnet, as this is one of {len(job)} Horovod '
+                    f'processes; got a store of type {kind!r}, which has one worker. '
+                    'Pass hvd of `import horovod.mxnet as hvd`'
+                )
+        assert worker['before_init']['horovod'] == worker['errors']['horovod']
+
+
+def test_horovod_that_is_not_initialised_is_an_error(job):
+    assert all(
+        worker['before_init']['hvd'].startswith('ValueError: Horovod has not been initialized')
+        for worker in job
+    )
+
+
+def test_another_result_than_the_sum_is_an_error_on_every_process(job):
+    message = f'RuntimeError: store: expected the sum of what {len(job)} workers gave, got something else'
+    for worker in job:
+        assert worker['errors']['average'] == ([1] if len(job) == 1 else message)
+        assert worker['errors']['hvd'] == [len(job)]
