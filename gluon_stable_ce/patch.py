@@ -291,8 +291,8 @@ def _replacements(counts):
             self.eps = _STOCK_EPS if eps is None else eps
             if eps is not None:
                 warnings.warn(
-                    f'eps: {eps} is ignored, since gluon_stable_ce.patch() put StableCrossEntropy in the place '
-                    'of mx.metric.CrossEntropy, and it adds no epsilon',
+                    f'eps: {eps} is ignored, as StableCrossEntropy takes the place of mx.metric.CrossEntropy '
+                    'and adds no epsilon',
                     stacklevel=2,
                 )
             counts._count('metrics')
