@@ -4,7 +4,6 @@ import cases
 import modes
 import mxnet as mx
 import numpy as np
-import pytest
 import reference
 from cases import problems
 from hypothesis import assume, given
@@ -127,7 +126,6 @@ def test_sparse_labels_are_their_one_hot_distributions(problem):
         np.testing.assert_allclose(of_onehot, of_label, **close(pred))
 
 
-@pytest.mark.skipif('valid' not in cases.REDUCTIONS, reason="reduction='valid' is not there yet")
 @given(problems())
 def test_mean_of_reduction_valid_is_the_mean_over_all_positions_that_count(problem):
     pred, label, _, settings = problem
