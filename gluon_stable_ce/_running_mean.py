@@ -121,6 +121,33 @@ class ExactSums:
             return float('inf') if self.total > 0 else float('-inf')
 
 
+def _count_property(window: str, doc: str) -> Any:
+    """Make a property of how many values there are. Subclasses that count by themselves set it."""
+
+    def set_count(metric, value):
+        if value != int(value):
+            raise ValueError(f'num_inst: expected an integer, got {value!r}')
+        with metric._lock:
+            sums = copy.copy(metric._window(window))
+            sums.count = int(value)
+            metric._sums[window] = sums
+
+    return property(lambda metric: metric._window(window).count, set_count, doc=doc)
+
+
+def _sum_property(window: str, doc: str) -> Any:
+    """Make a property of the sum of all values. Subclasses that add up by themselves set it."""
+
+    def set_sum(metric, value):
+        with metric._lock:
+            before = metric._window(window)
+            sums = ExactSums.of(np.array([value], dtype='float64'), before.invalid)
+            sums.count = before.count
+            metric._sums[window] = sums
+
+    return property(lambda metric: metric._window(window).over(1), set_sum, doc=doc)
+
+
 class RunningMean:
     """Mixin for an EvalMetric: the mean of values that the device may still be computing.
 
@@ -154,41 +181,12 @@ class RunningMean:
         """Return (name, value) of all since the last `reset`; NaN if there is nothing."""
         return self.name, self._value_of(self._window('global'))
 
-    @property
-    def num_inst(self) -> int:
-        """How many values `get` is the mean of."""
-        return self._window('local').count
-
-    @num_inst.setter
-    def num_inst(self, value: Any) -> None:
-        self._set_count('local', value)
-
-    @property
-    def sum_metric(self) -> float:
-        """The sum of the values that `get` is the mean of, rounded once."""
-        return self._window('local').over(1)
-
-    @sum_metric.setter
-    def sum_metric(self, value: Any) -> None:
-        self._set_sum('local', value)
-
-    @property
-    def global_num_inst(self) -> int:
-        """How many values `get_global` is the mean of."""
-        return self._window('global').count
-
-    @global_num_inst.setter
-    def global_num_inst(self, value: Any) -> None:
-        self._set_count('global', value)
-
-    @property
-    def global_sum_metric(self) -> float:
-        """The sum of the values that `get_global` is the mean of, rounded once."""
-        return self._window('global').over(1)
-
-    @global_sum_metric.setter
-    def global_sum_metric(self, value: Any) -> None:
-        self._set_sum('global', value)
+    num_inst = _count_property('local', 'How many values `get` is the mean of.')
+    sum_metric = _sum_property('local', 'The sum of the values that `get` is the mean of, rounded once.')
+    global_num_inst = _count_property('global', 'How many values `get_global` is the mean of.')
+    global_sum_metric = _sum_property(
+        'global', 'The sum of the values that `get_global` is the mean of, rounded once.'
+    )
 
     @property
     def num_infinite(self) -> int:
@@ -196,7 +194,7 @@ class RunningMean:
         return self._window('local').infinite
 
     def merge(self, other: Any) -> None:
-        """Take in what another metric of this kind holds, as if its updates had come here, after ours.
+        """Take in what another metric of this kind holds, as if its updates had come after this metric's.
 
         Raises
         ------
@@ -245,7 +243,7 @@ class RunningMean:
 
         Parameters
         ----------
-        store : mxnet.kvstore.KVStore, or another store with ``rank``, ``num_workers`` and ``pushpull``
+        store : mxnet.kvstore.KVStore, the module horovod.mxnet, or a store with their methods
             See `gluon_stable_ce.distributed.all_reduce`.
         """
         from .distributed import all_reduce  # only metrics of many workers need it
@@ -267,9 +265,10 @@ class RunningMean:
         """Queue arrays that the device may still be computing."""
         with self._lock:
             self._pending.extend(arrays)
-            if len(self._pending) > _AT_ONCE + _AHEAD:
-                self._drain(_AHEAD)
-            oldest = self._pending[-_AHEAD - 1] if len(self._pending) > _AHEAD else None
+            ahead = _AHEAD * max(1, len(arrays))
+            if len(self._pending) > _AT_ONCE + ahead:
+                self._drain(ahead)
+            oldest = self._pending[-ahead - 1] if len(self._pending) > ahead else None
         if oldest is not None:
             try:
                 oldest.wait_to_read()
@@ -296,23 +295,6 @@ class RunningMean:
         with self._lock:
             self._drain()
             return self._sums[window]
-
-    def _set_sum(self, window: str, value: Any) -> None:
-        """Set the sum, as subclasses do that add up by themselves."""
-        with self._lock:
-            before = self._window(window)
-            sums = ExactSums.of(np.array([value], dtype='float64'), before.invalid)
-            sums.count = before.count
-            self._sums[window] = sums
-
-    def _set_count(self, window: str, value: Any) -> None:
-        """Set the count, as subclasses do that count by themselves."""
-        if value != int(value):
-            raise ValueError(f'num_inst: expected an integer, got {value!r}')
-        with self._lock:
-            sums = copy.copy(self._window(window))
-            sums.count = int(value)
-            self._sums[window] = sums
 
     def _value_of(self, sums: ExactSums) -> float:
         return sums.over(sums.count)

@@ -1,7 +1,7 @@
 """What is known of a call before it is computed, and the checks that raise."""
 
 from functools import lru_cache
-from typing import Any, NamedTuple, Optional, Tuple
+from typing import Any, List, NamedTuple, Optional, Tuple
 
 from . import _array_api
 from ._array_api import Array
@@ -23,7 +23,7 @@ class Signature(NamedTuple):
     label_dtype: Optional[str] = None
     label_ndim: Optional[int] = None
     weight_layout: Optional[str] = (
-        None  # of sample_weight: 'kept', 'pred', 'positions' or 'batch'; see align_sample_weight
+        None  # of sample_weight: 'keepdims', 'pred', 'positions' or 'batch'; see align_sample_weight
     )
     few_classes: bool = (
         False  # so few that an array of them is cheap, and that `dtype` tells all labels apart from them
@@ -50,6 +50,7 @@ def infer_signature(
     axis: int = -1,
     batch_axes: Tuple[int, ...] = (0,),
     sparse_label: bool = True,
+    summed_axes: Tuple[int, ...] = (),
 ) -> Signature:
     """Infer the signature of a call, once its arrays are checked.
 
@@ -61,7 +62,9 @@ def infer_signature(
     if _array_api.is_symbol(pred):
         return Signature(_array_api.is_np_style(pred), _array_api.dtype_name(pred))
     weight = None if sample_weight is None else _describe(sample_weight)
-    return _signature_of(_describe(pred), _describe(label), weight, axis, batch_axes, sparse_label)
+    return _signature_of(
+        _describe(pred), _describe(label), weight, axis, batch_axes, sparse_label, summed_axes
+    )
 
 
 def _describe(array: Any) -> Tuple[type, Any, Any]:
@@ -73,7 +76,13 @@ def _describe(array: Any) -> Tuple[type, Any, Any]:
 
 @lru_cache(maxsize=1024)  # most calls look like one before
 def _signature_of(
-    pred: Any, label: Any, weight: Any, axis: int, batch_axes: Tuple[int, ...], sparse_label: bool
+    pred: Any,
+    label: Any,
+    weight: Any,
+    axis: int,
+    batch_axes: Tuple[int, ...],
+    sparse_label: bool,
+    summed_axes: Tuple[int, ...],
 ) -> Signature:
     for name, described in (('pred', pred), ('label', label), ('sample_weight', weight)):
         if described is not None:
@@ -83,7 +92,8 @@ def _signature_of(
     if dtype not in PRED_DTYPES:
         raise TypeError(f'pred: expected one of the dtypes {", ".join(PRED_DTYPES)}, got {dtype}')
     positions = check_shapes(shape, label_shape, str(label_dtype), axis, sparse_label)
-    _check_batch_axes(batch_axes, shape, axis)
+    _check_axes('axis', summed_axes, shape, [axis])
+    _check_axes('batch_axis', batch_axes, shape, [axis, *summed_axes])
     layout = None if weight is None else _weight_layout(weight[2], shape, positions, axis, batch_axes)
     np_style = issubclass(kind, _array_api.NP_STYLE)
     few_classes = shape[axis] <= _FEW and dtype in ('float32', 'float64') and label_dtype in (dtype, *_NARROW)
@@ -137,14 +147,14 @@ def check_shapes(
     return positions
 
 
-def _check_batch_axes(batch_axes: Tuple[int, ...], shape: Tuple[int, ...], axis: int) -> None:
-    """Raise ValueError unless these are different axes of `shape`, and none is the class axis."""
+def _check_axes(name: str, axes: Tuple[int, ...], shape: Tuple[int, ...], class_axes: List[int]) -> None:
+    """Raise ValueError unless these are different axes of `shape`, and none is a class axis."""
     ndim = len(shape)
-    known = [batch_axis % ndim for batch_axis in batch_axes if -ndim <= batch_axis < ndim]
-    if len(set(known) - {axis % ndim}) < len(batch_axes):
+    known = {axis % ndim for axis in axes if -ndim <= axis < ndim}
+    if len(known - {axis % ndim for axis in class_axes}) < len(axes):
         raise ValueError(
-            f'batch_axis: expected axes of pred, of shape {shape}, other than the class axis {axis}, '
-            f'got {", ".join(map(str, batch_axes))}'
+            f'{name}: expected axes of pred, of shape {shape}, other than the class axis '
+            f'{", ".join(map(str, class_axes))}, got {", ".join(map(str, axes))}'
         )
 
 
@@ -157,10 +167,10 @@ def _weight_layout(
 ) -> str:
     """Name the layout of a sample_weight of shape `got`."""
     ndim = len(shape)
-    kept = tuple(1 if i == axis % ndim else size for i, size in enumerate(shape))
+    keepdims = tuple(1 if i == axis % ndim else size for i, size in enumerate(shape))
     batch = tuple(shape[i] for i in sorted(axis % ndim for axis in batch_axes))
-    if len(got) == ndim and all(size in (1, full) for size, full in zip(got, kept)):
-        return 'kept'
+    if len(got) == ndim and all(size in (1, full) for size, full in zip(got, keepdims)):
+        return 'keepdims'
     if len(got) == ndim and all(size in (1, full) for size, full in zip(got, shape)):
         return 'pred'
     if got == positions:
@@ -169,7 +179,7 @@ def _weight_layout(
         return 'batch'
     raise ValueError(
         f'sample_weight: expected one weight per sample {batch}, one per label {positions}, '
-        f'or a shape that broadcasts to {kept}, or to {shape} for the mean over the classes, got {got}'
+        f'or a shape that broadcasts to {keepdims}, or to {shape} for the mean over the classes, got {got}'
     )
 
 
@@ -194,6 +204,6 @@ def on_one_context(pred: Array, *others: Optional[Array]) -> Tuple[Optional[Arra
 
 
 def _is_same_place(one: Any, other: Any) -> bool:
-    """Whether one of two contexts is a CPU's and the other its pinned or shared memory."""
+    """Whether both contexts are the CPU's memory, at least one of it pinned or shared."""
     kinds = {one.device_type, other.device_type}
     return bool(kinds & set(_HOST)) and kinds <= {'cpu', *_HOST}

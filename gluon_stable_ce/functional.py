@@ -44,7 +44,7 @@ class Labels(NamedTuple):
 def align_label(
     F: F, label: Array, pred: Array, axis: int, ndim: Optional[int] = None, label_ndim: Optional[int] = None
 ) -> Array:
-    """Give a sparse label that may have kept the class axis the shape of the positions.
+    """Give a sparse label, which may have the class axis with length 1, the shape of the positions.
 
     If the rank is unknown, in a graph of symbols, a label of any other shape is MXNet's shape error when the
     graph first runs.
@@ -59,7 +59,7 @@ def align_label(
 def is_counted(
     F: F, label: Array, ignore_label: Optional[int], label_dtype: str = 'float64'
 ) -> Optional[Array]:
-    """Tell which positions count: 1 where `label` is not `ignore_label`, else 0; None if all count."""
+    """Compute which positions count: 1 where `label` is not `ignore_label`, else 0; None if all count."""
     return None if ignore_label is None else F.cast(label, dtype=label_dtype) != ignore_label
 
 
@@ -148,24 +148,25 @@ def mask(F: F, values: Array, labels: Labels, invalid: float, ignored: float) ->
 def align_sample_weight(
     F: F,
     sample_weight: Array,
-    kept: Array,
+    expanded: Array,
     pred: Array,
     axis: int = -1,
     batch_axes: Sequence[int] = (0,),
     layout: Optional[str] = None,
     ndim: Optional[int] = None,
 ) -> Array:
-    """Give sample weights the shape of `kept`, the losses with an axis of size 1 at `axis`.
+    """Give sample weights the shape of `expanded`, the losses with an axis of size 1 at `axis`.
 
     Parameters
     ----------
     layout : str, optional
-        'kept': what broadcasts to `kept`; 'pred': what broadcasts to `pred`, of which the mean over the
-        classes counts; 'positions': `kept` without `axis`; 'batch': the batch axes alone. None, for symbols
-        of unknown shape: 'kept' or 'pred', and if the classes come last and the batch axis is 0, also the
-        first axes of 'positions', such as (batch,). A weight of another shape is MXNet's shape error.
+        'keepdims': what broadcasts to `expanded`; 'pred': what broadcasts to `pred`, of which the mean over
+        the classes counts; 'positions': `expanded` without `axis`; 'batch': the batch axes alone. None, for
+        symbols of unknown shape: 'keepdims' or 'pred', and if the classes come last and the batch axis is 0,
+        also the first axes of 'positions', such as (batch,). A weight of another shape is MXNet's shape
+        error.
     ndim : int, optional
-        The rank of `kept`, if it is known.
+        The rank of `expanded`, if it is known.
     """
     if layout == 'positions':
         sample_weight = F.expand_dims(sample_weight, axis=axis)
@@ -176,13 +177,13 @@ def align_sample_weight(
                 sample_weight = F.expand_dims(sample_weight, axis=other)
     if ndim is None and (layout == 'batch' or (layout is None and axis == -1 and tuple(batch_axes) == (0,))):
         # MXNet broadcasts from the last axis on, so the order of the axes is reversed
-        ones = F.transpose(F.ones_like(kept))
+        ones = F.transpose(F.ones_like(expanded))
         sample_weight = F.transpose(F.broadcast_mul(ones, F.transpose(sample_weight)))
     if layout is None:
         sample_weight = _refuse_other_classes(F, sample_weight, pred, axis)
     if layout in (None, 'pred'):
         sample_weight = F.mean(sample_weight, axis=axis, keepdims=True)
-    return F.broadcast_like(sample_weight, kept)
+    return F.broadcast_like(sample_weight, expanded)
 
 
 def _refuse_other_classes(F: F, sample_weight: Array, pred: Array, axis: int) -> Array:
@@ -230,22 +231,21 @@ def reduce_positions(
     -------
     loss : (batch,), or with 'none' as it came
     """
-    kept = F.expand_dims(
-        loss, axis=axis
-    )  # of pred's rank, so that axes are counted as the caller counts them
+    # of pred's rank, so that axes are counted as the caller counts them
+    expanded = F.expand_dims(loss, axis=axis)
     if summed_axes:
-        kept = F.sum(kept, axis=tuple(summed_axes), keepdims=True)
+        expanded = F.sum(expanded, axis=tuple(summed_axes), keepdims=True)
     if sample_weight is not None:
-        weight = align_sample_weight(F, sample_weight, kept, pred, axis, batch_axes, weight_layout, ndim)
-        kept = weighted(F, kept, weight)
-        loss = F.reshape_like(kept, loss) if not summed_axes else kept
+        weight = align_sample_weight(F, sample_weight, expanded, pred, axis, batch_axes, weight_layout, ndim)
+        expanded = weighted(F, expanded, weight)
+        loss = F.reshape_like(expanded, loss) if not summed_axes else expanded
     all_samples = ndim == 1 + len(batch_axes) and not (reduction == 'valid' and is_counted is not None)
     if reduction == 'none' or all_samples:  # each position is a sample
         return loss
     over = {'axis': tuple(batch_axes), 'exclude': True}
     if reduction in ('mean', 'valid') and is_counted is None:
-        return F.mean(kept, **over)
-    total = F.sum(kept, **over)  # (batch,)
+        return F.mean(expanded, **over)
+    total = F.sum(expanded, **over)  # (batch,)
     if reduction == 'sum':
         return total
     counted = F.where(is_counted, F.ones_like(loss), F.zeros_like(loss))

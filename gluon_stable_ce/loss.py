@@ -91,7 +91,7 @@ def compose_loss(
         and options.sparse_label
         and signature.label_ndim in (None, signature.ndim)
     ):
-        loss = F.reshape_like(loss, given_label)  # it may have kept the class axis
+        loss = F.reshape_like(loss, given_label)  # it may have the class axis, of length 1
     return _array_api.in_style_of(given, loss if options.weight is None else loss * options.weight)
 
 
@@ -206,7 +206,7 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         - **sample_weight** : optional; (N,), or ``pred``'s shape without `axis`, or a shape that broadcasts
           to ``pred``'s with 1 at `axis` (gluon's), or to ``pred``'s, of which the mean over the classes
           counts. A weight of 0 removes a position, also if its loss is infinite or NaN. In a graph of
-          symbols: (N,) with ``batch_axis=0``, or gluon's shape.
+          symbols: gluon's shape or ``pred``'s; with ``axis=-1, batch_axis=0`` also (N,).
     Outputs
         - **loss** : (N,) nats, or with ``reduction='none'`` the shape of ``label``; float32, or float64 if
           ``pred`` is.
@@ -326,7 +326,13 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
     def _compute(self, pred, label, sample_weight):
         options = self._options
         signature = infer_signature(
-            pred, label, sample_weight, options.axis, options.batch_axes, options.sparse_label
+            pred,
+            label,
+            sample_weight,
+            options.axis,
+            options.batch_axes,
+            options.sparse_label,
+            options.summed_axes,
         )
         self._call_kinds.add((signature.dtype, signature.weight_layout))
         if self.class_weight is not None:
@@ -338,18 +344,16 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         ):  # AMP's casts in a graph cannot read 64-bit labels
             label = label.astype('float32')
         if not self._is_compiled:
-            return self.hybrid_forward(mx.nd, pred, label, sample_weight)
+            class_weight = None if self.class_weight is None else self.class_weight(pred)
+            return compose_loss(mx.nd, options, signature, pred, label, sample_weight, class_weight)
         class_weight = None if self.class_weight is None else self.class_weight.value.data(pred.context)
         if get_ident() != _MAIN_THREAD:
-            label, class_weight = self._unmarked(label), self._unmarked(class_weight)
-        names, inputs = list(INPUTS[:2]), [pred, label]
-        for name, array in zip(INPUTS[2:], (sample_weight, class_weight)):
-            if array is not None:
-                names.append(name)
-                inputs.append(array)
-        return self._graph(signature, tuple(names))(*inputs)
+            label, class_weight = self._new_handle(label), self._new_handle(class_weight)
+        inputs = pred, label, sample_weight, class_weight
+        given = {name: array for name, array in zip(INPUTS, inputs) if array is not None}
+        return self._graph(signature, tuple(given))(*given.values())
 
-    def _unmarked(self, array: Optional[Array]) -> Optional[Array]:
+    def _new_handle(self, array: Optional[Array]) -> Optional[Array]:
         """Return a new handle of an array that needs no gradient, so that threads may share the array.
 
         Autograd marks the inputs of what it records, and two threads that mark one handle crash. The main
@@ -403,14 +407,20 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         if count:
             classes = pred.shape[options.axis]
             raise ValueError(
-                f'label: expected integers in [0, {classes}), got {count} others among {label.size}'
+                f'label: expected integers in [0, {classes}), got {count} invalid ones among {label.size}'
             )
 
     def hybrid_forward(self, F: F, pred: Array, label: Array, sample_weight: Optional[Array] = None) -> Array:
         """Compose the graph, of symbols or, with ``hybridize(False)``, operator by operator of arrays."""
         options = self._options
         signature = infer_signature(
-            pred, label, sample_weight, options.axis, options.batch_axes, options.sparse_label
+            pred,
+            label,
+            sample_weight,
+            options.axis,
+            options.batch_axes,
+            options.sparse_label,
+            options.summed_axes,
         )
         class_weight = None if self.class_weight is None else self.class_weight(pred)
         return compose_loss(F, options, signature, pred, label, sample_weight, class_weight)
@@ -463,11 +473,9 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         """
         if self._has_own_graph:
             return super().export(path, epoch, remove_amp_cast)
-        dtype, layout = (
-            (_common(values) for values in zip(*self._call_kinds)) if self._call_kinds else (None, None)
-        )
+        dtypes, layouts = zip(*(self._call_kinds or {(None, None)}))
         if sample_weight is None:
-            sample_weight = all(layout for _, layout in self._call_kinds) and bool(self._call_kinds)
+            sample_weight = all(layouts)
         np_style = mx.util.is_np_array()
         names = INPUTS[: 3 if sample_weight else 2]
         inputs = {name: _array_api.variable(f'data{i}', np_style) for i, name in enumerate(names)}
@@ -476,7 +484,12 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
             value = self.class_weight.value
             inputs['class_weight'] = value.var()
             params[f'arg:{value.name}'] = value.data(mx.cpu())
-        symbol = trace(compose_loss, self._options, Signature(np_style, dtype, weight_layout=layout), inputs)
+        symbol = trace(
+            compose_loss,
+            self._options,
+            Signature(np_style, _common(dtypes), weight_layout=_common(layouts)),
+            inputs,
+        )
         symbol_file, params_file = f'{path}-symbol.json', f'{path}-{epoch:04d}.params'
         symbol.save(symbol_file, remove_amp_cast=remove_amp_cast)
         (mx.npx if np_style else mx.nd).save(params_file, params)
@@ -562,9 +575,10 @@ def _check_combination(options: LossOptions) -> None:
         )
     if options.summed_axes and (options.label_smoothing or options.reduction == 'none'):
         raise ValueError("axis: expected one class axis with label_smoothing or reduction='none'")
-    if {options.axis, *options.summed_axes} & set(options.batch_axes):
+    shared = {options.axis, *options.summed_axes} & set(options.batch_axes)
+    if shared:
         raise ValueError(
-            f'batch_axis: expected another axis than the class axis, got {options.axis} for both'
+            f'batch_axis: expected another axis than the class axis, got {shared.pop()} for both'
         )
     if options.pred_type == 'log_probs' and options.lse_square_scale:
         raise ValueError(

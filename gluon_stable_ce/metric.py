@@ -146,7 +146,7 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric):
 
     Notes
     -----
-    Shapes are those of the loss; float16, float32 or float64. Labels of any shape also fit 2-D predictions
+    Shapes and dtypes are those of the loss. Labels of any shape also fit 2-D predictions
     with as many rows, as in `mx.metric`.
 
     *Numerics.* Probabilities are picked first, and their logarithm is taken in float64 (1e-15 relative).
@@ -184,7 +184,6 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric):
             ignore_label=check_ignore_label(ignore_label, sparse_label),
             sparse_label=sparse_label,
         )
-        self._classes: Optional[int] = None
         _EvalMetric.__init__(
             self, name, output_names, label_names, has_global_stats=True, **self._options._asdict()
         )
@@ -196,8 +195,6 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric):
             raise ValueError(f'labels: expected as many arrays as preds, {len(preds)}, got {len(labels)}')
         with autograd.pause():
             self._push([self._nll(label, pred) for label, pred in zip(labels, preds)])
-        if preds:
-            self._classes = preds[-1].shape[self._options.axis]
 
     def _nll(self, label: Any, pred: Any) -> Array:
         """Compute the NLL of each position; `label` is moved to the context of `pred`."""
@@ -228,7 +225,7 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric):
     def _value_of(self, sums: ExactSums) -> float:
         if sums.invalid:
             raise ValueError(
-                f'labels: expected integers in [0, {self._classes or "C"}), got {sums.invalid} others beside '
+                f'labels: expected integers in [0, C), got {sums.invalid} invalid ones beside '
                 f'{sums.count} valid ones; reset() forgets them'
             )
         return super()._value_of(sums)

@@ -87,7 +87,9 @@ WEIGHT_SHAPES = {  # of a sample_weight for the layout 'image'
     'pred': (3, 5, 2, 4),
     'pred-broadcast': (1, 5, 1, 4),
 }
-IN_ANY_GRAPH = ('batch', 'one', 'gluon', 'gluon-broadcast')  # where the rank is unknown
+NOT_IN_GRAPHS = [
+    WEIGHT_SHAPES[name] for name in ('batch', 'one', 'label')
+]  # for axis=1, as the rank is unknown
 
 
 def params(named):
@@ -222,11 +224,8 @@ def problems(
         )  # rounding can raise log p above 0, and so can a missing normalisation
     sample_weight = None
     if weighted and draw(st.booleans()):
-        known = not symbolic or settings['batch_axis'] in (
-            0,
-            (0,),
-            [0],
-        )  # a graph cannot count axes from the end
+        # a graph cannot count axes from the other end
+        known = not symbolic or (settings['axis'] == -1 and settings['batch_axis'] in (0, (0,), [0]))
         sample_weight = draw(_sample_weights(pred, axis, sorted(batch_axes), symbolic, known))
     return Problem(pred, label, sample_weight, settings)
 
@@ -323,16 +322,15 @@ def _is_in(dtype, value):
 @st.composite
 def _sample_weights(draw, pred, axis, batch_axes, symbolic, known):
     shape = pred.shape
-    kept = tuple(1 if i == axis else size for i, size in enumerate(shape))
-    layouts = [kept, tuple(size if draw(st.booleans()) else 1 for size in kept)]
+    keepdims = tuple(1 if i == axis else size for i, size in enumerate(shape))
+    layouts = [keepdims, tuple(size if draw(st.booleans()) else 1 for size in keepdims)]
+    layouts += [shape, tuple(size if draw(st.booleans()) else 1 for size in shape)]
     batch = tuple(shape[i] for i in batch_axes)
     if known:
         layouts += [batch, (1,) * len(batch)]
     if not symbolic:
         layouts += [
             shape[:axis] + shape[axis + 1 :],
-            shape,
-            tuple(size if draw(st.booleans()) else 1 for size in shape),
         ]
     weight = draw(
         hnp.arrays('int8', draw(st.sampled_from(layouts)), elements=st.sampled_from([0, 1, 2, 3, 12, -4]))

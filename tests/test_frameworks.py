@@ -174,7 +174,7 @@ class Kept(mx.metric.EvalMetric):
     """What a Module gives to metrics since the last reset_local, NumPy."""
 
     def __init__(self, **kwargs):
-        super().__init__('kept', **kwargs)
+        super().__init__('keepdims', **kwargs)
 
     def reset(self):
         self.all, self.window = [], []
@@ -289,8 +289,8 @@ def test_module_trains_with_our_loss_on_symbols(ctx):
         np.testing.assert_allclose(ours[name], value, rtol=0, atol=5e-6)
         assert np.abs(value - initial()[name].asnumpy()).max() > 0.1
     scores = dict(module.score(iterate(1), [nll, loss, kept]))
-    assert scores['cross-entropy'] == pytest.approx(scores['kept'], rel=PROBS)
-    assert scores['loss'] == pytest.approx(scores['kept'], abs=LOGITS)
+    assert scores['cross-entropy'] == pytest.approx(scores['keepdims'], rel=PROBS)
+    assert scores['loss'] == pytest.approx(scores['keepdims'], abs=LOGITS)
 
 
 def test_speedometer_and_log_validation(ctx, caplog):
@@ -300,7 +300,7 @@ def test_speedometer_and_log_validation(ctx, caplog):
     def look(param):
         names, values = param.eval_metric.get()
         global_names, global_values = param.eval_metric.get_global()
-        assert names == global_names == ['cross-entropy', 'kept']
+        assert names == global_names == ['cross-entropy', 'keepdims']
         np.testing.assert_allclose(values[0], values[1], rtol=PROBS)
         np.testing.assert_allclose(global_values[0], global_values[1], rtol=PROBS)
         seen.append((values[0], global_values[0], len(kept.window), len(kept.all)))

@@ -96,7 +96,7 @@ def test_is_counted_without_ignore_label_is_none():
 
 
 @RANK_KNOWN
-@pytest.mark.parametrize('keeps_axis', [True, False], ids=['kept', 'removed'])
+@pytest.mark.parametrize('keeps_axis', [True, False], ids=['keepdims', 'removed'])
 @pytest.mark.parametrize('axis', [1, -2])
 def test_align_label_gives_the_positions_shape(is_rank_known, keeps_axis, axis, rng):
     label = rng.randint(0, 4, (2, 1, 3) if keeps_axis else (2, 3)).astype('float32')
@@ -240,8 +240,8 @@ class TestAlignSampleWeight:
             ('batch', (3,)),
             ('batch', (1,)),
             ('positions', (3, 2, 4)),
-            ('kept', (3, 1, 2, 4)),
-            ('kept', (1, 1, 2, 1)),
+            ('keepdims', (3, 1, 2, 4)),
+            ('keepdims', (1, 1, 2, 1)),
             ('pred', (3, 5, 2, 4)),
             ('pred', (1, 5, 1, 4)),
         ],

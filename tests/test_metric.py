@@ -113,13 +113,13 @@ def test_invalid_labels_are_counted_apart_until_reset(ctx):
     for result in (metric.get, metric.get_global, metric.get_name_value):
         with pytest.raises(
             ValueError,
-            match=r'^labels: expected integers in \[0, 2\), got 3 others beside 1 valid ones; reset\(\) forgets them$',
+            match=r'^labels: expected integers in \[0, C\), got 3 invalid ones beside 1 valid ones; reset\(\) forgets them$',
         ):
             result()
     metric.reset_local()
     metric.update(nd.array([0, 0, 0, 0, 0]), pred)
     assert metric.get()[1] == pytest.approx(math.log(2))
-    with pytest.raises(ValueError, match='got 3 others beside 6 valid ones'):
+    with pytest.raises(ValueError, match='got 3 invalid ones beside 6 valid ones'):
         metric.get_global()
     metric.reset()
     assert math.isnan(metric.get()[1])

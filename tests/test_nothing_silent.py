@@ -373,7 +373,7 @@ def test_labels_are_read_in_one_place(rng):
     np.testing.assert_array_equal(~np.isnan(StableSoftmaxCELoss()(pred, label).asnumpy()), is_valid)
     metric = StableCrossEntropy(pred_type='logits')
     metric.update(label, pred)
-    with pytest.raises(ValueError, match='got 4 others beside 2 valid ones'):
+    with pytest.raises(ValueError, match='got 4 invalid ones beside 2 valid ones'):
         metric.get()
-    with pytest.raises(ValueError, match='got 4 others among 6'):
+    with pytest.raises(ValueError, match='got 4 invalid ones among 6'):
         StableSoftmaxCELoss(invalid_label='raise')(pred, label)
