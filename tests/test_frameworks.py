@@ -367,6 +367,6 @@ def test_a_run_that_was_killed_twice_reports_what_it_would_have(tmp_path):
 
     checkpoint = json.loads((forgetful / 'checkpoint.json').read_text())
     (forgetful / 'checkpoint.json').write_text(
-        json.dumps(dict(checkpoint, metric=StableCrossEntropy().state_dict()))
+        json.dumps(dict(checkpoint, metric=StableCrossEntropy(pred_type='logits').state_dict()))
     )
     assert train(forgetful)[0]['global'] != expected[1]['global']
