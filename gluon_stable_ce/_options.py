@@ -5,7 +5,7 @@ from typing import Any, Optional, Sequence
 
 import numpy as np
 
-INTEGERS = 2**53  # up to which float64, in which labels are compared, holds every integer
+INTEGERS = 2**53 - 1  # float64, in which labels are compared, tells this one from its neighbours
 FLOAT32_MAX = 3.4028234663852886e38  # MXNet reads larger numbers as others
 
 REDUCTIONS = ('mean', 'valid', 'sum', 'none')

@@ -4,14 +4,16 @@ import copy
 import math
 import re
 from collections import deque
+from fractions import Fraction
+from itertools import zip_longest
 from threading import RLock
-from typing import Any, Deque, Dict, List, Tuple
+from typing import Any, Callable, Deque, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
 from ._array_api import Array, MXNetError
 
-_AHEAD = 4  # updates that the device may be behind
+_AHEAD = 2  # updates that the device may be behind
 _AT_ONCE = 32  # arrays that are read together
 _WINDOWS = ('local', 'global')
 
@@ -116,6 +118,8 @@ class ExactSums:
         if self.infinite or self.minus_infinite:
             return float('inf') if self.infinite else float('-inf')
         try:
+            if isinstance(count, float):  # of a subclass that counts by itself
+                return float(Fraction(self.total, 2**_UNIT) / Fraction(count))
             return self.total / (count << _UNIT)
         except OverflowError:
             return float('inf') if self.total > 0 else float('-inf')
@@ -125,11 +129,10 @@ def _count_property(window: str, doc: str) -> Any:
     """Make a property of how many values there are. Subclasses that count by themselves set it."""
 
     def set_count(metric, value):
-        if value != int(value):
-            raise ValueError(f'num_inst: expected an integer, got {value!r}')
+        value = float(value)
         with metric._lock:
-            sums = copy.copy(metric._window(window))
-            sums.count = int(value)
+            sums = copy.copy(metric._window(window)) if value else ExactSums(metric._window(window).total)
+            sums.count = int(value) if value.is_integer() else value
             metric._sums[window] = sums
 
     return property(lambda metric: metric._window(window).count, set_count, doc=doc)
@@ -141,7 +144,7 @@ def _sum_property(window: str, doc: str) -> Any:
     def set_sum(metric, value):
         with metric._lock:
             before = metric._window(window)
-            sums = ExactSums.of(np.array([value], dtype='float64'), before.invalid)
+            sums = ExactSums.of(np.array([float(value)]), before.invalid)
             sums.count = before.count
             metric._sums[window] = sums
 
@@ -151,7 +154,7 @@ def _sum_property(window: str, doc: str) -> Any:
 class RunningMean:
     """Mixin for an EvalMetric: the mean of values that the device may still be computing.
 
-    `push` queues arrays of one value per position, and only waits for those of `_AHEAD` updates ago, so that
+    `_push` queues arrays of one value per position, and only waits for those of `_AHEAD` updates ago, so that
     neither work nor memory pile up. Sums are exact, so the result does not depend on when the queue is read.
     Updates may come from several threads.
     """
@@ -159,12 +162,23 @@ class RunningMean:
     name: str  # EvalMetric's
     _kwargs: Dict[str, Any]  # EvalMetric's: the options
     _lock: Any
+    _computing: Deque[Tuple[Array, Optional[Callable[[], Array]]]]  # the last updates
+    _computed: Deque[Array]  # those before
+    _sums: Dict[str, ExactSums]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Make a metric that holds nothing, before any `reset`, which a subclass may replace."""
+        metric = super().__new__(cls)
+        metric._lock = RLock()
+        metric._computing, metric._computed = deque(), deque()
+        metric._sums = {window: ExactSums() for window in _WINDOWS}
+        return metric
 
     def reset(self) -> None:
         """Forget everything."""
-        self.__dict__.setdefault('_lock', RLock())
         with self._lock:
-            self._pending: Deque[Array] = deque()
+            self._computing.clear()
+            self._computed.clear()
             self._sums = {window: ExactSums() for window in _WINDOWS}
 
     def reset_local(self) -> None:
@@ -230,7 +244,8 @@ class RunningMean:
         if got != self._identity():
             raise ValueError(f'state: expected that of a metric with {self._identity()}, got {got}')
         with self._lock:
-            self._pending.clear()
+            self._computing.clear()
+            self._computed.clear()
             self._sums = sums
 
     def all_reduce(self, store: Any) -> Any:
@@ -261,35 +276,47 @@ class RunningMean:
         """Return what metrics have in common that may be merged, or take each other's state."""
         return {'metric': type(self).__name__, 'options': dict(self._kwargs)}
 
-    def _push(self, arrays: List[Array]) -> None:
-        """Queue arrays that the device may still be computing."""
+    def _push(self, arrays: List[Array], again: Sequence[Callable[[], Array]] = ()) -> None:
+        """Queue arrays that the device may still be computing, and what computes them `again`."""
         with self._lock:
-            self._pending.extend(arrays)
-            ahead = _AHEAD * max(1, len(arrays))
-            if len(self._pending) > _AT_ONCE + ahead:
-                self._drain(ahead)
-            oldest = self._pending[-ahead - 1] if len(self._pending) > ahead else None
-        if oldest is not None:
-            try:
-                oldest.wait_to_read()
-            except MXNetError:
-                with self._lock:
-                    self._pending = deque(array for array in self._pending if array is not oldest)
-                raise
+            self._computing.extend(zip_longest(arrays, again))
+            while len(self._computing) > _AHEAD * max(1, len(arrays)):
+                array, _ = self._computing.popleft()
+                try:
+                    array.wait_to_read()
+                except MXNetError:
+                    self._compute_again()
+                    raise
+                self._computed.append(array)
+            if len(self._computed) > _AT_ONCE:
+                self._read(self._computed)
 
-    def _drain(self, ahead: int = 0) -> None:
-        """Take all but the last `ahead` arrays of the queue into the sums."""
-        values, failed = [], None
-        while len(self._pending) > ahead:
+    def _drain(self) -> None:
+        """Take all that is queued into the sums. An error of the device is raised when all else is counted."""
+        failed = None
+        while self._computing:
+            array, _ = self._computing.popleft()
             try:
-                values.append(self._pending.popleft().asnumpy().ravel())
-            except MXNetError as error:  # noqa: PERF203  (of the device; other arrays are right)
+                array.wait_to_read()
+                self._computed.append(array)
+            except MXNetError as error:
                 failed = error
-        if values:
-            sums = self._sums_of(np.concatenate(values).astype('float64', copy=False))
-            self._sums = {window: before + sums for window, before in self._sums.items()}
+                self._compute_again()
+        self._read(self._computed)
         if failed is not None:
             raise failed
+
+    def _compute_again(self) -> None:
+        """Compute what was queued behind an error again: MXNet may have skipped it, without a word."""
+        self._computing = deque((again() if again else array, again) for array, again in self._computing)
+
+    def _read(self, arrays: Deque[Array]) -> None:
+        """Take computed arrays into the sums."""
+        if arrays:
+            values = np.concatenate([array.asnumpy().ravel() for array in arrays])
+            arrays.clear()
+            sums = self._sums_of(values.astype('float64', copy=False))
+            self._sums = {window: before + sums for window, before in self._sums.items()}
 
     def _window(self, window: str) -> ExactSums:
         with self._lock:
@@ -306,7 +333,7 @@ class RunningMean:
         """Return what a copy needs: the sums, without arrays on a device and without the lock."""
         with self._lock:
             self._drain()
-            state = dict(self.__dict__, _sums=dict(self._sums), _pending=deque())
+            state = dict(self.__dict__, _sums=dict(self._sums), _computing=deque(), _computed=deque())
         del state['_lock']
         return state
 

@@ -173,7 +173,7 @@ def _weight_layout(
         return 'keepdims'
     if len(got) == ndim and all(size in (1, full) for size, full in zip(got, shape)):
         return 'pred'
-    if got == positions:
+    if len(got) == len(positions) and all(size in (1, full) for size, full in zip(got, positions)):
         return 'positions'
     if got in (batch, (1,) * len(batch)):
         return 'batch'

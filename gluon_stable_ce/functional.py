@@ -195,6 +195,13 @@ def _refuse_other_classes(F: F, sample_weight: Array, pred: Array, axis: int) ->
     return F.broadcast_add(sample_weight, F.slice_axis(classes, axis=0, begin=0, end=1))
 
 
+def _refuse_class_axis(F: F, expanded: Array, pred: Array, batch_axis: int) -> Array:
+    """Return `expanded`. If its batch axis is the class axis, that becomes MXNet's shape error."""
+    samples = F.contrib.arange_like(expanded, axis=batch_axis)
+    samples = F.reshape_like(samples, F.contrib.arange_like(pred, axis=batch_axis))  # its first element is 0
+    return F.broadcast_add(expanded, F.slice_axis(samples, axis=0, begin=0, end=1))
+
+
 def reduce_positions(
     F: F,
     loss: Array,
@@ -233,6 +240,9 @@ def reduce_positions(
     """
     # of pred's rank, so that axes are counted as the caller counts them
     expanded = F.expand_dims(loss, axis=axis)
+    for batch_axis in batch_axes:
+        if ndim is None and (batch_axis < 0) != (axis < 0):  # then they may be the same axis
+            expanded = _refuse_class_axis(F, expanded, pred, batch_axis)
     if summed_axes:
         expanded = F.sum(expanded, axis=tuple(summed_axes), keepdims=True)
     if sample_weight is not None:

@@ -32,6 +32,7 @@ __all__ = ['StableSoftmaxCELoss', 'StableSoftmaxCrossEntropyLoss']
 
 _Loss = gluon.loss.Loss
 _MAIN_THREAD = main_thread().ident
+_GLUON_OPTIONS = ('_axis', '_sparse_label', '_from_logits', '_weight', '_batch_axis')
 _FLAGS = ('static_alloc', 'static_shape', 'inline_limit', 'forward_bulk_size', 'backward_bulk_size')
 
 
@@ -84,8 +85,6 @@ def compose_loss(
         ndim=signature.ndim,
         summed_axes=options.summed_axes,
     )
-    if signature.ndim is None and options.reduction != 'none':
-        loss = _refuse_class_axis(F, options, pred, loss)
     if (
         options.reduction == 'none'
         and options.sparse_label
@@ -93,14 +92,6 @@ def compose_loss(
     ):
         loss = F.reshape_like(loss, given_label)  # it may have the class axis, of length 1
     return _array_api.in_style_of(given, loss if options.weight is None else loss * options.weight)
-
-
-def _refuse_class_axis(F, options, pred, loss):
-    """Return `loss`, (batch,). If the batch axis is the class axis, that becomes MXNet's shape error."""
-    batch_axis, *others = options.batch_axes
-    if others or (batch_axis < 0) == (options.axis < 0):  # then the axes are known to differ
-        return loss
-    return F.reshape_like(loss, F.contrib.arange_like(pred, axis=batch_axis))
 
 
 def _sparse_positions(F, options, signature, pred, label, class_weight):
@@ -125,7 +116,7 @@ def _sparse_positions(F, options, signature, pred, label, class_weight):
 
 def _dense_positions(F, options, signature, pred, label, class_weight):
     """Compose the same of dense labels, which all count."""
-    if signature.label_dtype not in (None, signature.compute_dtype):
+    if signature.dtype is not None:
         label = F.cast(label, dtype=signature.compute_dtype)
     terms = _class_terms(F, options, signature, pred, class_weight, target=label)
     return functional.combine(F, terms, None, options.label_smoothing, options.lse_square_scale), None
@@ -243,8 +234,9 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
     *Graphs.* A call with arrays runs a compiled graph with static memory, and its outputs are fresh arrays.
     Losses of equal options share their graphs, of which a process keeps the 64 used last, each with the
     memory of its last batch. ``hybridize(False)`` computes operator by operator, for debugging. A subclass
-    with a `hybrid_forward` of its own is computed so unless it calls ``hybridize()``. One loss may be called
-    from several threads.
+    with a `hybrid_forward` of its own is computed so unless it calls ``hybridize()``.
+    One loss may be called from several threads. MXNet marks the inputs of what it records, so threads that
+    record must not share one array for ``pred``, ``sample_weight`` or a dense label.
 
     Examples
     --------
@@ -280,22 +272,14 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         # not through SoftmaxCrossEntropyLoss.__init__, which looks up its own name and may find ours there
         _Loss.__init__(self, weight, batch_axis, **kwargs)
         self._axis, self._sparse_label, self._from_logits = axis, sparse_label, from_logits  # as gluon's
-        class_axis, *summed_axes = _as_axes('axis', axis)
-        sparse_label = check_flag('sparse_label', sparse_label)
-        self._options = LossOptions(
-            axis=class_axis,
-            summed_axes=tuple(summed_axes),
-            batch_axes=_as_axes('batch_axis', batch_axis),
-            sparse_label=sparse_label,
-            pred_type='log_probs' if check_flag('from_logits', from_logits) else 'logits',
-            weight=check_number('weight', weight, low=-FLOAT32_MAX, high=FLOAT32_MAX, optional=True),
-            ignore_label=check_ignore_label(ignore_label, sparse_label),
-            label_smoothing=check_number('label_smoothing', label_smoothing, low=0, high=1),
-            lse_square_scale=check_number('lse_square_scale', lse_square_scale, low=0, high=FLOAT32_MAX),
-            reduction=check_choice('reduction', reduction, REDUCTIONS),
-            invalid_label=check_choice('invalid_label', invalid_label, INVALID_LABELS),
-        )
-        _check_combination(self._options)
+        self._keyword_options = {
+            'ignore_label': ignore_label,
+            'label_smoothing': label_smoothing,
+            'lse_square_scale': lse_square_scale,
+            'reduction': reduction,
+            'invalid_label': invalid_label,
+        }
+        self._options = self._read_options()
         self.class_weight: Optional[ClassWeight] = None
         if class_weight is not None:
             with self.name_scope():
@@ -305,6 +289,35 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         self._call_kinds: Set[Tuple[Optional[str], Optional[str]]] = (
             set()
         )  # dtypes and weight layouts, for `export`
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute. Those of gluon's options may be set later, as gluon reads them at each call."""
+        super().__setattr__(name, value)
+        if name in _GLUON_OPTIONS and '_options' in self.__dict__:
+            self._options = self._read_options()
+
+    def _read_options(self) -> LossOptions:
+        """Check all options and return them as the graph needs them."""
+        given = self._keyword_options
+        sparse_label = check_flag('sparse_label', self._sparse_label)
+        class_axis, *summed_axes = _as_axes('axis', self._axis)
+        options = LossOptions(
+            axis=class_axis,
+            summed_axes=tuple(summed_axes),
+            batch_axes=_as_axes('batch_axis', self._batch_axis),
+            sparse_label=sparse_label,
+            pred_type='log_probs' if check_flag('from_logits', self._from_logits) else 'logits',
+            weight=check_number('weight', self._weight, low=-FLOAT32_MAX, high=FLOAT32_MAX, optional=True),
+            ignore_label=check_ignore_label(given['ignore_label'], sparse_label),
+            label_smoothing=check_number('label_smoothing', given['label_smoothing'], low=0, high=1),
+            lse_square_scale=check_number(
+                'lse_square_scale', given['lse_square_scale'], low=0, high=FLOAT32_MAX
+            ),
+            reduction=check_choice('reduction', given['reduction'], REDUCTIONS),
+            invalid_label=check_choice('invalid_label', given['invalid_label'], INVALID_LABELS),
+        )
+        _check_combination(options)
+        return options
 
     def forward(
         self, pred: Array, label: Array, sample_weight: Optional[Array] = None, *others: Array
@@ -323,7 +336,8 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
                 raise
             return self._compute(*moved)
 
-    def _compute(self, pred, label, sample_weight):
+    def _signature_of(self, pred, label, sample_weight):
+        """Infer the signature of a call, and check all that its arrays tell."""
         options = self._options
         signature = infer_signature(
             pred,
@@ -334,11 +348,15 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
             options.sparse_label,
             options.summed_axes,
         )
-        self._call_kinds.add((signature.dtype, signature.weight_layout))
-        if self.class_weight is not None:
+        if self.class_weight is not None and signature.ndim is not None:
             self.class_weight.check_classes(pred.shape[options.axis])
-        if options.invalid_label == 'raise':
+        if options.invalid_label == 'raise' and signature.ndim is not None:
             self._check_labels(pred, label)
+        return signature
+
+    def _compute(self, pred, label, sample_weight):
+        options, signature = self._options, self._signature_of(pred, label, sample_weight)
+        self._call_kinds.add((signature.dtype, signature.weight_layout))
         if (
             signature.dtype == 'bfloat16' and options.sparse_label
         ):  # AMP's casts in a graph cannot read 64-bit labels
@@ -374,14 +392,8 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
 
     def __repr__(self) -> str:
         """Show the options that differ from their defaults, and the kernel in use."""
-        shown = {
-            'axis': self._axis,
-            'sparse_label': self._sparse_label,
-            'from_logits': self._from_logits,
-            'batch_axis': self._batch_axis,
-            **self._options._asdict(),
-            'class_weight': self.class_weight,
-        }
+        shown = {name[1:]: getattr(self, name) for name in _GLUON_OPTIONS}
+        shown.update(self._keyword_options, class_weight=self.class_weight)
         parameters = inspect.signature(StableSoftmaxCrossEntropyLoss.__init__).parameters
         changed = [
             f'{name}={shown[name]!r}'
@@ -412,18 +424,9 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
 
     def hybrid_forward(self, F: F, pred: Array, label: Array, sample_weight: Optional[Array] = None) -> Array:
         """Compose the graph, of symbols or, with ``hybridize(False)``, operator by operator of arrays."""
-        options = self._options
-        signature = infer_signature(
-            pred,
-            label,
-            sample_weight,
-            options.axis,
-            options.batch_axes,
-            options.sparse_label,
-            options.summed_axes,
-        )
+        signature = self._signature_of(pred, label, sample_weight)
         class_weight = None if self.class_weight is None else self.class_weight(pred)
-        return compose_loss(F, options, signature, pred, label, sample_weight, class_weight)
+        return compose_loss(F, self._options, signature, pred, label, sample_weight, class_weight)
 
     def hybridize(self, active: bool = True, *args: Any, **kwargs: Any) -> None:
         """Switch compiled graphs on or off. They have static memory unless told otherwise.
@@ -560,6 +563,7 @@ def _common(values: Iterable[Any]) -> Any:
 
 def _as_axes(name: str, axes: Any) -> Tuple[int, ...]:
     """Return one axis or several as a tuple; TypeError or ValueError if they are something else."""
+    axes = axes.tolist() if isinstance(axes, np.ndarray) else axes
     axes = axes if isinstance(axes, (list, tuple)) else (axes,)
     if not axes or len(set(axes)) < len(axes):
         raise ValueError(f'{name}: expected one axis or several different ones, got {axes}')

@@ -153,7 +153,8 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric):
     Logits are reduced as in the loss, with its error. Sums are exact and the division rounds once, so the
     result is the same to the last bit however the data is split into batches, devices and workers
     (``test_metric.py::test_results_do_not_depend_on_batches_devices_or_when_get_is_called``). An update only
-    waits for the one four updates ago.
+    waits for the one two updates ago, and the arrays of the last two stay in memory, to be computed again if
+    an error on the device skips them.
 
     Examples
     --------
@@ -168,7 +169,7 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric):
 
     def __init__(
         self,
-        *,
+        *eps: Any,
         axis: int = -1,
         pred_type: str = 'probs',
         ignore_label: Optional[int] = None,
@@ -177,6 +178,8 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric):
         output_names: Optional[List[str]] = None,
         label_names: Optional[List[str]] = None,
     ) -> None:
+        if eps:
+            raise TypeError(f'eps: expected no epsilon, and keyword arguments only, got {eps}')
         sparse_label = check_flag('sparse_label', sparse_label)
         self._options = MetricOptions(
             axis=check_number('axis', axis, Integral),
@@ -193,8 +196,8 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric):
         labels, preds = _as_list('labels', labels), _as_list('preds', preds)
         if len(labels) != len(preds):
             raise ValueError(f'labels: expected as many arrays as preds, {len(preds)}, got {len(labels)}')
-        with autograd.pause():
-            self._push([self._nll(label, pred) for label, pred in zip(labels, preds)])
+        again = [partial(self._nll, label, pred) for label, pred in zip(labels, preds)]
+        self._push([compute() for compute in again], again)
 
     def _nll(self, label: Any, pred: Any) -> Array:
         """Compute the NLL of each position; `label` is moved to the context of `pred`."""
@@ -212,7 +215,8 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric):
             signature.dtype == 'bfloat16' and options.sparse_label
         ):  # AMP's casts in a graph cannot read 64-bit labels
             label = label.astype('float32')
-        return compiled(compose_nll, options, signature, ('pred', 'label'), STATIC)(pred, label)
+        with autograd.pause():
+            return compiled(compose_nll, options, signature, ('pred', 'label'), STATIC)(pred, label)
 
     def _sums_of(self, values: np.ndarray) -> ExactSums:
         if not self._options.sparse_label:

@@ -22,7 +22,7 @@ BAD_LOSS_OPTIONS = [
     (
         {'ignore_label': 2**53 + 1},
         ValueError,
-        '^ignore_label: expected a number from -9007199254740992 to 9007199254740992, got 9007199254740993$',
+        '^ignore_label: expected a number from -9007199254740991 to 9007199254740991, got 9007199254740993$',
     ),
     ({'label_smoothing': 1.5}, ValueError, r'^label_smoothing: expected a number from 0 to 1, got 1\.5$'),
     (
