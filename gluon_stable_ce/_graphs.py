@@ -8,7 +8,7 @@ import mxnet as mx
 from ._array_api import Array, variable
 from ._signature import Signature
 
-GRAPHS = 64  # as many are kept, the most recently used
+MAX_GRAPHS = 64  # those used last stay in memory
 Flags = Tuple[Tuple[str, Any], ...]
 STATIC: Flags = (('static_alloc', True), ('static_shape', True))
 INPUTS = ('pred', 'label', 'sample_weight', 'class_weight')
@@ -43,7 +43,7 @@ class Graph:
         return self.cached_op(*[inputs[i] for i in self._order])
 
 
-@lru_cache(maxsize=GRAPHS)
+@lru_cache(maxsize=MAX_GRAPHS)
 def compiled(
     compose: Callable[..., Array], options: Any, signature: Signature, names: Tuple[str, ...], flags: Flags
 ) -> Graph:

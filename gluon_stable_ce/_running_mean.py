@@ -292,7 +292,7 @@ class RunningMean:
                 self._read(self._computed)
 
     def _drain(self) -> None:
-        """Take all that is queued into the sums. An error of the device is raised when all else is counted."""
+        """Take all that is queued into the sums. Raise an error of the device once all else is counted."""
         failed = None
         while self._computing:
             array, _ = self._computing.popleft()

@@ -71,6 +71,7 @@ def read_labels(
     ignore_label: Optional[int] = None,
     invalid_label: str = 'nan',
     label_dtype: str = 'float64',
+    is_cast: bool = False,
     few_classes: bool = False,
 ) -> Labels:
     """Read sparse labels: decide which of them are valid, which count, and what class they name.
@@ -85,14 +86,15 @@ def read_labels(
         Only its shape is read.
     ignore_label : int, optional
         Positions with this label do not count, whether it is valid or not.
-    label_dtype : str
-        In which dtype labels are compared. 'float64' holds every class of every dtype.
+    label_dtype, is_cast : str, bool
+        In which dtype labels are compared, and whether they have it. 'float64' holds every class of every
+        dtype.
     few_classes : bool
         Whether `pred` has few classes and is of `label_dtype`: then an array of all classes is cheap, and
         exact.
     """
-    label = F.BlockGrad(F.cast(label, dtype=label_dtype))  # its gradient is 0
-    counted = is_counted(F, label, ignore_label, label_dtype)
+    label = F.BlockGrad(label if is_cast else F.cast(label, dtype=label_dtype))  # its gradient is 0
+    counted = None if ignore_label is None else label != ignore_label
     if few_classes and invalid_label != 'clip':
         index = F.take(F.contrib.arange_like(pred, axis=axis), label, mode='clip')
         return Labels(index, index == label, counted)

@@ -106,6 +106,7 @@ def _sparse_positions(F, options, signature, pred, label, class_weight):
         options.ignore_label,
         options.invalid_label,
         label_dtype=signature.label_compare_dtype,
+        is_cast=signature.label_dtype == signature.label_compare_dtype,
         few_classes=signature.few_classes,
     )
     terms = _class_terms(F, options, signature, pred, class_weight, index=labels.index)
@@ -286,9 +287,8 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
                 self.class_weight = ClassWeight(class_weight)
         self._is_compiled, self._graph_flags = True, STATIC
         self._op_hook: Optional[Tuple[Any, bool]] = None
-        self._call_kinds: Set[Tuple[Optional[str], Optional[str]]] = (
-            set()
-        )  # dtypes and weight layouts, for `export`
+        # for `export`: the dtype of pred and the layout of sample_weight, of all calls so far
+        self._call_kinds: Set[Tuple[Optional[str], Optional[str]]] = set()
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute. Those of gluon's options may be set later, as gluon reads them at each call."""
@@ -337,7 +337,7 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
             return self._compute(*moved)
 
     def _signature_of(self, pred, label, sample_weight):
-        """Infer the signature of a call, and check all that its arrays tell."""
+        """Infer the signature of a call, and check its arrays."""
         options = self._options
         signature = infer_signature(
             pred,

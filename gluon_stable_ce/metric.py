@@ -104,6 +104,7 @@ def compose_nll(
             axis,
             options.ignore_label,
             label_dtype=signature.label_compare_dtype,
+            is_cast=signature.label_dtype == signature.label_compare_dtype,
             few_classes=signature.few_classes,
         )
         nll = F.cast(reduce(index=labels.index).nll, dtype='float64')  # (positions...)
@@ -302,7 +303,11 @@ class StableBitsPerToken(StableCrossEntropy):
 
 def _copied(array: Array) -> Array:
     """Return a copy, in a dtype that NumPy has."""
-    return array.astype('float32') if _array_api.dtype_name(array) == 'bfloat16' else array.copy()
+    array = _array_api.as_classic(array)
+    with autograd.pause():
+        return (
+            array.astype('float32') if _array_api.dtype_name(array) == 'bfloat16' else mx.nd.identity(array)
+        )
 
 
 def _as_list(name: str, arrays: Any) -> List[Array]:

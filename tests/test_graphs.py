@@ -84,9 +84,9 @@ def test_other_options_are_other_graphs(graphs, batch):
 
 @pytest.mark.slow
 def test_number_of_graphs_is_bounded(graphs, batch):
-    for ignore_label in range(_graphs.GRAPHS + 10):
+    for ignore_label in range(_graphs.MAX_GRAPHS + 10):
         StableSoftmaxCELoss(ignore_label=-ignore_label - 1)(*batch)
-    assert graphs().currsize == graphs().maxsize == _graphs.GRAPHS
+    assert graphs().currsize == graphs().maxsize == _graphs.MAX_GRAPHS
 
 
 def test_number_of_graphs_does_not_grow_with_the_number_of_classes(graphs, rng, ctx):

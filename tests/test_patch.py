@@ -417,7 +417,7 @@ def test_subclasses_made_before_the_patch_stay_stock(rng):
     'kind', [StableSoftmaxCrossEntropyLoss, StableLoss, StableCrossEntropy], ids=lambda kind: kind.__name__
 )
 def test_no_recursion_if_a_name_is_bound_to_this_packages_class_by_hand(monkeypatch, kind):
-    """Item 5 of the issue: gluon's own __init__ looks its name up."""
+    """Gluon's own __init__ looks its name up."""
     module, name = {
         StableSoftmaxCrossEntropyLoss: (gluon.loss, 'SoftmaxCrossEntropyLoss'),
         StableLoss: (mx.metric, 'Loss'),

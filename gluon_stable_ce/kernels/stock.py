@@ -28,7 +28,7 @@ def class_terms(
     """Reduce the class axis as `kernels.class_terms` describes."""
     if index is not None and pred_type == 'probs':  # one number per position is enough
         probs = F.cast(F.pick(pred, index, axis=axis), dtype='float64')  # (positions...)
-        return _clamped(F, -F.log(probs)), None, None
+        return _clamped(F, F.log(probs)), None, None
     if dtype in HALF:  # unlike log_softmax's own `dtype`, a cast in front of it reaches the fast kernel
         pred = F.cast(pred, dtype='float32')
     if ndim is not None or axis == -1:
@@ -108,34 +108,37 @@ def _terms(
     if index is None:
         if class_weight is not None:
             target = target * _at_each_position(F, class_weight, log_p)
-        nll = _clamped(F, _expected_nll(F, log_p, target, log_1), _has_negative(F, target))
+        nll = _clamped(F, _expected_log_p(F, log_p, target, log_1), _has_negative(F, target))
     else:
-        nll = _clamped(F, _nll_at(F, log_p, index, log_1))
+        nll = _clamped(F, _log_p_at(F, log_p, index, log_1))
     return (
         nll,
         _logsumexp(F, pred, log_p, log_1) if logsumexp else None,
-        _clamped(F, _uniform_nll(F, log_p, log_1, class_weight)) if uniform else None,
+        _clamped(F, _uniform_log_p(F, log_p, log_1, class_weight)) if uniform else None,
     )
 
 
-def _clamped(F: F, nll: Array, is_signed: Optional[Array] = None) -> Array:
-    """Raise rounding errors below 0 to 0, and let the gradient through; not where `is_signed`."""
-    below = F.relu(-nll)
+def _clamped(F: F, log_p: Array, is_signed: Optional[Array] = None) -> Array:
+    """Return -`log_p`, with rounding errors below 0 raised to 0, through which the gradient goes on.
+
+    Where `is_signed`, what is below 0 is no rounding error.
+    """
+    above = F.relu(log_p)
     if is_signed is not None:
-        below = F.where(is_signed, F.zeros_like(below), below)
-    return nll + F.BlockGrad(below)
+        above = F.where(is_signed, F.zeros_like(above), above)
+    return F.BlockGrad(above) - log_p
 
 
-def _nll_at(F: F, log_p: Array, index: Array, log_1: Array) -> Array:
-    """-log p of the class `index`, with `log_1` for the zero of the scale."""
-    return F.take(log_1, index, mode='clip') - F.pick(log_p, index, axis=-1)  # take broadcasts to any rank
+def _log_p_at(F: F, log_p: Array, index: Array, log_1: Array) -> Array:
+    """Log p of the class `index`, with `log_1` for the zero of the scale."""
+    return F.pick(log_p, index, axis=-1) - F.take(log_1, index, mode='clip')  # take broadcasts to any rank
 
 
-def _expected_nll(F: F, log_p: Array, target: Any, log_1: Array) -> Array:
-    """-sum_j target_j log p_j. A matrix-vector product is ten times as fast as MXNet's sum over classes."""
+def _expected_log_p(F: F, log_p: Array, target: Any, log_1: Array) -> Array:
+    """Sum_j target_j log p_j. A matrix-vector product is ten times as fast as MXNet's sum over classes."""
     ones = _ones_per_class(F, log_p)
     zero_of_scale = F.dot(target, F.broadcast_mul(log_1, ones))  # (positions...)
-    return zero_of_scale - F.dot(weighted(F, log_p, target), ones)
+    return F.dot(weighted(F, log_p, target), ones) - zero_of_scale
 
 
 def _has_negative(F: F, target: Any) -> Array:
@@ -145,18 +148,18 @@ def _has_negative(F: F, target: Any) -> Array:
     )  # (positions...), 0 where there are none
 
 
-def _uniform_nll(F: F, log_p: Array, log_1: Array, class_weight: Optional[Array]) -> Array:
-    """-1/C sum_j w_j log p_j."""
+def _uniform_log_p(F: F, log_p: Array, log_1: Array, class_weight: Optional[Array]) -> Array:
+    """1/C sum_j w_j log p_j."""
     share = F.softmax(F.zeros_like(F.contrib.arange_like(log_p, axis=-1)))  # (C,), 1/C for each class
     if class_weight is None:
-        return -F.dot(log_p, share)
-    return _expected_nll(F, log_p, _at_each_position(F, share * class_weight, log_p), log_1)
+        return F.dot(log_p, share)
+    return _expected_log_p(F, log_p, _at_each_position(F, share * class_weight, log_p), log_1)
 
 
 def _logsumexp(F: F, logits: Array, log_p: Array, log_1: Array) -> Array:
     """Log sum_j exp z_j from the class of the largest logit, which is finite wherever the sum is."""
     index = F.argmax(logits, axis=-1)  # (positions...)
-    return F.pick(logits, index, axis=-1) + _nll_at(F, log_p, index, log_1)
+    return F.pick(logits, index, axis=-1) - _log_p_at(F, log_p, index, log_1)
 
 
 def _at_each_position(F: F, per_class: Array, like: Array) -> Array:
