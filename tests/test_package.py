@@ -35,6 +35,11 @@ def test_import_without_mxnet_says_what_to_install(tmp_path):
     )
 
 
+def test_mxnet_2_is_refused_in_one_sentence(tmp_path):
+    message = import_with(tmp_path, '__version__ = "2.0.0b1"')
+    assert message == 'ImportError: gluon_stable_ce needs MXNet 1.6 to 1.9, this is 2.0.0b1'
+
+
 def test_import_with_a_numpy_that_breaks_mxnet_says_so(tmp_path):
     message = import_with(tmp_path, "raise AttributeError(\"module 'numpy' has no attribute 'bool'\")")
     assert (

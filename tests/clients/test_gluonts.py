@@ -1,5 +1,7 @@
 """gluonts: WaveNet, which uses gluon's loss, and the Trainer, which uses mx.metric.Loss."""
 
+import re
+
 import pytest
 
 pytest.importorskip('gluonts')
@@ -23,9 +25,8 @@ def test_rejects_the_weights_of_gluonts(results, job):
     """
     stock, ours = results('jobs_gluonts.py', job)
     assert 'losses' in stock
-    assert '8,6,1' in ours['error'].replace(
-        ' ', ''
-    )  # errors of arrays and of graphs write shapes in their own ways
+    # arrays are refused by name, and in a graph MXNet's error names the lengths that do not fit
+    assert re.search('sample_weight: expected|cannot be broadcasted', ours['error'])
 
 
 def test_losses_and_metrics_are_replaced(counts):
