@@ -28,6 +28,7 @@ class Signature(NamedTuple):
     few_classes: bool = (
         False  # so few that an array of them is cheap, and that `dtype` tells all labels apart from them
     )
+    is_empty: bool = False  # whether there are no positions, for which MXNet's static memory fails
     kernel: str = 'stock'
 
     @property
@@ -97,7 +98,9 @@ def _signature_of(
     layout = None if weight is None else _weight_layout(weight[2], shape, positions, axis, batch_axes)
     np_style = issubclass(kind, _array_api.NP_STYLE)
     few_classes = shape[axis] <= _FEW and dtype in ('float32', 'float64') and label_dtype in (dtype, *_NARROW)
-    return Signature(np_style, dtype, len(shape), label_dtype, len(label_shape), layout, few_classes)
+    return Signature(
+        np_style, dtype, len(shape), label_dtype, len(label_shape), layout, few_classes, 0 in shape
+    )
 
 
 def check_array_type(name: str, kind: type) -> None:

@@ -72,6 +72,8 @@ def compose_loss(
             class_weight = F.reshape_like(class_weight, F.contrib.arange_like(pred, axis=options.axis))
     positions = _sparse_positions if options.sparse_label else _dense_positions
     loss, is_counted = positions(F, options, signature, pred, given_label, class_weight)  # (positions...)
+    # of no positions at all, every reduction is the sum, 0, and MXNet has no mean count of no samples
+    reduction = 'sum' if signature.is_empty and options.reduction == 'valid' else options.reduction
     loss = functional.reduce_positions(
         F,
         loss,
@@ -79,7 +81,7 @@ def compose_loss(
         is_counted,
         axis=options.axis,
         batch_axes=options.batch_axes,
-        reduction=options.reduction,
+        reduction=reduction,
         sample_weight=sample_weight,
         weight_layout=signature.weight_layout,
         ndim=signature.ndim,
@@ -361,7 +363,7 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
             signature.dtype == 'bfloat16' and options.sparse_label
         ):  # AMP's casts in a graph cannot read 64-bit labels
             label = label.astype('float32')
-        if not self._is_compiled:
+        if signature.is_empty or not self._is_compiled:
             class_weight = None if self.class_weight is None else self.class_weight(pred)
             return compose_loss(mx.nd, options, signature, pred, label, sample_weight, class_weight)
         class_weight = None if self.class_weight is None else self.class_weight.value.data(pred.context)

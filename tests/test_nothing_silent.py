@@ -244,6 +244,16 @@ def test_clip_trains_the_nearest_class(label, nearest, mode):
     np.testing.assert_allclose(loss, reference.loss_and_gradient(pred, np.array([nearest]))[0], rtol=1e-5)
 
 
+@pytest.mark.parametrize('reduction', ['mean', 'valid', 'sum'])
+@pytest.mark.parametrize('shape', [(2, 0, 5), (0, 5)], ids=str)
+def test_samples_without_positions_have_a_loss_of_0(shape, reduction):
+    loss_fn = StableSoftmaxCELoss(ignore_label=-1, reduction=reduction)
+    with modes.numpy_semantics():
+        loss = loss_fn(mx.np.zeros(shape), mx.np.zeros(shape[:-1]))
+        np.testing.assert_array_equal(loss.asnumpy(), np.zeros(shape[0]))
+        mx.nd.waitall()
+
+
 # Dtypes and storage
 
 
