@@ -370,3 +370,23 @@ def test_a_run_that_was_killed_twice_reports_what_it_would_have(tmp_path):
         json.dumps(dict(checkpoint, metric=StableCrossEntropy(pred_type='logits').state_dict()))
     )
     assert train(forgetful)[0]['global'] != expected[1]['global']
+
+
+# DataLoader
+
+
+@pytest.mark.parametrize('pin_memory', [False, True], ids=['', 'pinned'])
+@pytest.mark.parametrize('workers', [0, 1, 4])
+def test_batches_of_a_data_loader(workers, pin_memory):
+    """Those of workers live in shared memory, while the output of an eager net lives on the CPU."""
+    data, label = blobs(0)
+    dataset = gluon.data.ArrayDataset(data, label)
+    loader = gluon.data.DataLoader(dataset, BATCH, num_workers=workers, pin_memory=pin_memory)
+    loss_fn = StableSoftmaxCELoss()
+    metric, losses = loss_fn.create_metric(), []
+    for pred, labels in loader:
+        losses.append(loss_fn(pred * 2, labels).asnumpy())
+        metric.update(labels, pred * 2)
+    expected = reference.loss_and_gradient(2 * data, label)[0]
+    np.testing.assert_allclose(np.concatenate(losses), expected, rtol=1e-5, atol=LOGITS)
+    assert metric.get()[1] == pytest.approx(expected.mean(), rel=1e-5)
