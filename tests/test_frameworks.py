@@ -390,3 +390,34 @@ def test_batches_of_a_data_loader(workers, pin_memory):
     expected = reference.loss_and_gradient(2 * data, label)[0]
     np.testing.assert_allclose(np.concatenate(losses), expected, rtol=1e-5, atol=LOGITS)
     assert metric.get()[1] == pytest.approx(expected.mean(), rel=1e-5)
+
+
+# The patterns of MXNet's own tests of losses
+
+
+@pytest.mark.parametrize('weighted', [False, True], ids=['', 'sample-weight'])
+def test_module_trains_on_a_symbol_of_the_loss(weighted):
+    """A Module of `make_loss` with (N,) weights: those of weight 0 are not learned."""
+    mx.random.seed(0)
+    data, label = blobs(0)
+    weight = (np.arange(SAMPLES) < SAMPLES // 2).astype('float32')
+    inputs = {'label': label, 'weight': weight} if weighted else {'label': label}
+    batches = mx.io.NDArrayIter(data, inputs, SAMPLES, label_name='label')
+    logits = mx.sym.FullyConnected(mx.sym.var('data'), num_hidden=CLASSES)
+    loss = mx.sym.make_loss(StableSoftmaxCELoss()(logits, *map(mx.sym.var, inputs)))
+    module = mx.mod.Module(loss, data_names=['data'], label_names=list(inputs))
+    module.fit(
+        batches,
+        num_epoch=60,
+        optimizer_params={'learning_rate': 0.5},
+        initializer=mx.init.Xavier(),
+        eval_metric=StableLoss(),
+    )
+    module.forward(next(iter(batches)), is_train=False)
+    values = module.get_outputs()[0].asnumpy()
+    params = {name: value.asnumpy() for name, value in module.get_params()[0].items()}
+    pred = data @ next(value for name, value in params.items() if name.endswith('weight')).T
+    pred = pred + next(value for name, value in params.items() if name.endswith('bias'))
+    expected = reference.loss_and_gradient(pred, label, *([weight] if weighted else []))[0]
+    np.testing.assert_allclose(values, expected, rtol=1e-4, atol=1e-5)
+    assert values[:10].mean() < 0.5
