@@ -108,9 +108,6 @@ class ExactSums:
     def __add__(self, other):
         return ExactSums(*map(int.__add__, self, other))
 
-    def __sub__(self, other):
-        return ExactSums(*map(int.__sub__, self, other))
-
     def over(self, count):
         """Divide the sum of all values by the integer `count`, with one rounding."""
         if self.nan or not count or (self.infinite and self.minus_infinite):

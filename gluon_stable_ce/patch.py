@@ -77,7 +77,7 @@ def patch(**loss_options: Any) -> 'Patch':
     exactly the objects that were there before the patch that it undoes.
 
     ``mx.metric.CrossEntropy(eps=...)`` is accepted with a warning, and the epsilon is ignored: the metric has
-    none. It is only kept as the attribute ``eps``, for subclasses with an ``update`` of their own.
+    none. It is only there as the attribute ``eps``, for subclasses with an ``update`` of their own.
 
     A pickled replacement does not need a patch where it is read: there it is an object of this package's
     class.
