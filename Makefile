@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 MATRIX := 1.8.0.post0 1.7.0.post2 1.6.0
 
-.PHONY: help demo test quick fuzz bench docs test-clients test-matrix test-horovod clean
+.PHONY: help demo test quick fuzz bench docs kernel wheel test-clients test-matrix test-horovod clean
 
 help:
 	@echo 'make demo         train on real digits, and compare the metrics (examples/digits.py)'
@@ -12,29 +12,39 @@ help:
 	@echo 'make quick        the tests that are neither slow nor distributed, in less than a minute'
 	@echo 'make fuzz         random problems against the reference (EXAMPLES=20000)'
 	@echo 'make bench        measure speed, memory and accuracy (WITH=torch adds PyTorch)'
+	@echo 'make wheel        a wheel for this MXNet and this kind of processor, with the fused kernel in it'
 	@echo 'make docs         the API reference as HTML'
 	@echo 'make test-clients the losses, metrics and loops of other packages, patched and beside stock'
 	@echo 'make test-matrix  the tests on every supported MXNet'
 	@echo 'make test-horovod the tests of all_reduce over Horovod, which it compiles first'
 	@echo 'make clean        remove all environments'
 
-demo: $(VENV)/.cpu-demo
+demo: $(VENV)/.cpu-demo kernel
 	$(BIN)/python examples/digits.py $(ARGS)
 
-test: $(VENV)/.cpu-docs-onnx-test
+test: $(VENV)/.cpu-docs-onnx-test kernel
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest $(ARGS)
 
-quick: $(VENV)/.cpu-docs-onnx-test
+# Without a compiler, all goes on with the stock kernel. An environment comes first.
+kernel:
+	@$(BIN)/python -m gluon_stable_ce build || echo 'going on without the fused kernel'
+
+wheel: $(VENV)/.cpu-dev kernel
+	rm -rf build/lib build/bdist*
+	$(BIN)/python -m build --wheel --outdir dist -C--build-option=--plat-name=$$($(BIN)/python -c \
+	    'import sysconfig; print(sysconfig.get_platform())')
+
+quick: $(VENV)/.cpu-docs-onnx-test kernel
 	$(BIN)/python -m pytest -m 'not slow and not dist' $(ARGS)
 
-fuzz: $(VENV)/.cpu-docs-onnx-test
+fuzz: $(VENV)/.cpu-docs-onnx-test kernel
 	FUZZ_EXAMPLES=$(or $(EXAMPLES),20000) $(BIN)/python -m pytest tests/test_fuzz.py tests/test_audit_fuzz.py $(ARGS)
 
 # Nothing else should run meanwhile. PyTorch has an environment of its own, since it wants another NumPy.
-bench: $(VENV)/.cpu-demo $(if $(filter torch,$(WITH)),.venv-torch/bin/torch-is-here)
+bench: $(VENV)/.cpu-demo kernel $(if $(filter torch,$(WITH)),.venv-torch/bin/torch-is-here)
 	$(BIN)/python benchmarks/run.py $(if $(filter torch,$(WITH)),--with-torch .venv-torch/bin/python) $(ARGS)
 
 .venv-torch/bin/torch-is-here:

@@ -12,6 +12,10 @@ COMMANDS = {
         'gluon_stable_ce.audit',
         'Compute the exact cross entropy of given predictions, and what an epsilon hides.',
     ),
+    'build': (
+        'gluon_stable_ce.kernels.fused',
+        'Compile the fused kernel, test it, and say what it is worth on this machine.',
+    ),
     'run': (
         'gluon_stable_ce.patch',
         "Run a script or a module with this loss and these metrics in the place of MXNet's own.",

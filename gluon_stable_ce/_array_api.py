@@ -22,6 +22,7 @@ Arrays = Union[Array, List[Array]]
 
 ARRAY = ndarray.NDArray
 NP_STYLE = (numpy.ndarray, NumpySymbol)
+CPU = ('cpu', 'cpu_pinned', 'cpu_shared')  # DataLoader puts batches on the last two; for gluon they are one
 SPARSE = ndarray.sparse.BaseSparseNDArray
 
 

@@ -271,7 +271,8 @@ class RunningMean:
 
     def _identity(self) -> Dict[str, Any]:
         """Return what metrics have in common that may be merged, or take each other's state."""
-        return {'metric': type(self).__name__, 'options': dict(self._kwargs)}
+        options = {name: value for name, value in self._kwargs.items() if name != 'kernel'}
+        return {'metric': type(self).__name__, 'options': options}
 
     def _push(self, arrays: List[Array], again: Sequence[Callable[[], Array]] = ()) -> None:
         """Queue arrays that the device may still be computing, and what computes them `again`."""

@@ -4,14 +4,14 @@ from functools import lru_cache
 from typing import Any, List, NamedTuple, Optional, Tuple
 
 from . import _array_api
-from ._array_api import Array
+from ._array_api import CPU, Array
+from .kernels import choose, in_this_thread
 
 LABEL_DTYPES = ('int8', 'uint8', 'int32', 'int64', 'float16', 'float32', 'float64')
 PRED_DTYPES = ('float16', 'bfloat16', 'float32', 'float64')
 _MANTISSA = {'float16': 11, 'float32': 24}  # bits, counting the hidden one: integers up to 2**bits are exact
 _FEW = 2048  # classes
 _NARROW = ('int8', 'uint8', 'float16', 'float32')  # labels that float32 holds as they are
-_HOST = ('cpu_pinned', 'cpu_shared')  # where DataLoader puts batches; for gluon they are the CPU
 
 
 class Signature(NamedTuple):
@@ -30,6 +30,7 @@ class Signature(NamedTuple):
     )
     is_empty: bool = False  # whether there are no positions, for which MXNet's static memory fails
     kernel: str = 'stock'
+    is_leaf: bool = True  # whether `pred` may be a variable with a gradient; only told apart for 'fused'
 
     @property
     def compute_dtype(self) -> str:
@@ -52,6 +53,7 @@ def infer_signature(
     batch_axes: Tuple[int, ...] = (0,),
     sparse_label: bool = True,
     summed_axes: Tuple[int, ...] = (),
+    kernel: str = 'stock',
 ) -> Signature:
     """Infer the signature of a call, once its arrays are checked.
 
@@ -61,10 +63,22 @@ def infer_signature(
         If the inputs are no arrays, or do not fit each other. Symbols are not checked.
     """
     if _array_api.is_symbol(pred):
-        return Signature(_array_api.is_np_style(pred), _array_api.dtype_name(pred))
+        dtype = _array_api.dtype_name(pred)
+        return Signature(_array_api.is_np_style(pred), dtype, kernel=choose(kernel, dtype))
     weight = None if sample_weight is None else _describe(sample_weight)
+    kernel = in_this_thread(kernel)
+    may_be_fused = kernel != 'stock' and _array_api.is_array(pred)
     return _signature_of(
-        _describe(pred), _describe(label), weight, axis, batch_axes, sparse_label, summed_axes
+        _describe(pred),
+        _describe(label),
+        weight,
+        axis,
+        batch_axes,
+        sparse_label,
+        summed_axes,
+        kernel,
+        pred.context.device_type if may_be_fused else None,
+        pred.grad is not None if may_be_fused else True,
     )
 
 
@@ -84,6 +98,9 @@ def _signature_of(
     batch_axes: Tuple[int, ...],
     sparse_label: bool,
     summed_axes: Tuple[int, ...],
+    kernel: str,
+    device_type: Optional[str],
+    is_leaf: bool,
 ) -> Signature:
     for name, described in (('pred', pred), ('label', label), ('sample_weight', weight)):
         if described is not None:
@@ -98,8 +115,19 @@ def _signature_of(
     layout = None if weight is None else _weight_layout(weight[2], shape, positions, axis, batch_axes)
     np_style = issubclass(kind, _array_api.NP_STYLE)
     few_classes = shape[axis] <= _FEW and dtype in ('float32', 'float64') and label_dtype in (dtype, *_NARROW)
+    is_empty = 0 in shape
+    chosen = 'stock' if is_empty else choose(kernel, dtype, device_type)
     return Signature(
-        np_style, dtype, len(shape), label_dtype, len(label_shape), layout, few_classes, 0 in shape
+        np_style,
+        dtype,
+        len(shape),
+        label_dtype,
+        len(label_shape),
+        layout,
+        few_classes,
+        is_empty,
+        chosen,
+        is_leaf or chosen == 'stock',
     )
 
 
@@ -209,4 +237,4 @@ def on_one_context(pred: Array, *others: Optional[Array]) -> Tuple[Optional[Arra
 def _is_same_place(one: Any, other: Any) -> bool:
     """Whether both contexts are the CPU's memory, at least one of it pinned or shared."""
     kinds = {one.device_type, other.device_type}
-    return bool(kinds & set(_HOST)) and kinds <= {'cpu', *_HOST}
+    return kinds <= set(CPU) and kinds != {'cpu'}

@@ -2,8 +2,8 @@
 
 import inspect
 from numbers import Integral
-from threading import get_ident, main_thread
-from typing import Any, Iterable, NamedTuple, Optional, Sequence, Set, Tuple, Union
+from threading import active_count
+from typing import Any, Dict, Iterable, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
 import mxnet as mx
 import numpy as np
@@ -21,17 +21,17 @@ from ._options import (
     check_choice,
     check_flag,
     check_ignore_label,
+    check_kernel,
     check_number,
 )
 from ._signature import Signature, check_array_type, infer_signature, on_one_context
-from .kernels import class_terms
+from .kernels import choose, class_terms
 from .metric import StableCrossEntropy
 
 __all__ = ['StableSoftmaxCELoss', 'StableSoftmaxCrossEntropyLoss']
 
 
 _Loss = gluon.loss.Loss
-_MAIN_THREAD = main_thread().ident
 _GLUON_OPTIONS = ('_axis', '_sparse_label', '_from_logits', '_weight', '_batch_axis')
 _FLAGS = ('static_alloc', 'static_shape', 'inline_limit', 'forward_bulk_size', 'backward_bulk_size')
 
@@ -50,6 +50,7 @@ class LossOptions(NamedTuple):
     lse_square_scale: float
     reduction: str
     invalid_label: str
+    kernel: str
 
 
 def compose_loss(
@@ -111,7 +112,11 @@ def _sparse_positions(F, options, signature, pred, label, class_weight):
         is_cast=signature.label_dtype == signature.label_compare_dtype,
         few_classes=signature.few_classes,
     )
-    terms = _class_terms(F, options, signature, pred, class_weight, index=labels.index)
+    is_needed = labels.is_counted
+    if options.lse_square_scale and labels.is_valid is not None:
+        # where the logsumexp is infinite, the gradient of its square is NaN, even times 0
+        is_needed = labels.is_valid if is_needed is None else is_needed * labels.is_valid
+    terms = _class_terms(F, options, signature, pred, class_weight, index=labels.index, is_needed=is_needed)
     weight_of_label = None if class_weight is None else F.take(class_weight, labels.index, mode='clip')
     loss = functional.combine(F, terms, weight_of_label, options.label_smoothing, options.lse_square_scale)
     return functional.mask(F, loss, labels, invalid=float('nan'), ignored=0.0), labels.is_counted
@@ -137,6 +142,7 @@ def _class_terms(F, options, signature, pred, class_weight, **labels):
         class_weight=class_weight,
         ndim=signature.ndim,
         dtype=signature.dtype,
+        is_leaf=signature.is_leaf,
         **labels,
     )
 
@@ -189,6 +195,12 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         every call, so it is for debugging, and in a graph of symbols it is 'nan'. 'clip': trains the nearest
         class, a fraction the class of its integer part, and NaN class 0. For labels that fit int32, that is
         what gluon does.
+    kernel : 'auto', 'stock' or 'fused'
+        What reduces the class axis. 'stock': MXNet's ``log_softmax`` and ``pick``. 'fused': an operator that
+        ``python -m gluon_stable_ce build`` compiles, for sparse labels and logits on the CPU; also in graphs
+        of symbols, which then need that operator. 'auto': for arrays, 'fused' where it can be used, else
+        'stock'; for symbols 'stock', so that what is exported runs anywhere. Threads other than the main one
+        get 'stock' too. The environment variable ``GLUON_STABLE_CE_KERNEL`` says what 'auto' is.
     **kwargs
         ``prefix`` and ``params`` of a Block.
 
@@ -270,17 +282,19 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         lse_square_scale: float = 0.0,
         reduction: str = 'mean',
         invalid_label: str = 'nan',
+        kernel: str = 'auto',
         **kwargs: Any,
     ) -> None:
         # not through SoftmaxCrossEntropyLoss.__init__, which looks up its own name and may find ours there
         _Loss.__init__(self, weight, batch_axis, **kwargs)
         self._axis, self._sparse_label, self._from_logits = axis, sparse_label, from_logits  # as gluon's
-        self._keyword_options = {
+        self._keyword_options: Dict[str, Any] = {
             'ignore_label': ignore_label,
             'label_smoothing': label_smoothing,
             'lse_square_scale': lse_square_scale,
             'reduction': reduction,
             'invalid_label': invalid_label,
+            'kernel': kernel,
         }
         self._options = self._read_options()
         self.class_weight: Optional[ClassWeight] = None
@@ -302,13 +316,14 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         """Check all options and return them as the graph needs them."""
         given = self._keyword_options
         sparse_label = check_flag('sparse_label', self._sparse_label)
+        pred_type = 'log_probs' if check_flag('from_logits', self._from_logits) else 'logits'
         class_axis, *summed_axes = _as_axes('axis', self._axis)
         options = LossOptions(
             axis=class_axis,
             summed_axes=tuple(summed_axes),
             batch_axes=_as_axes('batch_axis', self._batch_axis),
             sparse_label=sparse_label,
-            pred_type='log_probs' if check_flag('from_logits', self._from_logits) else 'logits',
+            pred_type=pred_type,
             weight=check_number('weight', self._weight, low=-FLOAT32_MAX, high=FLOAT32_MAX, optional=True),
             ignore_label=check_ignore_label(given['ignore_label'], sparse_label),
             label_smoothing=check_number('label_smoothing', given['label_smoothing'], low=0, high=1),
@@ -317,8 +332,10 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
             ),
             reduction=check_choice('reduction', given['reduction'], REDUCTIONS),
             invalid_label=check_choice('invalid_label', given['invalid_label'], INVALID_LABELS),
+            kernel=check_kernel(given['kernel'], sparse_label, pred_type),
         )
         _check_combination(options)
+        choose(options.kernel, 'float32', 'cpu')  # raises if the fused kernel is asked for and is not there
         return options
 
     def forward(
@@ -349,6 +366,7 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
             options.batch_axes,
             options.sparse_label,
             options.summed_axes,
+            options.kernel,
         )
         if self.class_weight is not None and signature.ndim is not None:
             self.class_weight.check_classes(pred.shape[options.axis])
@@ -367,7 +385,7 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
             class_weight = None if self.class_weight is None else self.class_weight(pred)
             return compose_loss(mx.nd, options, signature, pred, label, sample_weight, class_weight)
         class_weight = None if self.class_weight is None else self.class_weight.value.data(pred.context)
-        if get_ident() != _MAIN_THREAD:
+        if active_count() > 1:
             label, class_weight = self._new_handle(label), self._new_handle(class_weight)
         inputs = pred, label, sample_weight, class_weight
         given = {name: array for name, array in zip(INPUTS, inputs) if array is not None}
@@ -376,8 +394,7 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
     def _new_handle(self, array: Optional[Array]) -> Optional[Array]:
         """Return a new handle of an array that needs no gradient, so that threads may share the array.
 
-        Autograd marks the inputs of what it records, and two threads that mark one handle crash. The main
-        thread may do so as long as the others use handles of their own.
+        Autograd marks the inputs of what it records. It crashes if another thread reads a handle meanwhile.
         """
         return (
             array.detach()
@@ -396,13 +413,16 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         """Show the options that differ from their defaults, and the kernel in use."""
         shown = {name[1:]: getattr(self, name) for name in _GLUON_OPTIONS}
         shown.update(self._keyword_options, class_weight=self.class_weight)
+        # what float32 arrays on the CPU get
+        kernel = choose('stock' if self._options.kernel == 'stock' else 'auto', 'float32', 'cpu')
+        del shown['kernel']
         parameters = inspect.signature(StableSoftmaxCrossEntropyLoss.__init__).parameters
         changed = [
             f'{name}={shown[name]!r}'
             for name, parameter in parameters.items()
             if name in shown and shown[name] != parameter.default
         ]
-        return f'{type(self).__name__}({", ".join([*changed, "kernel=" + repr(Signature().kernel)])})'
+        return f'{type(self).__name__}({", ".join([*changed, f"kernel={kernel!r}"])})'
 
     @property
     def _has_own_graph(self) -> bool:
@@ -553,6 +573,7 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
             pred_type=options.pred_type,
             ignore_label=options.ignore_label,
             sparse_label=options.sparse_label,
+            kernel=self._keyword_options['kernel'],
             **kwargs,
         )
 

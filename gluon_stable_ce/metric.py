@@ -12,10 +12,10 @@ from mxnet import autograd
 from . import _array_api, functional
 from ._array_api import Array, Arrays, F
 from ._graphs import STATIC, compiled
-from ._options import PRED_TYPES, check_choice, check_flag, check_ignore_label, check_number
+from ._options import PRED_TYPES, check_choice, check_flag, check_ignore_label, check_kernel, check_number
 from ._running_mean import ExactSums, RunningMean
 from ._signature import Signature, check_array_type, infer_signature
-from .kernels import class_terms
+from .kernels import choose, class_terms
 
 __all__ = ['StableBitsPerToken', 'StableCrossEntropy', 'StableLoss', 'StablePerplexity']
 
@@ -77,6 +77,7 @@ class MetricOptions(NamedTuple):
     pred_type: str
     ignore_label: Optional[int]
     sparse_label: bool
+    kernel: str
 
 
 def compose_nll(
@@ -94,6 +95,7 @@ def compose_nll(
         pred_type=options.pred_type,
         ndim=signature.ndim,
         dtype=signature.dtype,
+        is_leaf=False,
     )
     if options.sparse_label:
         label = functional.align_label(F, label, pred, axis, signature.ndim, signature.label_ndim)
@@ -107,7 +109,9 @@ def compose_nll(
             is_cast=signature.label_dtype == signature.label_compare_dtype,
             few_classes=signature.few_classes,
         )
-        nll = F.cast(reduce(index=labels.index).nll, dtype='float64')  # (positions...)
+        nll = F.cast(
+            reduce(index=labels.index, is_needed=labels.is_counted).nll, dtype='float64'
+        )  # (positions...)
         nll = functional.mask(F, nll, labels, invalid=_INVALID, ignored=_IGNORED)
     else:
         target = F.cast(label, dtype=signature.compute_dtype)
@@ -135,6 +139,8 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric):
         Label of positions that do not count.
     sparse_label : bool, default True
         Whether labels are class indices, and not distributions over the classes.
+    kernel : 'auto', 'stock' or 'fused'
+        What reduces the class axis of logits, as for the loss.
     name : str, default 'cross-entropy'
     output_names, label_names : list of str, optional
         What ``update_dict`` picks.
@@ -151,8 +157,8 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric):
     with as many rows, as in `mx.metric`.
 
     *Numerics.* Probabilities are picked first, and their logarithm is taken in float64 (1e-15 relative).
-    Logits are reduced as in the loss, with its error. Sums are exact and the division rounds once, so the
-    result is the same to the last bit however the data is split into batches, devices and workers
+    Logits are reduced as in the loss, with its error. Sums are exact and the division rounds once, so with one
+    kernel the result is the same to the last bit however the data is split into batches, devices and workers
     (``test_metric.py::test_results_do_not_depend_on_batches_devices_or_when_get_is_called``). An update only
     waits for the one two updates ago, and the arrays of the last two stay in memory, to be computed again if
     an error on the device skips them.
@@ -175,6 +181,7 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric):
         pred_type: str = 'probs',
         ignore_label: Optional[int] = None,
         sparse_label: bool = True,
+        kernel: str = 'auto',
         name: str = 'cross-entropy',
         output_names: Optional[List[str]] = None,
         label_names: Optional[List[str]] = None,
@@ -182,15 +189,17 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric):
         if eps:
             raise TypeError(f'eps: expected no epsilon, and keyword arguments only, got {eps}')
         sparse_label = check_flag('sparse_label', sparse_label)
+        pred_type = check_choice('pred_type', pred_type, PRED_TYPES)
         self._options = MetricOptions(
             axis=check_number('axis', axis, Integral),
-            pred_type=check_choice('pred_type', pred_type, PRED_TYPES),
+            pred_type=pred_type,
             ignore_label=check_ignore_label(ignore_label, sparse_label),
             sparse_label=sparse_label,
+            kernel=check_kernel(kernel, sparse_label, pred_type),
         )
-        _EvalMetric.__init__(
-            self, name, output_names, label_names, has_global_stats=True, **self._options._asdict()
-        )
+        choose(self._options.kernel, 'float32', 'cpu')  # as in the loss
+        kwargs = {**self._options._asdict(), 'kernel': kernel}
+        _EvalMetric.__init__(self, name, output_names, label_names, has_global_stats=True, **kwargs)
 
     def update(self, labels: Arrays, preds: Arrays) -> None:
         """Take in labels and predictions: an array each, or lists of arrays, each pair on its own context."""
@@ -211,7 +220,9 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric):
             and label.size == pred.shape[0]
         ):
             label = label.reshape((-1,))  # the rows of `pred` are the positions, as in mx.metric
-        signature = infer_signature(pred, label, None, options.axis, (), options.sparse_label)
+        signature = infer_signature(
+            pred, label, None, options.axis, (), options.sparse_label, kernel=options.kernel
+        )
         if (
             signature.dtype == 'bfloat16' and options.sparse_label
         ):  # AMP's casts in a graph cannot read 64-bit labels

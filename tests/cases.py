@@ -22,6 +22,20 @@ FLOAT32 = Tolerance(absolute=1e-5, relative=2e-6)
 # 2**-53 times the number of roundings, which is below a thousand.
 FLOAT64 = Tolerance(absolute=1e-12, relative=1e-12)
 TOLERANCES = {'float16': FLOAT32, 'float32': FLOAT32, 'float64': FLOAT64}  # float16 is computed in float32
+# The fused kernel is off by 3e-7 of the value. The rest is the rounding of weights, smoothing and sums.
+_FUSED = {'float16': Tolerance(1e-37, 1e-6), 'float32': Tolerance(1e-37, 1e-6), 'float64': FLOAT64}
+
+
+def tolerance_of(kernel, dtype, settings):
+    """The tolerance of a loss or a metric with these settings, where `kernel` computes whatever it can."""
+    return (_FUSED if is_fused(kernel, settings) else TOLERANCES)[str(dtype)]
+
+
+def is_fused(kernel, settings):
+    """Whether the fused kernel computes."""
+    return kernel == 'fused' and settings.get('sparse_label', True) and not settings.get('from_logits')
+
+
 # A gradient with respect to float16 logits is rounded to float16: to 11 bits, and to multiples of its least number.
 FLOAT16_GRADIENT = Tolerance(absolute=2**-24, relative=2**-10)
 # For whole tests in float32, without `error_bounds`: sums of a few terms of the above, weighted with up to 3.

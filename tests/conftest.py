@@ -8,6 +8,9 @@ import mxnet as mx
 import numpy as np
 import pytest
 
+from gluon_stable_ce._options import KERNEL_VARIABLE
+from gluon_stable_ce.kernels import fused
+
 hypothesis.settings.register_profile('default', deadline=None, max_examples=60)
 hypothesis.settings.register_profile('ci', deadline=None, max_examples=60, derandomize=True)
 hypothesis.settings.load_profile('ci' if os.environ.get('CI') else 'default')
@@ -26,6 +29,16 @@ def pytest_report_header():
 def ctx(request):
     """Every context that exists, as the current one."""
     with request.param:
+        yield request.param
+
+
+@pytest.fixture(scope='module', params=['stock', 'fused'])
+def kernel(request):
+    """Each kernel, wherever it can be used, in graphs of symbols too."""
+    if request.param == 'fused' and not fused.load():
+        pytest.skip(fused.why_unavailable())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(KERNEL_VARIABLE, request.param)
         yield request.param
 
 

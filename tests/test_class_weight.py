@@ -12,6 +12,8 @@ from mxnet.gluon.contrib.nn import Identity
 from gluon_stable_ce import StableSoftmaxCELoss
 from gluon_stable_ce._class_weight import as_weights
 
+pytestmark = pytest.mark.usefixtures('kernel')
+
 nd = mx.nd
 WEIGHTS = [0.1, 2, 3]
 SMOOTHING = pytest.mark.parametrize('label_smoothing', [0, 0.1], ids=['plain', 'smoothing'])

@@ -160,7 +160,7 @@ def build(name, rng):
     log_probs = options.get('from_logits', False)
     net = build_net(log_probs)
     net.initialize(mx.init.Normal(1))
-    both = WithLoss(net, StableSoftmaxCELoss(**options))
+    both = WithLoss(net, StableSoftmaxCELoss(kernel='stock', **options))
     data = rng.normal(0, 1, (3, 4, 6) if log_probs else (4, 2, 3, 7))
     label = rng.randint(-1, 5, (3, 4) if log_probs else (4, 3, 7)).astype('float32')
     if options.get('sparse_label', True):

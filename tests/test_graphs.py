@@ -20,6 +20,8 @@ from mxnet import autograd, gluon
 from gluon_stable_ce import StableCrossEntropy, StableSoftmaxCELoss, _graphs
 from gluon_stable_ce._graphs import compiled
 
+pytestmark = pytest.mark.usefixtures('kernel')
+
 nd = mx.nd
 HERE = os.path.dirname(os.path.abspath(__file__))
 CLASS_WEIGHT = pytest.mark.parametrize('class_weight', [None, [1, 2, 3]], ids=['plain', 'class-weight'])
@@ -205,13 +207,13 @@ def test_parent_hybridizes_the_loss_with_its_flags(graphs, batch):
 @pytest.mark.skipif(modes.VERSION < (1, 7), reason='register_op_hook came with MXNet 1.7')
 @pytest.mark.parametrize('is_used', [False, True], ids=['before-use', 'after-use'])
 def test_op_hooks_are_called_until_removed(is_used, batch):
-    loss_fn, names = StableSoftmaxCELoss(), []
+    loss_fn, names = StableSoftmaxCELoss(kernel='stock'), []
     if is_used:
         loss_fn(*batch)
     loss_fn.register_op_hook(lambda name, op, array: names.append(op))
     loss_fn(*batch).wait_to_read()
     assert b'pick' in names
-    other = StableSoftmaxCELoss()  # shares no graph with a hook
+    other = StableSoftmaxCELoss(kernel='stock')  # shares no graph with a hook
     names.clear()
     other(*batch).wait_to_read()
     assert not names
@@ -294,7 +296,7 @@ def test_export_has_a_sample_weight_if_all_calls_had_one(weighted, inputs, batch
 
 
 def test_exported_graph_serves_any_number_of_classes(rng):
-    loss_fn = StableSoftmaxCELoss()
+    loss_fn = StableSoftmaxCELoss(kernel='stock')
     loss_fn(nd.zeros((4, 3)), nd.zeros(4))
     loaded = modes.load_exported(loss_fn, 2)
     for classes in (2, 3, 50):
@@ -311,12 +313,13 @@ def test_exported_graph_serves_any_number_of_classes(rng):
         pytest.param('NaiveEngine', 2500, marks=pytest.mark.slow),
     ],
 )
-def test_four_threads_with_four_kinds_of_call(engine, calls):
+def test_four_threads_with_four_kinds_of_call(kernel, engine, calls):
     done = subprocess.run(
         [sys.executable, thread_worker.__file__, str(calls)],
         env={
             **os.environ,
             'MXNET_ENGINE_TYPE': engine,
+            'GLUON_STABLE_CE_KERNEL': 'auto' if kernel == 'fused' else kernel,  # in the main thread
             'PYTHONPATH': os.pathsep.join([os.path.dirname(HERE), os.environ.get('PYTHONPATH', '')]),
         },
         capture_output=True,

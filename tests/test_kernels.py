@@ -1,5 +1,7 @@
 """Each kernel reduces the class axis to the same terms, whatever the layout and whether the rank is known."""
 
+import json
+
 import cases
 import mxnet as mx
 import numpy as np
@@ -7,13 +9,15 @@ import pytest
 import reference
 from mxnet import autograd, gluon
 
-from gluon_stable_ce.kernels import ClassTerms, class_terms
+from gluon_stable_ce import StableCrossEntropy, StableSoftmaxCELoss
+from gluon_stable_ce.kernels import ClassTerms, choose, class_terms, fused
 
 nd = mx.nd
-every_kernel = pytest.mark.parametrize('kernel', ['stock'])
+IS_FUSED = pytest.mark.skipif(not fused.load(), reason='the fused kernel is not compiled')
+every_kernel = pytest.mark.parametrize('kernel', ['stock', pytest.param('fused', marks=IS_FUSED)])
 every_layout = pytest.mark.parametrize('layout', cases.params(cases.LAYOUTS))
+PRED_TYPES = ('logits', 'log_probs', 'probs')
 RANK_KNOWN = pytest.mark.parametrize('is_rank_known', [True, False], ids=['rank-known', 'rank-unknown'])
-PRED_TYPES = pytest.mark.parametrize('pred_type', ['logits', 'log_probs', 'probs'])
 
 
 class Terms(gluon.HybridBlock):
@@ -66,10 +70,16 @@ def expected_terms(layout, pred, of_class, pred_type='logits', dense=False, clas
     return nll, positions.logsumexp, -(positions.uniform * positions.log_p).sum(-1)
 
 
-@every_kernel
 @every_layout
 @RANK_KNOWN
-@pytest.mark.parametrize('dense', [False, True], ids=['index', 'target'])
+@pytest.mark.parametrize(
+    ('kernel', 'dense'),
+    [
+        pytest.param('stock', False, id='stock-index'),
+        pytest.param('stock', True, id='stock-target'),
+        pytest.param('fused', False, id='fused-index', marks=IS_FUSED),
+    ],
+)
 @pytest.mark.parametrize('class_weight', [None, [1, 2, 0.5, 0.25, 3]], ids=['plain', 'class-weight'])
 def test_terms_of_logits(kernel, layout, is_rank_known, dense, class_weight, rng, ctx):
     pred, of_class = make(rng, layout, dense=dense)
@@ -91,10 +101,15 @@ def test_terms_of_logits(kernel, layout, is_rank_known, dense, class_weight, rng
         np.testing.assert_allclose(term, truth, **cases.CLOSE)
 
 
-@every_kernel
 @every_layout
 @RANK_KNOWN
-@PRED_TYPES
+@pytest.mark.parametrize(
+    ('kernel', 'pred_type'),
+    [
+        *[pytest.param('stock', pred_type, id=f'stock-{pred_type}') for pred_type in PRED_TYPES],
+        pytest.param('fused', 'logits', id='fused-logits', marks=IS_FUSED),
+    ],
+)
 def test_nll_of_pred_types(kernel, layout, is_rank_known, pred_type, rng, ctx):
     pred, index = make(rng, layout, pred_type)
     known = {'ndim': pred.ndim} if is_rank_known else {}
@@ -113,7 +128,9 @@ def test_terms_not_asked_for_are_none(kernel):
 
 
 def test_unknown_kernel_is_an_error():
-    with pytest.raises(ValueError, match="^kernel: expected 'stock', got 'fast'$"):
+    with pytest.raises(
+        ValueError, match="^kernel: expected 'stock', or 'fused' for logits and an index, got 'fast'$"
+    ):
         class_terms(nd, 'fast', nd.zeros((4, 3)), index=nd.zeros(4))
 
 
@@ -131,30 +148,31 @@ def test_float16_is_cast(kernel, rng, ctx):
 
 
 @every_kernel
-@pytest.mark.parametrize('gap', [10, 20, 50])
+@pytest.mark.parametrize('gap', [10.0, 20.0, 50.0])
 def test_nll_is_never_negative_and_its_gradient_goes_on(kernel, gap, ctx):
-    """The clamp at 0 lets the gradient through."""
+    """Where a kernel clamps at 0, the clamp lets the gradient through."""
     pred, index = np.array([[gap, 0]], 'float32'), np.array([0], 'float32')
     (nll,), gradient = compute(kernel, pred, index, ndim=2)
     assert nll[0] >= 0
     p = 1 / (1 + np.exp(np.float64(gap)))
+    if kernel == 'fused':
+        np.testing.assert_allclose([nll[0], *gradient[0]], [np.log1p(np.exp(-gap)), -p, p], rtol=3e-7)
+        return
     np.testing.assert_allclose(gradient[0, 1], p, rtol=1e-4)
     np.testing.assert_allclose(gradient[0, 0], -p, rtol=0, atol=2e-6)  # oneDNN's p is up to 1 + 1.4e-6
 
 
-@every_kernel
-def test_log_probs_above_zero_keep_their_gradient(kernel, ctx):
+def test_log_probs_above_zero_keep_their_gradient(ctx):
     (nll,), gradient = compute(
-        kernel, np.array([[1e-6, -20]], 'float32'), np.array([0.0]), pred_type='log_probs', ndim=2
+        'stock', np.array([[1e-6, -20]], 'float32'), np.array([0.0]), pred_type='log_probs', ndim=2
     )
     assert nll[0] == 0
     np.testing.assert_array_equal(gradient, [[-1, 0]])
 
 
-@every_kernel
-def test_targets_below_zero_are_not_clamped(kernel, ctx):
+def test_targets_below_zero_are_not_clamped(ctx):
     pred, target = np.array([[0, 0]], 'float32'), np.array([[-1, 0.5]], 'float32')
-    (nll,), _ = compute(kernel, pred, target, has_target=True, ndim=2)
+    (nll,), _ = compute('stock', pred, target, has_target=True, ndim=2)
     np.testing.assert_allclose(nll, [-0.5 * np.log(2)], **cases.CLOSE)
 
 
@@ -184,3 +202,102 @@ def test_odd_numbers_of_classes(kernel, is_rank_known, classes, rng, ctx):
     terms, _ = compute(kernel, pred, index, axis=1, logsumexp=True, uniform=True, **known)
     for term, truth in zip(terms, expected_terms(layout, pred, index)):
         np.testing.assert_allclose(term, truth, **cases.CLOSE)
+
+
+OPERATOR = 'stable_ce_class_terms'
+
+
+def operators_of(symbol):
+    return {node['op'] for node in json.loads(symbol.tojson())['nodes']}
+
+
+def in_graph(**options):
+    """The operators of a loss in a caller's graph."""
+    return operators_of(StableSoftmaxCELoss(**options)(mx.sym.var('pred'), mx.sym.var('label')))
+
+
+@IS_FUSED
+@pytest.mark.parametrize(
+    ('kernel', 'dtype', 'device_type', 'chosen'),
+    [
+        ('stock', 'float32', 'cpu', 'stock'),
+        ('auto', 'float32', 'cpu', 'fused'),
+        ('auto', 'float16', 'cpu_pinned', 'fused'),
+        ('auto', 'float64', 'cpu_shared', 'fused'),
+        ('auto', 'bfloat16', 'cpu', 'stock'),
+        ('auto', 'float32', 'gpu', 'stock'),
+        ('auto', 'float32', None, 'stock'),
+        ('fused', 'float32', 'cpu', 'fused'),
+        ('fused', 'float32', None, 'fused'),
+        ('fused', None, None, 'fused'),
+    ],
+)
+def test_choose(kernel, dtype, device_type, chosen):
+    assert choose(kernel, dtype, device_type) == chosen
+
+
+@pytest.mark.parametrize(
+    ('dtype', 'device_type', 'reason'),
+    [('bfloat16', 'cpu', 'computes float16, float32 and float64'), ('float32', 'gpu', 'pred is on a gpu')],
+)
+def test_fused_where_it_cannot_be_is_an_error(dtype, device_type, reason):
+    with pytest.raises(
+        ValueError, match=f"^kernel: expected 'auto' or 'stock', as the fused kernel .*{reason}"
+    ):
+        choose('fused', dtype, device_type)
+
+
+def test_without_the_operator_auto_is_stock_and_fused_an_error(monkeypatch):
+    monkeypatch.setattr(fused, 'load', lambda: False)
+    assert choose('auto', 'float32', 'cpu') == 'stock'
+    for make_it in (StableSoftmaxCELoss, StableCrossEntropy):
+        with pytest.raises(ValueError, match='^kernel: .*fused kernel'):
+            make_it(kernel='fused', **{'pred_type': 'logits'} if make_it is StableCrossEntropy else {})
+
+
+@pytest.mark.parametrize('options', [{'sparse_label': False}, {'from_logits': True}], ids=str)
+def test_fused_is_for_sparse_labels_and_logits(options, monkeypatch):
+    with pytest.raises(ValueError, match='^kernel: expected .* sparse labels and logits'):
+        StableSoftmaxCELoss(kernel='fused', **options)
+    monkeypatch.setenv('GLUON_STABLE_CE_KERNEL', 'fused')  # a default is for what it can be for
+    assert "kernel='stock'" in repr(StableSoftmaxCELoss(**options))
+
+
+def test_kernel_has_to_be_one(monkeypatch):
+    with pytest.raises(ValueError, match="^kernel: expected one of 'auto', 'stock', 'fused', got 'fast'"):
+        StableSoftmaxCELoss(kernel='fast')
+    monkeypatch.setenv('GLUON_STABLE_CE_KERNEL', 'fast')
+    with pytest.raises(ValueError, match="^GLUON_STABLE_CE_KERNEL: expected one of .*, got 'fast'"):
+        StableCrossEntropy()
+
+
+@IS_FUSED
+def test_graphs_of_symbols_are_stock_unless_asked_for(monkeypatch):
+    assert OPERATOR not in in_graph()
+    assert {'log_softmax', 'pick'} <= in_graph()
+    assert OPERATOR in in_graph(kernel='fused')
+    monkeypatch.setenv('GLUON_STABLE_CE_KERNEL', 'fused')
+    assert OPERATOR in in_graph()
+    assert OPERATOR not in in_graph(kernel='stock')
+
+
+@IS_FUSED
+def test_export_is_stock_whatever_the_kernel_is(tmp_path, rng):
+    loss_fn = StableSoftmaxCELoss(kernel='fused')
+    pred, label = nd.array(rng.normal(0, 3, (4, 5))), nd.array([0, 1, 2, 3])
+    loss = loss_fn(pred, label)
+    path, _ = loss_fn.export(str(tmp_path / 'loss'))
+    assert OPERATOR not in operators_of(mx.sym.load(path))
+    loaded = gluon.SymbolBlock.imports(path, ['data0', 'data1'])
+    np.testing.assert_allclose(loaded(pred, label).asnumpy(), loss.asnumpy(), **cases.CLOSE)
+
+
+@IS_FUSED
+def test_metrics_of_both_kernels_may_be_merged(rng):
+    pred, label = nd.array(rng.normal(0, 3, (4, 5))), nd.array([0, 1, 2, 3])
+    stock, own = (StableCrossEntropy(pred_type='logits', kernel=kernel) for kernel in ('stock', 'fused'))
+    for metric in (stock, own):
+        metric.update(label, pred)
+    expected = (stock.get()[1] + own.get()[1]) / 2
+    stock.merge(own)
+    np.testing.assert_allclose(stock.get()[1], expected, rtol=1e-12)

@@ -21,6 +21,8 @@ from gluon_stable_ce import (
     StableSoftmaxCELoss,
 )
 
+pytestmark = pytest.mark.usefixtures('kernel')
+
 nd = mx.nd
 
 

@@ -7,6 +7,8 @@ from mxnet import autograd, gluon
 
 from gluon_stable_ce import StableSoftmaxCELoss
 
+pytestmark = pytest.mark.usefixtures('kernel')
+
 nd = mx.nd
 CLOSE = {'rtol': 1e-5, 'atol': 5e-6}  # float32 through kernels that differ
 C = 5

@@ -18,6 +18,8 @@ from gluon_stable_ce import (
     functional,
 )
 
+pytestmark = pytest.mark.usefixtures('kernel')
+
 nd, inf, nan = mx.nd, float('inf'), float('nan')
 GRAPHS = [modes.nested, modes.exported]
 CLASSES = 2**24 + 2  # more than float32 can count

@@ -20,6 +20,8 @@ from sklearn.datasets import load_digits
 
 from gluon_stable_ce import StableSoftmaxCELoss
 
+pytestmark = pytest.mark.usefixtures('kernel')
+
 BATCH, STEPS = 64, 800
 OPTIMIZERS = {
     'sgd': ('sgd', {'learning_rate': 0.01, 'momentum': 0.9}),

@@ -527,8 +527,9 @@ def test_all_scripts_are_run_and_none_names_this_package():
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', SCRIPT_NAMES)
-def test_scripts_print_the_same_numbers(name, tmp_path):
-    """To a relative 1e-4."""
+def test_scripts_print_the_same_numbers(name, tmp_path, monkeypatch):
+    """To a relative 1e-4, with MXNet's own kernel: what is trained further apart than its error is another net."""
+    monkeypatch.setenv('GLUON_STABLE_CE_KERNEL', 'stock')
     script = os.path.join(SCRIPTS, name)
     words, expected = numbers(python(script, folder=tmp_path)[0])
     out, err = run(script, folder=tmp_path)

@@ -4,12 +4,15 @@ import cases
 import modes
 import mxnet as mx
 import numpy as np
+import pytest
 import reference
 from cases import problems
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from gluon_stable_ce import StableCrossEntropy, StableSoftmaxCELoss
+
+pytestmark = pytest.mark.usefixtures('kernel')
 
 MANTISSA = {'float32': 24, 'float64': 53}
 # Both sides are off by the kernel's own error, and sums of up to 64 positions are compared.
@@ -51,9 +54,9 @@ def test_reference_gradient_is_the_central_difference_of_the_reference(problem):
 
 
 @given(problems())
-def test_loss_is_the_reference(problem):
+def test_loss_is_the_reference(kernel, problem):
     pred, label, _, settings = problem
-    tolerance = cases.TOLERANCES[str(pred.dtype)]._asdict()
+    tolerance = cases.tolerance_of(kernel, pred.dtype, settings)._asdict()
     expected = reference.loss_and_gradient(pred, label, **settings)
     bounds = reference.error_bounds(pred, label, **settings, **tolerance)
     for got, truth, bound in zip(run(pred, label, **settings), expected, bounds):

@@ -11,6 +11,8 @@ from reference import log_softmax
 
 import gluon_stable_ce
 
+pytestmark = pytest.mark.usefixtures('kernel')
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(gluon_stable_ce.__file__)))
 with open(os.path.join(ROOT, 'docs', 'recipes.rst'), encoding='utf-8') as file:
     INTRODUCTION, *SECTIONS = re.split(r'^(?=[^\n]+\n-+$)', file.read(), flags=re.M)

@@ -187,7 +187,8 @@ class TestQueue:
     @pytest.mark.parametrize('threads', [4])
     def test_threads_update_one_metric(self, threads):
         """Each from its own arrays, while another one reads."""
-        metric, errors = StableCrossEntropy(pred_type='logits', ignore_label=-1), []
+        options = {'pred_type': 'logits', 'ignore_label': -1, 'kernel': 'stock'}  # that of the other threads
+        metric, errors = StableCrossEntropy(**options), []
 
         def work(thread):
             try:
@@ -204,7 +205,7 @@ class TestQueue:
             worker.start()
         for worker in workers:
             worker.join()
-        alone = StableCrossEntropy(pred_type='logits', ignore_label=-1)
+        alone = StableCrossEntropy(**options)
         for thread in range(threads):
             rng = np.random.RandomState(thread)
             for _ in range(100):

@@ -1,4 +1,4 @@
-"""One loss called from four threads, each with its own kind of call, and compared with what the main thread computed before.
+"""One loss called from four threads, the main one among them, each with its own kind of call, and compared with calls made alone.
 
 ``thread_worker.py CALLS`` prints how many of the CALLS of each thread differed, as JSON. Label arrays and class weights are shared by
 all threads; each has its own ``pred`` and ``sample_weight``, since MXNet itself crashes if two threads record with one handle of an
@@ -13,7 +13,7 @@ import mxnet as mx
 import numpy as np
 from mxnet import autograd
 
-from gluon_stable_ce import StableCrossEntropy, StableSoftmaxCELoss
+from gluon_stable_ce import StableSoftmaxCELoss
 
 CLASS_WEIGHT = [1, 2, 0.5, 0.25, 3]
 KINDS = [  # shape and dtype of pred, and the layout of sample_weight, which has that many axes
@@ -47,6 +47,22 @@ def work(thread, loss_fn, metric, labels, calls, expected, differing):
             differing[thread] += 1
 
 
+def in_threads(function, arguments, at_once=True):
+    """Call a function with each of the arguments in a thread of its own, of which the first is the main one."""
+    first, *others = arguments
+    threads = [threading.Thread(target=function, args=(argument,)) for argument in others]
+    if not at_once:
+        function(first)
+    for thread in threads:
+        thread.start()
+        if not at_once:
+            thread.join()
+    if at_once:
+        function(first)
+    for thread in threads:
+        thread.join()
+
+
 def main(calls):
     rng = np.random.RandomState(9)
     labels = {ndim: mx.nd.array(rng.randint(-1, 6, (4,) if ndim == 2 else (3, 4))) for ndim in (2, 3)}
@@ -55,30 +71,20 @@ def main(calls):
     loss_fn = StableSoftmaxCELoss(ignore_label=-1, class_weight=CLASS_WEIGHT, label_smoothing=0.1)
     metric = loss_fn.create_metric()
     expected, differing = [None] * len(KINDS), [0] * len(KINDS)
-    for thread in range(len(KINDS)):  # alone
-        other = StableSoftmaxCELoss(ignore_label=-1, class_weight=CLASS_WEIGHT, label_smoothing=0.1)
-        work(
-            thread,
-            other,
-            StableCrossEntropy(pred_type='logits', ignore_label=-1),
-            labels,
-            1,
-            expected,
-            differing,
-        )
     errors = []
 
-    def run(thread):
+    def compute_alone(thread):
+        other = StableSoftmaxCELoss(ignore_label=-1, class_weight=CLASS_WEIGHT, label_smoothing=0.1)
+        work(thread, other, other.create_metric(), labels, 1, expected, differing)
+
+    def compute(thread):
         try:
             work(thread, loss_fn, metric, labels, calls, expected, differing)
         except Exception as error:
             errors.append(repr(error))
 
-    threads = [threading.Thread(target=run, args=(thread,)) for thread in range(len(KINDS))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(compute_alone, range(len(KINDS)), at_once=False)
+    in_threads(compute, range(len(KINDS)))
     counted = sum(int((labels[len(shape)] != -1).sum().asscalar()) for shape, _, _ in KINDS)
     return {
         'differing': differing,

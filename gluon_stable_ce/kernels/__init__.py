@@ -1,11 +1,14 @@
 """How the class axis is reduced to one number per position: the one place that chooses an implementation."""
 
+from threading import get_ident, main_thread
 from typing import NamedTuple, Optional
 
-from .._array_api import Array, F
-from . import stock
+from .._array_api import CPU, Array, F
+from . import fused, stock
 
-__all__ = ['ClassTerms', 'class_terms']
+__all__ = ['ClassTerms', 'choose', 'class_terms', 'in_this_thread']
+
+MAIN_THREAD = main_thread().ident
 
 
 class ClassTerms(NamedTuple):
@@ -14,6 +17,64 @@ class ClassTerms(NamedTuple):
     nll: Array  # -log p of the class `index`, or -sum_j w_j target_j log p_j
     logsumexp: Optional[Array] = None  # log sum_j exp z_j
     uniform_nll: Optional[Array] = None  # -1/C sum_j w_j log p_j
+
+
+def choose(kernel: str, dtype: Optional[str], device_type: Optional[str] = None) -> str:
+    """Choose the kernel for logits and sparse labels.
+
+    Parameters
+    ----------
+    kernel : 'auto', 'stock' or 'fused'
+    dtype, device_type : str, optional
+        The dtype of ``pred`` and the type of its context; None, for symbols, as far as they do not tell. With
+        'auto', symbols get 'stock', whose graphs run anywhere.
+
+    Returns
+    -------
+    'stock' or 'fused'
+
+    Raises
+    ------
+    ValueError
+        If `kernel` is 'fused' and the fused kernel cannot compute this.
+    """
+    if kernel == 'stock' or (kernel == 'auto' and device_type is None):
+        return 'stock'
+    reason = _why_not_fused(dtype, device_type)
+    if reason is None:
+        return 'fused'
+    if kernel == 'fused':
+        raise ValueError(f"kernel: expected 'auto' or 'stock', as {reason}; got 'fused'")
+    return 'stock'
+
+
+def in_this_thread(kernel: str) -> str:
+    """Return `kernel`, or 'stock' for 'auto' if this is not the main thread.
+
+    MXNet gives each call of a library's operator two resources that all such calls share, and queues for them
+    one after the other. So two threads that call one at a time may wait for each other for ever.
+
+    Raises
+    ------
+    ValueError
+        If `kernel` is 'fused' and this is not the main thread.
+    """
+    if kernel == 'stock' or get_ident() == MAIN_THREAD:
+        return kernel
+    if kernel == 'fused':
+        raise ValueError(
+            "kernel: expected 'auto' or 'stock', as the fused kernel is for the main thread only; got 'fused'"
+        )
+    return 'stock'
+
+
+def _why_not_fused(dtype: Optional[str], device_type: Optional[str]) -> Optional[str]:
+    """Say what keeps the fused kernel from computing this, or None."""
+    if device_type not in (None, *CPU):
+        return f'the fused kernel runs on the CPU, and pred is on a {device_type}'
+    if dtype == 'bfloat16':
+        return 'the fused kernel computes float16, float32 and float64'
+    return None if fused.load() else fused.why_unavailable()
 
 
 def class_terms(
@@ -29,13 +90,15 @@ def class_terms(
     class_weight: Optional[Array] = None,
     ndim: Optional[int] = None,
     dtype: Optional[str] = None,
+    is_needed: Optional[Array] = None,
+    is_leaf: bool = True,
 ) -> ClassTerms:
     """Reduce the class axis of `pred` to one number per position.
 
     Parameters
     ----------
-    kernel : 'stock'
-        Which implementation computes.
+    kernel : 'stock' or 'fused'
+        Which implementation computes. 'fused' takes logits with an `index`, on the CPU.
     pred : (..., C at `axis`, ...)
         What `pred_type` says: 'logits', 'log_probs' or 'probs'.
     index : (positions...), optional
@@ -48,6 +111,11 @@ def class_terms(
         The weights w in `uniform_nll`, and in the `nll` of a `target`.
     ndim, dtype : int and str, optional
         Rank and dtype of `pred`, as far as they are known.
+    is_needed : (positions...), optional
+        1 where terms are needed, else 0; None if they all are. 'fused' does not read the other positions,
+        whose terms are then 0.
+    is_leaf : bool
+        Whether `pred` may be a variable, into whose gradient autograd may add.
 
     Returns
     -------
@@ -55,9 +123,12 @@ def class_terms(
         For an `index`, `nll` is never negative, and its gradient goes on where it is 0. float32 for float16
         and bfloat16.
     """
-    if kernel == 'stock':
+    if kernel == 'fused' and index is not None and pred_type == 'logits':
+        terms = fused.class_terms(F, pred, axis, index, logsumexp, uniform, class_weight, is_needed, is_leaf)
+    elif kernel == 'stock':
         terms = stock.class_terms(
             F, pred, axis, index, target, pred_type, logsumexp, uniform, class_weight, ndim, dtype
         )
-        return ClassTerms(*terms)
-    raise ValueError(f"kernel: expected 'stock', got {kernel!r}")
+    else:
+        raise ValueError(f"kernel: expected 'stock', or 'fused' for logits and an index, got {kernel!r}")
+    return ClassTerms(*terms)
