@@ -12,7 +12,7 @@ help:
 	@echo 'make quick        the tests that are neither slow nor distributed, in less than a minute'
 	@echo 'make fuzz         random problems against the reference (EXAMPLES=20000)'
 	@echo 'make bench        measure speed, memory and accuracy (WITH=torch adds PyTorch)'
-	@echo 'make docs         the API reference as HTML'
+	@echo 'make docs         the documentation as HTML'
 	@echo 'make test-clients the losses, metrics and loops of other packages, patched and beside stock'
 	@echo 'make test-matrix  the tests on every supported MXNet'
 	@echo 'make test-horovod the tests of all_reduce over Horovod, which it compiles first'
