@@ -18,6 +18,7 @@ author = 'The gluon_stable_ce authors'
 copyright = author
 version = release = gluon_stable_ce.__version__
 extensions = ['sphinx.ext.autodoc', 'numpydoc', 'myst_nb', 'sphinx_copybutton']
+highlight_language = 'none'  # of blocks that name none, such as commands
 default_role = 'py:obj'  # a link if there is something to link to, else code
 add_module_names = False
 autodoc_typehints = 'none'  # the docstrings say shapes and dtypes, which types can't
@@ -65,8 +66,10 @@ def visit_displaymath(translator, node):
 
 
 def mathml(node, display):
-    text = convert(node.astext(), display=display)
-    return re.sub('(?<!<msup>)<mi>log</mi>', r'\g<0><mspace width="0.167em"/>', text)
+    """Convert a formula, with the space around a function's name that the converter leaves out."""
+    space, text = '<mspace width="0.167em"/>', convert(node.astext(), display=display)
+    text = re.sub('(?<!<msup>)<mi>log</mi>', rf'\g<0>{space}', text)
+    return text.replace('<msup><mi>log</mi>', f'{space}<msup><mi>log</mi>')
 
 
 def inputs_before_parameters(app, what, name, obj, options, lines):
