@@ -77,6 +77,18 @@ def table(rows):
     return '\n'.join([lines[0], '|---' * len(rows[0]) + '|', *lines[1:]]) + '\n'
 
 
+def tables_of(docstring):
+    """The simple tables of a docstring, as lists of rows."""
+    tables = []
+    ruled = r'^( *)(=+(?: +=+)+)\n((?:\1.*\n)+?)\1\2\n((?:\1.*\n)+?)\1\2$'
+    for indent, rule, *parts in re.findall(ruled, docstring, re.M):
+        starts = [match.start() for match in re.finditer('=+', rule)]
+        lines = [line[len(indent) :] for part in parts for line in part.splitlines()]
+        cuts = list(zip(starts, [*starts[1:], None]))
+        tables.append([tuple(line[start:stop].strip() for start, stop in cuts) for line in lines])
+    return tables
+
+
 class Measured(NamedTuple):
     """One row of benchmarks/results.md, as it is written there."""
 

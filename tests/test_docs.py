@@ -30,6 +30,8 @@ def test_public_names_have_docstrings(module, name):
 
 def needs(block):
     """The name of what this machine lacks to run a block, or None."""
+    if 'of MXNet 1.9' in block.text and VERSION < (1, 9):
+        return 'MXNet 1.9'
     for library in LIBRARIES:
         if re.search(rf'^(import|from) (gluon_stable_ce\.)?{re.escape(library)}\b', block.text, re.M):
             if library == 'onnx' and VERSION < (1, 9):
