@@ -66,9 +66,10 @@ def links_of(path):
 
 
 def anchors_of(path):
-    """The anchors of the headings of a Markdown file, as GitHub and the documentation make them."""
-    headings = re.findall(r'^#+ (.+)$', read(path), re.M)
-    return {re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-') for heading in headings}
+    """The anchors of the headings of a file, as GitHub and the documentation make them."""
+    heading = r'^#+ (.+)$' if path.endswith('.md') else r'^(.+)\n[=-]+$'
+    titles = re.findall(heading, read(path), re.M)
+    return {re.sub(r'[^\w\- ]', '', title.lower()).replace(' ', '-') for title in titles}
 
 
 def table(rows):

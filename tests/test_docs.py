@@ -137,5 +137,17 @@ def test_questions_and_links_lead_to_sections(page):
     for target, anchor in pages.links_of(f'docs/{page}'):
         path = os.path.join(pages.DOCS, target) if target else os.path.join(pages.DOCS, page)
         assert os.path.exists(path), target
-        if anchor and path.endswith('.md'):
+        if anchor:
             assert anchor in pages.anchors_of(path), f'{target}#{anchor}'
+
+
+@pytest.mark.slow
+def test_links_of_the_site_lead_somewhere(site):
+    texts = {path: path.read_text(encoding='utf-8') for path in site.glob('**/*.html')}
+    ids = {path: set(re.findall(r'id="([^"]+)"', text)) for path, text in texts.items()}
+    for path, text in texts.items():
+        for link in re.findall(r'href="([^":]+)"', text):
+            name, _, anchor = link.partition('#')
+            target = (path.parent / name).resolve() if name else path
+            assert target.exists(), f'{path.name}: {link}'
+            assert not anchor or target not in ids or anchor in ids[target], f'{path.name}: {link}'
