@@ -3,8 +3,7 @@
 ``UPDATE_README=1`` writes these parts.
 """
 
-import importlib
-import inspect
+import ast
 import os
 import re
 from typing import NamedTuple
@@ -38,8 +37,9 @@ def _included(block):
     name = re.search(r':pyobject: (\w+)', block.text)
     if not name:
         return block  # a whole file, which has a test of its own
-    module = os.path.splitext(os.path.basename(block.language.split()[-1]))[0]
-    return Block('python', inspect.getsource(getattr(importlib.import_module(module), name.group(1))))
+    source = read(os.path.join('docs', block.language.split()[-1]))
+    (node,) = [node for node in ast.parse(source).body if getattr(node, 'name', None) == name.group(1)]
+    return Block('python', ast.get_source_segment(source, node) + '\n')
 
 
 def check_section(path, name, text):

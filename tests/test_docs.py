@@ -147,7 +147,7 @@ def test_links_of_the_site_lead_somewhere(site):
     ids = {path: set(re.findall(r'id="([^"]+)"', text)) for path, text in texts.items()}
     for path, text in texts.items():
         for link in re.findall(r'href="([^":]+)"', text):
-            name, _, anchor = link.partition('#')
+            name, _, anchor = re.sub(r'\?[^#]*', '', link).partition('#')
             target = (path.parent / name).resolve() if name else path
             assert target.exists(), f'{path.name}: {link}'
             assert not anchor or target not in ids or anchor in ids[target], f'{path.name}: {link}'
