@@ -13,7 +13,7 @@ help:
 	@echo 'make fuzz         random problems against the reference (EXAMPLES=20000)'
 	@echo 'make bench        measure speed, memory and accuracy (WITH=torch adds PyTorch)'
 	@echo 'make wheel        a wheel for this MXNet and this kind of processor, with the fused kernel in it'
-	@echo 'make docs         the API reference as HTML'
+	@echo 'make docs         the documentation as HTML'
 	@echo 'make test-clients the losses, metrics and loops of other packages, patched and beside stock'
 	@echo 'make test-matrix  the tests on every supported MXNet'
 	@echo 'make test-horovod the tests of all_reduce over Horovod, which it compiles first'

@@ -157,8 +157,9 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric):
     with as many rows, as in `mx.metric`.
 
     *Numerics.* Probabilities are picked first, and their logarithm is taken in float64 (1e-15 relative).
-    Logits are reduced as in the loss, with its error. Sums are exact and the division rounds once, so with one
-    kernel the result is the same to the last bit however the data is split into batches, devices and workers
+    Logits are reduced as in the loss, with its error. Sums are exact and the division rounds once, so
+    with one kernel the result is the same to the last bit however the data is split into batches, devices and
+    workers
     (``test_metric.py::test_results_do_not_depend_on_batches_devices_or_when_get_is_called``). An update only
     waits for the one two updates ago, and the arrays of the last two stay in memory, to be computed again if
     an error on the device skips them.

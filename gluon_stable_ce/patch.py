@@ -9,6 +9,7 @@ import argparse
 import os
 import runpy
 import sys
+import textwrap
 import threading
 import types
 import warnings
@@ -33,6 +34,16 @@ _PLACES = {
 _STOCK = {name: getattr(module, name) for name, (module, _) in _PLACES.items()}
 _POSITIONAL = ('axis', 'sparse_label', 'from_logits', 'weight', 'batch_axis')  # of the loss, in gluon's order
 _STOCK_EPS = 1e-12  # of mx.metric.CrossEntropy
+
+_EXAMPLE = """\
+examples:
+  python -m gluon_stable_ce run train.py --epochs 3
+  python -m gluon_stable_ce run --ignore-label -1 --label-smoothing 0.1 train.py --epochs 3
+  python -m gluon_stable_ce run -m package.train --epochs 3
+
+exit code:
+  2 if the options are not valid or there is no such file; otherwise that of the script
+"""
 
 _LOCK = threading.RLock()
 _ACTIVE: List['Patch'] = []  # the innermost comes last
@@ -336,11 +347,14 @@ def _defaults(options, args, kwargs):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the command ``run``."""
     parser.allow_abbrev = False  # an option of the script is no abbreviation of these
-    parser.description = (
+    parser.epilog = _EXAMPLE
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = textwrap.fill(
         'Run a Python script, unmodified, with the loss and the metrics of this package in the place of '
         "mxnet.gluon.loss.SoftmaxCrossEntropyLoss and mxnet.metric's CrossEntropy, Perplexity and Loss. "
         'The options are defaults for the losses that the script makes. '
-        'What follows the script belongs to it.'
+        'What follows the script belongs to it.',
+        width=100,
     )
     parser.add_argument(
         '--ignore-label', type=int, metavar='LABEL', help='label of positions that do not count'

@@ -1,4 +1,7 @@
-"""Distributed training on handwritten digits: each worker has a part of the data, and reports the cross entropy of all of it."""
+"""Train on handwritten digits with several workers.
+
+Each worker has a part of the data, and reports the cross entropy of all of it.
+"""
 
 import sys
 
@@ -12,15 +15,17 @@ BATCH = 32
 
 
 def load(rank, workers):
-    """What worker `rank` trains on, in as many batches as the others ('dist_sync' waits for each), and what it tests on."""
+    """Return the batches that worker `rank` trains on, and those that it tests on.
+
+    Every worker has equally many batches to train on, since 'dist_sync' waits for all workers at each step.
+    """
     images, labels = load_digits(return_X_y=True)
     data = list(zip((images / 16).astype('float32'), labels.astype('float32')))
-    train, test = (
-        gluon.data.SimpleDataset(data[rank:1440:workers]),
-        gluon.data.SimpleDataset(data[1440 + rank :: workers]),
-    )
-    return gluon.data.DataLoader(train, BATCH, shuffle=True, last_batch='discard'), gluon.data.DataLoader(
-        test, BATCH
+    train = gluon.data.SimpleDataset(data[rank:1440:workers])
+    test = gluon.data.SimpleDataset(data[1440 + rank :: workers])
+    return (
+        gluon.data.DataLoader(train, BATCH, shuffle=True, last_batch='discard'),
+        gluon.data.DataLoader(test, BATCH),
     )
 
 
@@ -31,7 +36,8 @@ def build():
 
 
 if __name__ == '__main__':
-    store = mx.kv.create('dist_sync')  # the only one of this process: the trainer and the metric share it
+    # the only store of this process: the trainer and the metric share it
+    store = mx.kv.create('dist_sync')
     train, test = load(store.rank, store.num_workers)
     net = build()
     net.initialize(mx.init.Xavier())
@@ -48,9 +54,7 @@ if __name__ == '__main__':
         for data, label in test:
             metric.update(label, net(data))
         whole = metric.all_reduce(store)  # the metric of all workers, the same on each
-        print(
-            f'epoch {epoch}: {whole.get()[1]!r} nats over {whole.num_inst} digits, worker {store.rank}',
-            flush=True,
-        )
+        result = f'{whole.get()[1]!r} nats over {whole.num_inst} digits'
+        print(f'epoch {epoch}: {result}, worker {store.rank}', flush=True)
     if store.rank == 0:
         net.save_parameters(sys.argv[1])

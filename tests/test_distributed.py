@@ -336,7 +336,7 @@ def test_metric_of_one_process_is_a_copy(kind):
 
 @pytest.mark.dist
 def test_distributed_training_reports_the_same_on_every_worker(tmp_path):
-    """The example of the README: every worker reports the same of every epoch, and the last value is that of the net that was saved."""
+    """The example of docs/metrics.md: every worker reports the same of every epoch, and the last value is that of the net that was saved."""
     pytest.importorskip('sklearn', reason='the example trains on digits that come with scikit-learn')
     import dist_train
 

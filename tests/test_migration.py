@@ -1,4 +1,4 @@
-"""The migration table of the README: each row that says "equal" is equal in the gradient here."""
+"""The table of docs/migration.md: each row that says "equal" is equal in the gradient here."""
 
 import mxnet as mx
 import numpy as np

@@ -1,54 +1,47 @@
-"""The README: its Python blocks run, and its generated parts are up to date. UPDATE_README=1 writes what is generated."""
+"""The README: its Python blocks run, its links lead somewhere, and its generated parts are up to date.
+
+``UPDATE_README=1`` writes what is generated, here and in the documentation.
+"""
 
 import inspect
 import os
 import re
+import shutil
+import subprocess
+import sys
 import warnings
 
 import mxnet as mx
 import numpy as np
+import pages
 import pytest
 import reference
-from digits import WithLoss
 from modes import VERSION
 
 from gluon_stable_ce import StableCrossEntropy, StableSoftmaxCELoss
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-README = os.path.join(ROOT, 'README.md')
+# Columns of the README's measurements: the contenders whose names begin so, in the order of results.md.
+CONTENDERS = ('ours', 'gluon, static_alloc', 'PyTorch')
+BASE = 'gluon, hybridized'
+PROBLEMS = ('64 x 10', '512 x 50257', '2 x 150 x 128 x 128, axis 1', '128 x 50257, float16')
+INSTALL = 'pip install ".[cpu]"'
 
 
-def read(path):
-    with open(os.path.join(ROOT, path), encoding='utf-8') as file:
-        return file.read()
-
-
-def blocks_of(language):
-    """The texts of the README's fenced blocks in a language."""
-    return [
-        text
-        for found, text in re.findall('^```(.*?)\n(.*?)^```$', read(README), re.S | re.M)
-        if found == language
-    ]
-
-
-def check_section(name, text):
-    """The README's text between the markers of `name` is `text`."""
-    readme = read(README)
-    begin, end = (
-        re.search(f'<!-- {re.escape(name)}.*?-->\n', readme).end(),
-        readme.index(f'<!-- end of {name} -->'),
-    )
-    if os.environ.get('UPDATE_README'):
-        with open(README, 'w', encoding='utf-8') as file:
-            file.write(readme[:begin] + text + readme[end:])
-    else:
-        assert readme[begin:end] == text
+def defaults_of_the_loss():
+    """The arguments of the loss that have a default, as they are written in Python."""
+    parameters = inspect.signature(StableSoftmaxCELoss.__init__).parameters.values()
+    return {
+        parameter.name: repr(parameter.default)
+        for parameter in parameters
+        if parameter.default is not parameter.empty
+    }
 
 
 @pytest.mark.skipif(VERSION != (1, 9), reason='the table is of MXNet 1.9')
 def test_first_table_is_what_is_measured():
-    nd, stock_loss, loss_fn = mx.nd, mx.gluon.loss.SoftmaxCrossEntropyLoss(), StableSoftmaxCELoss()
+    nd, stock_loss = mx.nd, mx.gluon.loss.SoftmaxCrossEntropyLoss()
+    # the same on every machine, also where the fused kernel was built
+    loss_fn = StableSoftmaxCELoss(**({'kernel': 'stock'} if 'kernel' in defaults_of_the_loss() else {}))
     stock_metric, metric = mx.metric.CrossEntropy(), StableCrossEntropy()
     probs = np.array([[1e-43, 1]], 'float32')
     for m in (stock_metric, metric):
@@ -64,49 +57,114 @@ def test_first_table_is_what_is_measured():
         np.abs(loss(nd.array(half, dtype='float16'), nd.array(label)).asnumpy() - truth).max()
         for loss in (stock_loss, loss_fn)
     ]
-    check_section(
-        'truth',
-        '\n'.join(
-            [
-                f'| what you do | MXNet {mx.__version__} says | this package says | the truth |',
-                '|---|---|---|---|',
-                f'| `mx.metric.CrossEntropy` on a probability of 1e-43 | {stock_metric.get()[1]:.2f} | {metric.get()[1]:.2f} | '
-                f'{-np.log(probs.astype("float64")[0, 0]):.2f} |',
-                f'| the loss of logits [20, 0], label 0 | {value(stock_loss, sure, 0):.2e} | {value(loss_fn, sure, 0):.1e} | '
-                f'{float(reference.nll(sure[0], 0)):.1e} |',
-                f'| the loss of logits [1, 2, 3] with a padding label, -1 | {value(stock_loss, padded, -1):.2f}: trains class 0 | '
-                f'{value(loss_fn, padded, -1)}, gradient 0 | no class |',
-                f'| the loss of 50,257 float16 logits | off by {off[0]:.1f} | off by {off[1]:.0e} | |',
-            ]
-        )
-        + '\n',
-    )
+    rows = [
+        ('what you compute', f'MXNet {mx.__version__}', 'this package', 'exact'),
+        (
+            '`mx.metric.CrossEntropy` of a probability of 1e-43',
+            f'{stock_metric.get()[1]:.2f}',
+            f'{metric.get()[1]:.2f}',
+            f'{-np.log(probs.astype("float64")[0, 0]):.2f}',
+        ),
+        (
+            'the loss of logits [20, 0], label 0',
+            f'{value(stock_loss, sure, 0):.2e}',
+            f'{value(loss_fn, sure, 0):.1e}',
+            f'{float(reference.nll(sure[0], 0)):.1e}',
+        ),
+        (
+            'the loss of logits [1, 2, 3], label -1 (padding)',
+            f'{value(stock_loss, padded, -1):.2f}, trains class 0',
+            f'{value(loss_fn, padded, -1)}, gradient 0',
+            'not a class',
+        ),
+        (
+            'the loss of 50,257 float16 logits',
+            f'off by {off[0]:.1f}',
+            f'off by {off[1]:.0e}',
+            '',
+        ),
+    ]
+    pages.check_section('README.md', 'truth', pages.table(rows))
+
+
+def test_measurements_are_those_of_the_benchmark():
+    results = pages.results()
+    first = results[PROBLEMS[0]]
+    shown = [name for name in first if name == BASE or name.startswith(CONTENDERS)]
+    shown.sort(key=lambda name: (name.startswith('PyTorch'), name.startswith('ours'), name != BASE))
+    rows = [('logits', *shown)]
+    for problem in PROBLEMS:
+        found = results[problem]
+        rows.append((problem, *(found[name].both if name in found else '' for name in shown)))
+    pages.check_section('README.md', 'speed', pages.table(rows))
+
+
+@pytest.mark.parametrize(('name', 'word'), [('float16', 'float16'), ('axis 1', 'axis 1')])
+def test_measurements_of_one_kind_are_those_of_the_benchmark(name, word):
+    rows = [('logits', 'contender', 'forward + backward, ms', 'largest error, nats')]
+    for problem, found in pages.results().items():
+        rows += [
+            (problem, contender, measured.both, measured.error)
+            for contender, measured in found.items()
+            if word in problem and not contender.startswith('*')
+        ]
+    assert len(rows) > 3
+    pages.check_section('docs/speed.md', name, pages.table(rows))
+
+
+def test_bounds_are_those_of_the_docstring():
+    stated, *_ = pages.tables_of(StableSoftmaxCELoss.__doc__)
+    assert len(stated) > 2
+    pages.check_section('docs/accuracy.md', 'stock bounds', pages.table(stated))
+
+
+def test_options_are_those_of_the_loss():
+    section = re.search(r'^## Options$.*?(?=^## )', pages.read('README.md'), re.S | re.M).group()
+    documented = dict(re.findall(r'^\| `(\w+)` \| `?([^|`]+)`? \|', section, re.M))
+    defaults = defaults_of_the_loss()
+    if 'kernel' not in defaults:
+        documented.pop('kernel')
+    assert documented == defaults
+
+
+def test_size_and_links():
+    assert len(pages.read('README.md').encode()) <= 8192
+    for target, anchor in pages.links_of('README.md'):
+        assert os.path.exists(os.path.join(pages.ROOT, target)), target
+        assert not anchor or anchor in pages.anchors_of(target or 'README.md'), anchor
 
 
 def test_python_blocks_run_in_order(tmp_path, monkeypatch):
-    if VERSION < (1, 9):
-        pytest.skip('the ONNX block needs MXNet 1.9')
-    pytest.importorskip('onnx')
     monkeypatch.chdir(tmp_path)
-    blocks = [
-        text for text in blocks_of('python') if text != read('tests/dist_train.py')
-    ]  # that one has a test of its own
-    assert len(blocks) >= 5
+    blocks = pages.blocks_of('README.md', 'python')
+    assert len(blocks) >= 2
     namespace = {'__name__': 'readme'}
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         for block in blocks:
-            exec(compile(block, 'README.md', 'exec'), namespace)
+            exec(compile(block.text, 'README.md', 'exec'), namespace)
     assert np.isfinite(namespace['nats'])
 
 
-def test_distributed_example_is_dist_train():
-    check_section('tests/dist_train.py', f'```python\n{read("tests/dist_train.py")}```\n')
+@pytest.mark.slow
+def test_python_blocks_run_where_only_the_install_line_was_run(tmp_path):
+    assert INSTALL in pages.read('README.md')
+    source, python = tmp_path / 'source', tmp_path / 'venv' / 'bin' / 'python'
+    source.mkdir()
+    for name in ('setup.cfg', 'pyproject.toml', 'README.md', 'LICENSE'):
+        shutil.copy(os.path.join(pages.ROOT, name), str(source))
+    shutil.copytree(os.path.join(pages.ROOT, 'gluon_stable_ce'), str(source / 'gluon_stable_ce'))
+    script = '\n'.join(block.text for block in pages.blocks_of('README.md', 'python'))
+    (tmp_path / 'readme.py').write_text(script, encoding='utf-8')
+    environment = {name: value for name, value in os.environ.items() if name != 'PYTHONPATH'}
 
+    def run(*command, **kwargs):
+        return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, **kwargs)
 
-def test_with_loss_is_the_block_of_the_digits_example():
-    check_section('WithLoss', f'```python\n{inspect.getsource(WithLoss)}```\n')
-
-
-def test_benchmark_is_results_md():
-    check_section('benchmarks/results.md', read('benchmarks/results.md'))
+    run(sys.executable, '-m', 'venv', str(tmp_path / 'venv'))
+    done = run(str(python), '-m', 'pip', 'install', '.[cpu]', cwd=str(source))
+    if done.returncode and 'No matching distribution' in done.stderr:
+        pytest.skip('pip reaches no package index')
+    assert done.returncode == 0, done.stderr
+    done = run(str(python), 'readme.py', cwd=str(tmp_path))
+    assert done.returncode == 0, done.stderr

@@ -24,9 +24,9 @@ memory:
   first axis, or of the second if the classes are on the first. .npz, .params and .nd files are read whole.
 
 exit code:
-  0 unless one of these holds
   1 if mx.metric.CrossEntropy is off by more than --max-error, or cannot be compared with the exact value
-  2 if files or arguments are bad, or if no label is both valid and not ignored; with one line on stderr
+  2 if files or arguments are bad, or if no label is both valid and not ignored; one line on stderr says why
+  0 otherwise
 """
 
 

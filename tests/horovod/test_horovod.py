@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 
+import pages
 import pytest
 from dist_worker import SHARDS, numbers_of, predictions
 
@@ -20,13 +21,11 @@ TESTS = os.path.dirname(HERE)
 TIMEOUT = 120  # seconds for a whole job; one takes about ten
 
 
-@pytest.fixture(scope='module', params=[1, 2, 3], ids='{} processes'.format)
-def job(request, tmp_path_factory):
-    """What each process of a job returned, by rank."""
-    processes, folder = request.param, tmp_path_factory.mktemp('job')
+def run_job(processes, folder, script, *args):
+    """What each process of a job wrote as JSON into the folder, by rank."""
     command = [sys.executable, os.path.join(HERE, 'local_horovodrun.py'), '--gloo']
     command += ['-np', str(processes), '-H', f'localhost:{processes}', '--network-interfaces', 'lo']
-    command += [sys.executable, os.path.join(HERE, 'hvd_worker.py'), str(folder), str(TIMEOUT)]
+    command += [sys.executable, str(script), *args]
     path = os.pathsep.join([os.path.dirname(TESTS), TESTS, os.environ.get('PYTHONPATH', '')])
     run = subprocess.Popen(
         command,
@@ -46,6 +45,13 @@ def job(request, tmp_path_factory):
             run.kill()
     assert run.returncode == 0, output
     return [json.loads((folder / f'{rank}.json').read_text()) for rank in range(processes)]
+
+
+@pytest.fixture(scope='module', params=[1, 2, 3], ids='{} processes'.format)
+def job(request, tmp_path_factory):
+    """What each process of a job returned, by rank."""
+    folder = tmp_path_factory.mktemp('job')
+    return run_job(request.param, folder, os.path.join(HERE, 'hvd_worker.py'), str(folder), str(TIMEOUT))
 
 
 def sums_of(processes, calls):
@@ -107,3 +113,16 @@ def test_another_result_than_the_sum_is_an_error_on_every_process(job):
     for worker in job:
         assert worker['errors']['average'] == ([1] if len(job) == 1 else message)
         assert worker['errors']['hvd'] == [len(job)]
+
+
+def test_blocks_of_the_metrics_page_run_in_a_job(tmp_path):
+    blocks = [block.text for block in pages.blocks_of('docs/metrics.md', 'python')]
+    assert 'import horovod' in blocks[-1]
+    report = f"""
+with open(f'{tmp_path}/{{hvd.rank()}}.json', 'w') as file:
+    json.dump([whole.num_inst, metric.num_inst, whole.get()[1], net.weight.data().asnumpy().tolist()], file)
+"""
+    (tmp_path / 'train.py').write_text('\n'.join([*blocks, report]))
+    first, second = run_job(2, tmp_path, tmp_path / 'train.py')
+    assert first == second
+    assert first[:2] == [8, 4]
