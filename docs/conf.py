@@ -1,6 +1,5 @@
 """Sphinx: the documentation, from the pages in this folder and the package's docstrings (``make docs``)."""
 
-import inspect
 import os
 import re
 import sys
@@ -86,17 +85,7 @@ def inputs_before_parameters(app, what, name, obj, options, lines):
         lines[:] = re.sub(r'(?m)^(?=\S.*\n-{3,}$)', lambda _: block + '\n\n', text, count=1).split('\n')
 
 
-def signature_of_init(app, what, name, obj, options, signature, return_annotation):
-    """Show the arguments of ``__init__``, and not those of a ``__new__`` that takes any."""
-    if what == 'class' and signature == '(*args, **kwargs)':
-        parameters = list(inspect.signature(obj.__init__).parameters.values())[1:]
-        plain = [parameter.replace(annotation=parameter.empty) for parameter in parameters]
-        return str(inspect.Signature(plain)), None
-    return None
-
-
 def setup(app):
     app.add_directive('if-file', IfFile)
     app.add_html_math_renderer('mathml', (visit_math, None), (visit_displaymath, None))
-    app.connect('autodoc-process-signature', signature_of_init)
     app.connect('autodoc-process-docstring', inputs_before_parameters, priority=100)  # numpydoc's is 500

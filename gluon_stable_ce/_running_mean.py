@@ -1,6 +1,7 @@
 """What all metrics share: a mean with exact sums, of values that the device may still be computing."""
 
 import copy
+import inspect
 import math
 import re
 from collections import deque
@@ -162,6 +163,12 @@ class RunningMean:
     _computing: Deque[Tuple[Array, Optional[Callable[[], Array]]]]  # the last updates
     _computed: Deque[Array]  # those before
     _sums: Dict[str, ExactSums]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Let `help` show the arguments of ``__init__``, and not those of ``__new__``, which takes any."""
+        super().__init_subclass__(**kwargs)
+        _, *parameters = inspect.signature(cls.__init__).parameters.values()
+        cls.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Make a metric that holds nothing, before any `reset`, which a subclass may replace."""

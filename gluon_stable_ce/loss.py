@@ -226,8 +226,8 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
 
     Notes
     -----
-    *Numerics.* float16 and bfloat16 are computed in float32. The loss of one position, with the kernels of
-    MXNet 1.9.1, is off by at most
+    *Numerics.* float16 and bfloat16 are computed in float32. The loss of one position, with the stock kernel
+    of MXNet 1.9.1, is off by at most
 
     ======== ===================== =========
     dtype    classes               nats
@@ -242,6 +242,10 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
     ``::test_two_logits``). A probability of 0 gives inf. NaN or +inf at the label gives NaN. oneDNN's kernel
     hides a NaN of another class from the loss; it shows in the gradient. A logit of -inf masks a class: that
     changes nothing, unless the class is the label.
+
+    With the fused kernel the loss and the gradient at the label are off by at most 3e-7 of their value, and
+    float64 by 1e-13, for probabilities near 0 and near 1 and up to 1,000,000 classes; and a NaN of any class
+    gives NaN (``test_fused.py``).
 
     *Gradients.* Where the loss rounds to 0, the gradient goes on. The gradient with respect to a sample
     weight of 0 is 0, where gluon's is the loss; likewise with respect to dense targets of 0.

@@ -64,8 +64,8 @@ def patch(**loss_options: Any) -> 'Patch':
     **loss_options
         Options of `StableSoftmaxCrossEntropyLoss`, as defaults for each loss that is made. Arguments that the
         script gives itself win over them. A default is left out where the script's own arguments rule it out:
-        `ignore_label` and `invalid_label` with ``sparse_label=False``, and `lse_square_scale` with
-        ``from_logits=True``.
+        `ignore_label`, `invalid_label` and `kernel` with ``sparse_label=False``, and `lse_square_scale` and
+        `kernel` with ``from_logits=True``.
 
     Returns
     -------
@@ -335,9 +335,9 @@ def _defaults(options, args, kwargs):
     given = {**dict(zip(_POSITIONAL, args)), **kwargs}
     left_out = set(given)
     if not given.get('sparse_label', True):
-        left_out |= {'ignore_label', 'invalid_label'}
+        left_out |= {'ignore_label', 'invalid_label', 'kernel'}
     if given.get('from_logits', False):
-        left_out.add('lse_square_scale')
+        left_out |= {'lse_square_scale', 'kernel'}
     return {name: value for name, value in options.items() if name not in left_out}
 
 
