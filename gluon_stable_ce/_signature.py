@@ -1,7 +1,7 @@
 """What is known of a call before it is computed, and the checks that raise."""
 
 from functools import lru_cache
-from typing import Any, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 from . import _array_api
 from ._array_api import CPU, Array
@@ -43,6 +43,16 @@ class Signature(NamedTuple):
         return (
             self.compute_dtype if self.few_classes else 'float32' if self.dtype == 'bfloat16' else 'float64'
         )
+
+    @property
+    def reading(self) -> Dict[str, Any]:
+        """How `functional.read_labels` may read labels of such calls."""
+        dtype = self.label_compare_dtype
+        return {
+            'label_dtype': dtype,
+            'is_cast': self.label_dtype == dtype,
+            'few_classes': self.few_classes,
+        }
 
 
 def infer_signature(

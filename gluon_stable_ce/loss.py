@@ -108,9 +108,7 @@ def _sparse_positions(F, options, signature, pred, label, class_weight):
         axis,
         options.ignore_label,
         options.invalid_label,
-        label_dtype=signature.label_compare_dtype,
-        is_cast=signature.label_dtype == signature.label_compare_dtype,
-        few_classes=signature.few_classes,
+        **signature.reading,
     )
     is_needed = labels.is_counted
     if options.lse_square_scale and labels.is_valid is not None:

@@ -105,9 +105,7 @@ def compose_nll(
             pred,
             axis,
             options.ignore_label,
-            label_dtype=signature.label_compare_dtype,
-            is_cast=signature.label_dtype == signature.label_compare_dtype,
-            few_classes=signature.few_classes,
+            **signature.reading,
         )
         nll = F.cast(
             reduce(index=labels.index, is_needed=labels.is_counted).nll, dtype='float64'
