@@ -107,6 +107,35 @@ def test_metric_is_the_reference(kernel, problem, pred_type, ignore_label, in_np
     assert metric.num_infinite == (values == np.inf).sum()
 
 
+@FUZZ
+@given(
+    cases.problems(('float16', 'float32', 'float64'), classes=120, special=True, options=False),
+    st.sampled_from(['write', 'add']),
+    st.integers(1, 3),
+    st.booleans(),
+)
+def test_losses_on_one_prediction_add_up(kernel, problem, grad_req, losses, is_leaf):
+    """Twice, so that 'add' has something to add to; pred is a leaf, or made by an operator."""
+    loss_fn = StableSoftmaxCELoss(**{**problem.settings, 'invalid_label': 'nan'})
+    leaf, label = (mx.nd.array(array, dtype=array.dtype) for array in problem.arrays)
+    leaf.attach_grad(grad_req)
+    for _ in range(2):
+        with mx.autograd.record():
+            pred = leaf if is_leaf else leaf * 1
+            total = [loss_fn(pred, label) for _ in range(losses)]
+        mx.autograd.backward(total)
+    times = losses * (2 if grad_req == 'add' else 1)
+    _, expected = reference.loss_and_gradient(*problem[:3], **problem.settings)
+    tolerance = cases.tolerance_of(kernel, problem.pred.dtype, problem.settings)
+    _, bound = reference.error_bounds(*problem[:3], **problem.settings, **tolerance._asdict())
+    bound = bound + tolerance.relative * np.abs(expected)
+    if problem.pred.dtype == np.float16:  # each sum is rounded
+        bound = bound + times * (
+            cases.FLOAT16_GRADIENT.absolute + cases.FLOAT16_GRADIENT.relative * np.abs(expected)
+        )
+    cases.assert_within(leaf.grad.asnumpy(), times * expected, times * bound, skipped=np.isnan(expected))
+
+
 def _read(problem):
     given = {name: problem.settings[name] for name in reference.READING if name in problem.settings}
     return reference.read_positions(problem.pred, problem.label, problem.axis, **given)
