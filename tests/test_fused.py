@@ -419,11 +419,13 @@ print(digest.hexdigest())
 
 
 def python(code, **environment):
+    """What `code` prints in a process of its own; a variable that is None is not set."""
+    environment = {**os.environ, 'PYTHONPATH': ROOT, **environment}
     done = subprocess.run(
         [sys.executable, '-c', code],
         capture_output=True,
         text=True,
-        env={**os.environ, 'PYTHONPATH': ROOT, **environment},
+        env={key: value for key, value in environment.items() if value is not None},
         timeout=300,
         check=False,
     )
@@ -455,6 +457,46 @@ fused.class_terms(mx.nd, pred, -1, index)[0].wait_to_read()
 print(1 + len(os.listdir('/proc/self/task')) - before)
 """
     assert python(code, **{variable: str(threads)}) == str(threads)
+
+
+@needs_operator
+@pytest.mark.parametrize(
+    ('shape', 'uses_all'), [((1, 1000000), True), ((512, 1000), True), ((64, 1000), False)]
+)
+def test_all_processors_are_used_for_large_work_only(shape, uses_all):
+    code = f"""
+import os, mxnet as mx
+from gluon_stable_ce.kernels import fused
+fused.load()
+pred, index = mx.nd.zeros({shape}), mx.nd.zeros({shape[0]})
+mx.nd.waitall()
+before = len(os.listdir('/proc/self/task'))
+fused.class_terms(mx.nd, pred, -1, index)[0].wait_to_read()
+print(1 + len(os.listdir('/proc/self/task')) - before)
+"""
+    unset = dict.fromkeys(('OMP_NUM_THREADS', 'MXNET_OMP_MAX_THREADS'))
+    processors = len(os.sched_getaffinity(0))
+    if processors > 8:
+        pytest.skip('more processors than parts of the work')
+    assert python(code, **unset) == str(processors if uses_all else 1)
+
+
+@needs_operator
+@pytest.mark.skipif(not hasattr(os, 'sched_setaffinity'), reason='no affinity')
+def test_affinity_is_respected():
+    code = """
+import os
+os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+import mxnet as mx
+from gluon_stable_ce.kernels import fused
+fused.load()
+pred, index = mx.nd.zeros((1, 1000000)), mx.nd.zeros(1)
+mx.nd.waitall()
+before = len(os.listdir('/proc/self/task'))
+fused.class_terms(mx.nd, pred, -1, index)[0].wait_to_read()
+print(1 + len(os.listdir('/proc/self/task')) - before)
+"""
+    assert python(code, OMP_NUM_THREADS=None, MXNET_OMP_MAX_THREADS=None) == '1'
 
 
 @needs_operator

@@ -2,35 +2,43 @@
  * Cross entropy in one operator: the class axis reduced to one number per position, and the gradient of that.
  *
  *   stable_ce_class_terms(pred, index[, class_weight], axis, uniform)
- *     -> nll, logsumexp, logsumexp_rest[, uniform_nll]                              one number per position each
+ *     -> nll, logsumexp, logsumexp_rest[, uniform_nll]                              one number per position
+ * each
  *
  *   pred          (outer..., C at `axis`, inner...) float16, float32 or float64
  *   index         positions' shape, any dtype; -1: the position is not needed, its logits are not read
  *   class_weight  (C,) float16, float32 or float64
  *   nll           -log p_y, with p the softmax of the logits z and y the index
- *   logsumexp     log sum_j exp z_j, in two parts: alone, a float32 of 80 is off by 4e-6, and so would be the gradient
- *   uniform_nll   -1/C sum_j w_j log p_j, with w = 1 if there is no class_weight
+ *   logsumexp     log sum_j exp z_j, in two parts: alone, a float32 of 80 is off by 4e-6, and so would be the
+ * gradient uniform_nll   -1/C sum_j w_j log p_j, with w = 1 if there is no class_weight
  *
- * Everything is computed in T: float for float16 and float32, double for float64. What there is once per position is double.
+ * Everything is computed in T: float for float16 and float32, double for float64. What there is once per
+ * position is double.
  *
- * Numerics. S is the sum over all classes but the label's, so that with L = log S - z_y, the log-odds against the label,
- * nll = softplus(L) is as exact for p near 1 as for p near 0. exp(z) is 2^n exp(r) with |r| <= log(2) / 2; the sums are
- * scaled by 2^-K, K from the largest logit so far: that takes no difference of logits, and so rounds none. Beyond +-4096,
- * where n log(2) would be rounded, z - max is exact wherever it matters, and is used instead (`Reference`).
+ * Numerics. S is the sum over all classes but the label's, so that with L = log S - z_y, the log-odds against
+ * the label, nll = softplus(L) is as exact for p near 1 as for p near 0. exp(z) is 2^n exp(r) with |r| <=
+ * log(2) / 2; the sums are scaled by 2^-K, K from the largest logit so far: that takes no difference of
+ * logits, and so rounds none. Beyond +-4096, where n log(2) would be rounded, z - max is exact wherever it
+ * matters, and is used instead (`Reference`).
  *
- * Speed. The loops over logits are functions of their own, compiled once per instruction set: inlined into the loops over
- * positions they would be neither. The compiler makes them vector code; nothing here needs a flag that changes arithmetic.
+ * Speed. The loops over logits are functions of their own, compiled once per instruction set: inlined into
+ * the loops over positions they would be neither. The compiler makes them vector code; nothing here needs a
+ * flag that changes arithmetic.
  */
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <string>
 #include <unordered_map>
 #include <vector>
 
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 #include <pthread.h>
 #include <sys/mman.h>
 #ifdef __x86_64__
@@ -50,14 +58,15 @@
 
 namespace {
 
-// ---------------------------------------------------------------------------------------------------------------- numbers
+// numbers
 
 const double kLn2 = 0.693147180559945309417, kLog2E = 1.442695040888963407360;
 
 template <typename T> struct Format;
 template <> struct Format<float> {
   typedef int32_t Int;
-  static const int exp_degree = 8, atanh_degree = 8;  // of the double series that float results are made of: 2e-10
+  static const int exp_degree = 8,
+                   atanh_degree = 8;  // of the double series that float results are made of: 2e-10
   static const int mantissa = 23, bias = 127;
 };
 template <> struct Format<double> {
@@ -78,7 +87,9 @@ INLINE float magic(float) { return 12582912.f; }
 INLINE double magic(double) { return 6755399441055744.; }
 
 // 2^n for n in [-bias, bias], where 2^-bias is 0
-template <typename T> INLINE T power_of_2(Int<T> n) { return bits<T>((n + Format<T>::bias) << Format<T>::mantissa); }
+template <typename T> INLINE T power_of_2(Int<T> n) {
+  return bits<T>((n + Format<T>::bias) << Format<T>::mantissa);
+}
 
 // exp(r) - 1 for |r| <= log(2) / 2
 INLINE float expm1_reduced(float r) {  // Cephes' polynomial
@@ -97,12 +108,16 @@ template <int k, int last> struct ExpSeries {  // 1/k! + r/(k + 1)! + ... + r^(l
 template <int last> struct ExpSeries<last, last> {
   INLINE double at(double) { return 1 / factorial(last); }
 };
-template <int degree> INLINE double expm1_reduced(double r) { return ExpSeries<2, degree>::at(r) * r * r + r; }
+template <int degree> INLINE double expm1_reduced(double r) {
+  return ExpSeries<2, degree>::at(r) * r * r + r;
+}
 INLINE double expm1_reduced(double r) { return expm1_reduced<13>(r); }
 
 // log(2) as two numbers, the first short enough for n times it to be exact up to n = 2^15
 INLINE float reduce(float x, float n) { return (x - n * 0.693359375f) - n * -2.12194440054690583e-4f; }
-INLINE double reduce(double x, double n) { return (x - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10; }
+INLINE double reduce(double x, double n) {
+  return (x - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10;
+}
 
 // n and exp(r) - 1 with exp(x) = 2^n exp(r)
 template <typename T> struct Reduced {
@@ -141,10 +156,12 @@ template <typename T> INLINE double two_atanh(double s) {  // for 0 <= s <= 1/3
   const double q = s * s;
   return 2 * (AtanhSeries<1, Format<T>::atanh_degree>::at(q) * q * s + s);
 }
-template <typename T> INLINE double log1p_of(double x) { return two_atanh<T>(x / (2 + x)); }  // for 0 <= x <= 1
+template <typename T> INLINE double log1p_of(double x) {
+  return two_atanh<T>(x / (2 + x));
+}                                                       // for 0 <= x <= 1
 template <typename T> INLINE double log_of(double x) {  // for x = 0 and normal x > 0, finite; NaN of NaN
   const int64_t b = bits<int64_t>(x);
-  const double m = bits<double>((b & 0xfffffffffffff) | 0x3ff0000000000000);                    // [1, 2)
+  const double m = bits<double>((b & 0xfffffffffffff) | 0x3ff0000000000000);                   // [1, 2)
   const double n = bits<double>((b >> 52) | 0x4330000000000000) - (4503599627370496. + 1023);  // x = 2^n m
   const double result = n * kLn2 + two_atanh<T>((m - 1) / (m + 1));
   return x > 0 ? result : x == 0 ? -INFINITY : x;
@@ -164,7 +181,9 @@ template <typename T> INLINE Int<T> exponent_of(T largest) {
   return bits<Int<T>>(n) - bits<Int<T>>(magic(largest));
 }
 template <typename T> INLINE double log_of(T shift, Int<T> k) { return double(shift) + kLn2 * double(k); }
-template <typename T> INLINE Reference<T> reference(T largest) { return {shift_of(largest), exponent_of(largest)}; }
+template <typename T> INLINE Reference<T> reference(T largest) {
+  return {shift_of(largest), exponent_of(largest)};
+}
 template <typename T> INLINE double log_of(Reference<T> ref) { return log_of(ref.shift, ref.k); }
 
 const int kTile = 512;  // positions that are handled together
@@ -173,7 +192,6 @@ template <typename T> struct References {
   T shift[kTile];
   Int<T> k[kTile];
 };
-
 
 // exp(x) / (exp(shift) 2^K); exactly 0 where that is below T's normal numbers, so of -inf; NaN of NaN
 template <typename T> INLINE T scaled_exp(T x, T shift, Int<T> k) {
@@ -194,7 +212,7 @@ template <typename T> INLINE T scaled_exp_times(T x, T shift, Int<T> k, T q) {
   return (e.expm1 * q + q) * power_of_2<T>(half) * power_of_2<T>(n - half);
 }
 
-// ------------------------------------------------------------------------- loops over the classes of one position, (n,) each
+// loops over the classes of one position, (n,) each
 
 template <typename T> INLINE T largest_in(const T* x, int n) {
   T most = -INFINITY;
@@ -203,7 +221,8 @@ template <typename T> INLINE T largest_in(const T* x, int n) {
   return most;
 }
 
-const int kLanes = 64;  // sums run in as many parts: enough for the units to stay busy, and few additions in each
+const int kLanes =
+    64;  // sums run in as many parts: enough for the units to stay busy, and few additions in each
 
 template <typename T> INLINE double sum_exp_in(const T* x, int n, Reference<T> ref) {
   T sums[kLanes] = {}, rest[kLanes];
@@ -241,7 +260,7 @@ INLINE void gradient_in(const T* x, const T* w, int n, Reference<T> ref, T q, T 
   }
 }
 
-// -------------------------------------------------- loops over many positions, one class: the arrays are (positions,) each
+// loops over many positions, one class: the arrays are (positions,) each
 
 template <typename T> INLINE void largest_at(const T* x, int n, T* most) {
 #pragma omp simd
@@ -255,7 +274,8 @@ template <typename T> INLINE void sum_exp_at(const T* x, int n, const References
 #pragma omp simd
   for (int t = 0; t < n; t++) {
     const T a = scaled_exp(x[t], shift[t], k[t]), b = scaled_exp(x[t + kTile], shift[t], k[t]);
-    const T c = scaled_exp(x[t + 2 * kTile], shift[t], k[t]), d = scaled_exp(x[t + 3 * kTile], shift[t], k[t]);
+    const T c = scaled_exp(x[t + 2 * kTile], shift[t], k[t]),
+            d = scaled_exp(x[t + 3 * kTile], shift[t], k[t]);
     sum[t] += (a + b) + (c + d);
   }
 }
@@ -285,7 +305,7 @@ INLINE void gradient_at(const T* x, T w, int n, const References<T>* ref, const 
   }
 }
 
-// ---------------------------------------------------------------------------- what there is once per position, in double
+// what there is once per position, in double
 
 // Of many positions. `log_reference` and `sum` give log S; `uniform` is sum_j w_j (z_j - from).
 template <typename T> struct Position {
@@ -299,7 +319,8 @@ template <typename T> INLINE void finish_at(const Int<T>* y, int n, Position<T> 
   for (int t = 0; t < n; t++) {
     const double z = p.z_label[t] == INFINITY ? NAN : p.z_label[t], log_sum = log_of<T>(p.sum[t]);
     const double log_odds = (p.log_reference[t] - z) + log_sum;
-    const double distance = log1p_of<T>(exp_of<T>(-std::fabs(log_odds)));  // to the greater of log S and z_label
+    const double distance =
+        log1p_of<T>(exp_of<T>(-std::fabs(log_odds)));  // to the greater of log S and z_label
     const bool above = log_odds > 0;
     const double base = above ? p.log_reference[t] : z, more = (above ? log_sum : 0) + distance;
     const T high = T(base + more);
@@ -314,7 +335,8 @@ template <typename T> INLINE void finish_at(const Int<T>* y, int n, Position<T> 
 }
 
 // Of many positions: g_* are the gradients that come in. dnll/dz = p - onehot, dlogsumexp/dz = p,
-// duniform_nll/dz = (sum w / C) p - w / C; so dz = q exp(z - reference) - u w but at the label, where p - 1 = expm1(-nll).
+// duniform_nll/dz = (sum w / C) p - w / C; so dz = q exp(z - reference) - u w but at the label, where p - 1 =
+// expm1(-nll).
 template <typename T> struct Slope {
   const T *nll, *logsumexp, *rest, *g_nll, *g_logsumexp, *g_uniform_nll, *w_label;
   double total_weight, classes;
@@ -342,7 +364,8 @@ template <typename T> INLINE void prepare_gradient_at(const Int<T>* y, int n, Sl
   }
 }
 
-template <typename T> INLINE void make_references_at(const T* largest, int n, References<T>* ref, double* log_reference) {
+template <typename T>
+INLINE void make_references_at(const T* largest, int n, References<T>* ref, double* log_reference) {
   T* shift = ref->shift;
   Int<T>* k = ref->k;
 #pragma omp simd
@@ -366,31 +389,35 @@ INLINE void merge_at(const double* log_more, const More* more, int n, double* lo
 }
 
 // The loops above, for both types, once per instruction set
-#define KERNELS(T)                                                                                                        \
-  KERNEL T largest_of(const T* x, int n) { return largest_in(x, n); }                                                     \
-  KERNEL double sum_exp(const T* x, int n, Reference<T> ref) { return sum_exp_in(x, n, ref); }                            \
-  KERNEL double weighted_sum(const T* x, const T* w, int n, T from) { return weighted_sum_in(x, w, n, from); }            \
-  KERNEL void gradient(const T* x, const T* w, int n, Reference<T> ref, T q, T u, T* out) {                               \
-    gradient_in(x, w, n, ref, q, u, out);                                                                                 \
-  }                                                                                                                       \
-  KERNEL void largest_of(const T* x, int n, T* most) { largest_at(x, n, most); }                                          \
-  KERNEL void sum_exp(const T* x, int n, const References<T>* ref, T* sum) { sum_exp_at(x, n, ref, sum); }                \
-  KERNEL void weighted_sum(const T* x, T w, int n, const T* from, double* sum) { weighted_sum_at(x, w, n, from, sum); }   \
-  KERNEL void gradient(const T* x, T w, int n, const References<T>* ref, const T* q, const T* u, T* out) {                 \
-    gradient_at(x, w, n, ref, q, u, out);                                                                                 \
-  }                                                                                                                       \
-  KERNEL void make_references(const T* largest, int n, References<T>* ref, double* log_reference) {                        \
-    make_references_at(largest, n, ref, log_reference);                                                                   \
-  }                                                                                                                       \
-  KERNEL void merge(const double* log_more, const T* more, int n, double* log_reference, double* sum) {                    \
-    merge_at<T>(log_more, more, n, log_reference, sum);                                                                   \
-  }                                                                                                                       \
-  KERNEL void finish(const Int<T>* y, int n, Position<T> p) { finish_at(y, n, p); }                                       \
+#define KERNELS(T)                                                                                         \
+  KERNEL T largest_of(const T* x, int n) { return largest_in(x, n); }                                      \
+  KERNEL double sum_exp(const T* x, int n, Reference<T> ref) { return sum_exp_in(x, n, ref); }             \
+  KERNEL double weighted_sum(const T* x, const T* w, int n, T from) {                                      \
+    return weighted_sum_in(x, w, n, from);                                                                 \
+  }                                                                                                        \
+  KERNEL void gradient(const T* x, const T* w, int n, Reference<T> ref, T q, T u, T* out) {                \
+    gradient_in(x, w, n, ref, q, u, out);                                                                  \
+  }                                                                                                        \
+  KERNEL void largest_of(const T* x, int n, T* most) { largest_at(x, n, most); }                           \
+  KERNEL void sum_exp(const T* x, int n, const References<T>* ref, T* sum) { sum_exp_at(x, n, ref, sum); } \
+  KERNEL void weighted_sum(const T* x, T w, int n, const T* from, double* sum) {                           \
+    weighted_sum_at(x, w, n, from, sum);                                                                   \
+  }                                                                                                        \
+  KERNEL void gradient(const T* x, T w, int n, const References<T>* ref, const T* q, const T* u, T* out) { \
+    gradient_at(x, w, n, ref, q, u, out);                                                                  \
+  }                                                                                                        \
+  KERNEL void make_references(const T* largest, int n, References<T>* ref, double* log_reference) {        \
+    make_references_at(largest, n, ref, log_reference);                                                    \
+  }                                                                                                        \
+  KERNEL void merge(const double* log_more, const T* more, int n, double* log_reference, double* sum) {    \
+    merge_at<T>(log_more, more, n, log_reference, sum);                                                    \
+  }                                                                                                        \
+  KERNEL void finish(const Int<T>* y, int n, Position<T> p) { finish_at(y, n, p); }                        \
   KERNEL void prepare_gradient(const Int<T>* y, int n, Slope<T> s) { prepare_gradient_at(y, n, s); }
 KERNELS(float)
 KERNELS(double)
 
-// ------------------------------------------------------------------------------------------------------- float16 in memory
+// float16 in memory
 
 struct Half {
   uint16_t bits;
@@ -412,8 +439,9 @@ inline void put(float x, Half* to) {  // to nearest, ties to even
   const uint32_t b = bits<uint32_t>(x), sign = b >> 16 & 0x8000, size = b & 0x7fffffff;
   uint32_t half;
   if (size > 0x7f800000) half = 0x7e00;
-  else if (size >= 0x477ff000) half = 0x7c00;                                              // from 65520 on
-  else if (size < 0x38800000) half = bits<uint32_t>(std::fabs(x) + .5f) - 0x3f000000;      // denormal: units of 2^-24
+  else if (size >= 0x477ff000) half = 0x7c00;  // from 65520 on
+  else if (size < 0x38800000)
+    half = bits<uint32_t>(std::fabs(x) + .5f) - 0x3f000000;  // denormal: units of 2^-24
   else half = (size - 0x38000000 + 0xfff + (size >> 13 & 1)) >> 13;
   to->bits = half | sign;
 }
@@ -422,7 +450,8 @@ inline void put(float x, Half* to) {  // to nearest, ties to even
 const bool kF16C = __builtin_cpu_supports("avx") && __builtin_cpu_supports("f16c");
 __attribute__((target("avx,f16c"))) int load_8(const Half* x, int n, float* to) {
   int i = 0;
-  for (; i + 8 <= n; i += 8) _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(x + i))));
+  for (; i + 8 <= n; i += 8)
+    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(x + i))));
   return i;
 }
 __attribute__((target("avx,f16c"))) int store_8(const float* x, int n, Half* to) {
@@ -450,14 +479,15 @@ void store(const float* x, int n, Half* to) {
   for (int i = kF16C ? store_8(x, n, to) : 0; i < n; i++) put(x[i], to + i);
 }
 
-// ---------------------------------------------------------------------------------------------------- how work is cut up
+// how work is cut up
 
-const int kBlock = 1024;            // classes of one position that fit into the first cache
+const int kBlock = 1024;                           // classes of one position that fit into the first cache
 const int kRowSplit = 1 << 16, kLineSplit = 1024;  // classes that one thread handles
-const int kLines = 32;              // classes of kTile positions that fit into the second cache
+const int kLines = 32;  // classes of kTile positions that fit into the second cache
 
-// Logits are (outer, C, inner). Many classes next to each other are `rows`, read along the classes; all else is read in
-// lines, one class of many positions. The cut depends on the shape alone, so the results do not on the number of threads.
+// Logits are (outer, C, inner). Many classes next to each other are `rows`, read along the classes; all else
+// is read in lines, one class of many positions. The cut depends on the shape alone, so the results do not on
+// the number of threads.
 struct Work {
   int64_t outer, classes, inner, positions;
   bool rows, lines_in_place;
@@ -480,10 +510,10 @@ struct Work {
 
 // Up to kTile positions, and a range of their classes
 struct Part {
-  int64_t begin;            // the first position
-  int n;                    // how many
-  int64_t j_begin, j_end;   // classes
-  int64_t at[kTile];        // where in `pred` the position's class 0 is
+  int64_t begin;           // the first position
+  int n;                   // how many
+  int64_t j_begin, j_end;  // classes
+  int64_t at[kTile];       // where in `pred` the position's class 0 is
 
   Part(const Work& work, int64_t tile, int64_t split) {
     j_begin = split * work.split;
@@ -506,18 +536,31 @@ struct Part {
   }
 };
 
-// libgomp's threads do not survive a fork, and a child that waits for them hangs: forked workers compute alone
+// libgomp's threads do not survive a fork, and a child that waits for them hangs: forked workers compute
+// alone
 bool forked = false;
 const int kForkHandler = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
-// In as many threads as MXNet has given its worker: OMP_NUM_THREADS, MXNET_OMP_MAX_THREADS, or half of the CPUs. More
-// (all cores) were faster on an idle machine, but on a busy one small calls waited 50 times as long for the other thread.
+// MXNet gives its worker half of the processors, as if each core were two. Large work takes them all, unless
+// the user has set how many. Small work takes one: on a busy machine it would wait longer for the other
+// thread than it takes.
+int count_threads(int64_t work) {
+#ifdef _OPENMP
+  static const bool is_set = getenv("OMP_NUM_THREADS") || getenv("MXNET_OMP_MAX_THREADS");
+  if (work < 1 << 18 || forked) return 1;
+  return is_set ? omp_get_max_threads() : omp_get_num_procs();
+#else
+  return 1;
+#endif
+}
+
 template <typename F> void for_each(int64_t n, int64_t work, F body) {
-#pragma omp parallel for schedule(dynamic) if (n > 1 && work > 1 << 17 && !forked)
+#pragma omp parallel for schedule(dynamic) num_threads(int(std::min<int64_t>(n, count_threads(work))))
   for (int64_t i = 0; i < n; i++) body(i);
 }
 
-// MXNet asks the system for large arrays anew each time. In pages of 4 KB, getting them takes longer than filling them.
+// MXNet asks the system for large arrays anew each time. In pages of 4 KB, getting them takes longer than
+// filling them.
 void ask_for_large_pages(void* data, size_t size) {
 #ifdef MADV_HUGEPAGE
   const uintptr_t page = 1 << 21, begin = (reinterpret_cast<uintptr_t>(data) + page - 1) & -page;
@@ -526,13 +569,14 @@ void ask_for_large_pages(void* data, size_t size) {
 #endif
 }
 
-// ------------------------------------------------------------------------------------------------------------ the operator
+// the operator
 
 using mxnet::ext::MXTensor;
 typedef std::unordered_map<std::string, std::string> Attributes;
 
 // Classes as integers; -1 for whatever is none
-template <typename From, typename To> void read_as(const void* data, int64_t begin, int n, int64_t classes, To* to) {
+template <typename From, typename To>
+void read_as(const void* data, int64_t begin, int n, int64_t classes, To* to) {
   for (int t = 0; t < n; t++) {
     const double j = double(value(static_cast<const From*>(data)[begin + t]));
     to[t] = j >= 0 && j < classes ? To(j) : To(-1);
@@ -542,18 +586,26 @@ template <typename From, typename To> void read_as(const void* data, int64_t beg
 template <typename To> void read_index(const MXTensor& index, const Part& part, int64_t classes, To* to) {
   const void* data = index.data_ptr;
   switch (index.dtype) {
-    case mxnet::ext::kFloat64: return read_as<double>(data, part.begin, part.n, classes, to);
-    case mxnet::ext::kFloat32: return read_as<float>(data, part.begin, part.n, classes, to);
-    case mxnet::ext::kFloat16: return read_as<Half>(data, part.begin, part.n, classes, to);
-    case mxnet::ext::kInt64: return read_as<int64_t>(data, part.begin, part.n, classes, to);
-    case mxnet::ext::kInt32: return read_as<int32_t>(data, part.begin, part.n, classes, to);
-    case mxnet::ext::kInt8: return read_as<int8_t>(data, part.begin, part.n, classes, to);
-    default: return read_as<uint8_t>(data, part.begin, part.n, classes, to);
+    case mxnet::ext::kFloat64:
+      return read_as<double>(data, part.begin, part.n, classes, to);
+    case mxnet::ext::kFloat32:
+      return read_as<float>(data, part.begin, part.n, classes, to);
+    case mxnet::ext::kFloat16:
+      return read_as<Half>(data, part.begin, part.n, classes, to);
+    case mxnet::ext::kInt64:
+      return read_as<int64_t>(data, part.begin, part.n, classes, to);
+    case mxnet::ext::kInt32:
+      return read_as<int32_t>(data, part.begin, part.n, classes, to);
+    case mxnet::ext::kInt8:
+      return read_as<int8_t>(data, part.begin, part.n, classes, to);
+    default:
+      return read_as<uint8_t>(data, part.begin, part.n, classes, to);
   }
 }
 
 // One class of all positions of a part, copied
-template <typename S, typename T> void copy_line(const S* x, const Work& work, const Part& part, int64_t j, T* to) {
+template <typename S, typename T>
+void copy_line(const S* x, const Work& work, const Part& part, int64_t j, T* to) {
   if (work.lines_in_place) {
     const T* line = load(x + part.at[0] + j * work.inner, part.n, to);
     if (line != to) std::copy_n(line, part.n, to);
@@ -563,7 +615,8 @@ template <typename S, typename T> void copy_line(const S* x, const Work& work, c
 }
 
 // The same, copied only if it has to be
-template <typename S, typename T> const T* load_line(const S* x, const Work& work, const Part& part, int64_t j, T* buffer) {
+template <typename S, typename T>
+const T* load_line(const S* x, const Work& work, const Part& part, int64_t j, T* buffer) {
   if (work.lines_in_place) return load(x + part.at[0] + j * work.inner, part.n, buffer);
   for (int t = 0; t < part.n; t++) buffer[t] = value(x[part.at[t] + j * work.inner]);
   return buffer;
@@ -590,8 +643,8 @@ template <typename T> struct RunningSum {
   }
 };
 
-template <typename S, typename T>
-void reduce_row(const S* row, const T* w, int64_t j_begin, int64_t j_end, int64_t y, T from, int t, Sums* sums) {
+template <typename S, typename T> void reduce_row(const S* row, const T* w, int64_t j_begin, int64_t j_end,
+                                                  int64_t y, T from, int t, Sums* sums) {
   T buffer[kBlock];
   RunningSum<T> others;
   for (int64_t j = j_begin; j < j_end; j += kBlock) {
@@ -609,10 +662,11 @@ void reduce_row(const S* row, const T* w, int64_t j_begin, int64_t j_end, int64_
   sums->sum[t] = others.sum;
 }
 
-// Some classes of all positions of a part. They are read once, into a buffer of their own: lines of images are often powers
-// of 2 apart, and so few of them fit into a cache.
-template <typename S, typename T>
-void reduce_lines(const S* pred, const T* w, const Work& work, const Part& part, const Int<T>* y, const T* from, Sums* sums) {
+// Some classes of all positions of a part. They are read once, into a buffer of their own: lines of images
+// are often powers of 2 apart, and so few of them fit into a cache.
+template <typename S, typename T> void reduce_lines(const S* pred, const T* w, const Work& work,
+                                                    const Part& part, const Int<T>* y, const T* from,
+                                                    Sums* sums) {
   T lines[kLines][kTile], largest[kTile], sum[kTile];
   double log_reference[kTile];
   References<T> ref;
@@ -625,7 +679,8 @@ void reduce_lines(const S* pred, const T* w, const Work& work, const Part& part,
     }
     for (int j = classes; j < padded; j++) std::fill_n(lines[j], part.n, T(-INFINITY));
     for (int t = 0; t < part.n; t++) {
-      if (y[t] >= j_begin && y[t] < j_begin + classes) lines[y[t] - j_begin][t] = -INFINITY;  // all but the label's
+      if (y[t] >= j_begin && y[t] < j_begin + classes)
+        lines[y[t] - j_begin][t] = -INFINITY;  // all but the label's
     }
     std::fill_n(largest, part.n, T(-INFINITY));
     std::fill_n(sum, part.n, T(0));
@@ -636,8 +691,8 @@ void reduce_lines(const S* pred, const T* w, const Work& work, const Part& part,
   }
 }
 
-template <typename S, typename T>
-void reduce(const S* pred, const T* w, const Work& work, const Part& part, const Int<T>* y, const T* from, Sums* sums) {
+template <typename S, typename T> void reduce(const S* pred, const T* w, const Work& work, const Part& part,
+                                              const Int<T>* y, const T* from, Sums* sums) {
   std::fill_n(sums->log_reference, part.n, 0.);
   std::fill_n(sums->sum, part.n, 0.);
   std::fill_n(sums->uniform, part.n, 0.);
@@ -660,15 +715,21 @@ template <typename S> void restore_infinite(const S* pred, const Work& work, con
 }
 
 // The weights of all classes, or empty if there is no uniform_nll
-template <typename T> std::vector<T> read_weights(const std::vector<MXTensor>& inputs, size_t at, bool uniform, int64_t classes) {
+template <typename T>
+std::vector<T> read_weights(const std::vector<MXTensor>& inputs, size_t at, bool uniform, int64_t classes) {
   if (!uniform || at >= inputs.size()) return std::vector<T>(uniform ? classes : 0, T(1));
   std::vector<T> weights(classes);
   const void* from = inputs[at].data_ptr;
   for (int64_t j = 0; j < classes; j++) {
     switch (inputs[at].dtype) {
-      case mxnet::ext::kFloat64: weights[j] = T(static_cast<const double*>(from)[j]); break;
-      case mxnet::ext::kFloat32: weights[j] = T(static_cast<const float*>(from)[j]); break;
-      default: weights[j] = T(value(static_cast<const Half*>(from)[j]));
+      case mxnet::ext::kFloat64:
+        weights[j] = T(static_cast<const double*>(from)[j]);
+        break;
+      case mxnet::ext::kFloat32:
+        weights[j] = T(static_cast<const float*>(from)[j]);
+        break;
+      default:
+        weights[j] = T(value(static_cast<const Half*>(from)[j]));
     }
   }
   return weights;
@@ -680,7 +741,8 @@ template <typename T> double sum_of(const std::vector<T>& w) {
 }
 
 // pred, index, class_weight -> nll, logsumexp, logsumexp_rest, uniform_nll
-template <typename S, typename T> void forward_as(int axis, bool uniform, std::vector<MXTensor>& in, std::vector<MXTensor>& out) {
+template <typename S, typename T>
+void forward_as(int axis, bool uniform, std::vector<MXTensor>& in, std::vector<MXTensor>& out) {
   const Work work(in[0].shape, axis);
   const S* pred = in[0].data<S>();
   const std::vector<T> weights = read_weights<T>(in, 2, uniform, work.classes);
@@ -714,17 +776,20 @@ template <typename S, typename T> void forward_as(int axis, bool uniform, std::v
     restore_infinite(pred, work, part, &sums);
     double from_double[kTile];
     std::copy_n(from, part.n, from_double);
-    finish(y, part.n, Position<T>{sums.log_reference, sums.sum, z_label, sums.uniform, from_double, total_weight,
-                                  double(work.classes), out[0].data<T>() + part.begin, out[1].data<T>() + part.begin,
-                                  out[2].data<T>() + part.begin, uniform ? out[3].data<T>() + part.begin : nullptr});
+    finish(y, part.n,
+           Position<T>{sums.log_reference, sums.sum, z_label, sums.uniform, from_double, total_weight,
+                       double(work.classes), out[0].data<T>() + part.begin, out[1].data<T>() + part.begin,
+                       out[2].data<T>() + part.begin, uniform ? out[3].data<T>() + part.begin : nullptr});
   };
   const int64_t amount = work.positions * work.classes;
-  for_each(work.tiles * work.splits, amount, [&](int64_t i) { handle(i / work.splits, i % work.splits, false); });
-  if (partial) for_each(work.tiles, work.positions * work.splits, [&](int64_t tile) { handle(tile, 0, true); });
+  for_each(work.tiles * work.splits, amount,
+           [&](int64_t i) { handle(i / work.splits, i % work.splits, false); });
+  if (partial)
+    for_each(work.tiles, work.positions * work.splits, [&](int64_t tile) { handle(tile, 0, true); });
 }
 
-template <typename S, typename T>
-void gradient_of_row(const S* row, const T* w, int64_t j_begin, int64_t j_end, Reference<T> ref, T q, T u, S* out) {
+template <typename S, typename T> void gradient_of_row(const S* row, const T* w, int64_t j_begin,
+                                                       int64_t j_end, Reference<T> ref, T q, T u, S* out) {
   T buffer[kBlock], result[kBlock];
   for (int64_t j = j_begin; j < j_end; j += kBlock) {
     const int n = int(std::min<int64_t>(kBlock, j_end - j));
@@ -734,9 +799,9 @@ void gradient_of_row(const S* row, const T* w, int64_t j_begin, int64_t j_end, R
   }
 }
 
-template <typename S, typename T>
-void gradient_of_lines(const S* pred, const T* w, const Work& work, const Part& part, const References<T>* ref, const T* q,
-                       const T* u, S* out) {
+template <typename S, typename T> void gradient_of_lines(const S* pred, const T* w, const Work& work,
+                                                         const Part& part, const References<T>* ref,
+                                                         const T* q, const T* u, S* out) {
   T buffer[kTile], result[kTile];
   for (int64_t j = part.j_begin; j < part.j_end; j++) {
     const T* x = load_line(pred, work, part, j, buffer);
@@ -752,8 +817,8 @@ void gradient_of_lines(const S* pred, const T* w, const Work& work, const Part& 
 }
 
 // gradients of the outputs, pred, index, class_weight, outputs -> gradients of the inputs
-template <typename S, typename T>
-void backward_as(int axis, bool uniform, size_t num_in, std::vector<MXTensor>& in, std::vector<MXTensor>& out) {
+template <typename S, typename T> void backward_as(int axis, bool uniform, size_t num_in,
+                                                   std::vector<MXTensor>& in, std::vector<MXTensor>& out) {
   const size_t first = uniform ? 4 : 3;  // of the inputs of forward
   const Work work(in[first].shape, axis);
   const S* pred = in[first].data<S>();
@@ -773,15 +838,18 @@ void backward_as(int axis, bool uniform, size_t num_in, std::vector<MXTensor>& i
     References<T> ref;
     read_index(in[first + 1], part, work.classes, y);
     for (int t = 0; t < part.n; t++) w_label[t] = w && y[t] >= 0 ? w[y[t]] : T(0);
-    prepare_gradient(y, part.n, Slope<T>{at(first + num_in, part), at(first + num_in + 1, part), at(first + num_in + 2, part),
-                                         at(0, part), at(1, part), uniform ? at(3, part) : none, w_label, total_weight,
-                                         double(work.classes), ref.shift, q, u, at_label, ref.k});
+    prepare_gradient(
+        y, part.n,
+        Slope<T>{at(first + num_in, part), at(first + num_in + 1, part), at(first + num_in + 2, part),
+                 at(0, part), at(1, part), uniform ? at(3, part) : none, w_label, total_weight,
+                 double(work.classes), ref.shift, q, u, at_label, ref.k});
     const auto needed = [&](int t) { return q[t] != 0 || u[t] != 0 || at_label[t] != 0; };
     if (!work.rows) gradient_of_lines(pred, w, work, part, &ref, q, u, to);
     for (int t = 0; t < part.n; t++) {
       S* row = to + part.at[t];
       if (work.rows && needed(t)) {
-        gradient_of_row(pred + part.at[t], w, part.j_begin, part.j_end, Reference<T>{ref.shift[t], ref.k[t]}, q[t], u[t], row);
+        gradient_of_row(pred + part.at[t], w, part.j_begin, part.j_end, Reference<T>{ref.shift[t], ref.k[t]},
+                        q[t], u[t], row);
       } else if (work.rows) {
         memset(static_cast<void*>(row + part.j_begin), 0, (part.j_end - part.j_begin) * sizeof(S));
       }
@@ -835,31 +903,42 @@ mxnet::ext::MXReturnValue infer_shape(const Attributes& attributes, std::vector<
   if (in->at(1).empty()) in->at(1) = positions;
   if (in->at(1) != positions) return fail("index: expected the shape of pred without its class axis");
   if (in->size() > 2 && in->at(2).empty()) in->at(2) = {classes};
-  if (in->size() > 2 && in->at(2) != std::vector<unsigned>{classes}) return fail("class_weight: expected one per class");
+  if (in->size() > 2 && in->at(2) != std::vector<unsigned>{classes})
+    return fail("class_weight: expected one per class");
   for (auto& shape : *out) shape = positions;
   return mxnet::ext::MX_SUCCESS;
 }
 
-mxnet::ext::MXReturnValue forward(const Attributes& attributes, std::vector<MXTensor>* in, std::vector<MXTensor>* out,
-                                  const mxnet::ext::OpResource&) {
+mxnet::ext::MXReturnValue forward(const Attributes& attributes, std::vector<MXTensor>* in,
+                                  std::vector<MXTensor>* out, const mxnet::ext::OpResource&) {
   const int axis = axis_of(attributes, in->at(0).shape.size());
   const bool uniform = to_int(attributes, "uniform", 0);
   switch (in->at(0).dtype) {
-    case mxnet::ext::kFloat16: forward_as<Half, float>(axis, uniform, *in, *out); break;
-    case mxnet::ext::kFloat32: forward_as<float, float>(axis, uniform, *in, *out); break;
-    default: forward_as<double, double>(axis, uniform, *in, *out);
+    case mxnet::ext::kFloat16:
+      forward_as<Half, float>(axis, uniform, *in, *out);
+      break;
+    case mxnet::ext::kFloat32:
+      forward_as<float, float>(axis, uniform, *in, *out);
+      break;
+    default:
+      forward_as<double, double>(axis, uniform, *in, *out);
   }
   return mxnet::ext::MX_SUCCESS;
 }
 
-mxnet::ext::MXReturnValue backward(const Attributes& attributes, std::vector<MXTensor>* in, std::vector<MXTensor>* out,
-                                   const mxnet::ext::OpResource&) {
+mxnet::ext::MXReturnValue backward(const Attributes& attributes, std::vector<MXTensor>* in,
+                                   std::vector<MXTensor>* out, const mxnet::ext::OpResource&) {
   const int axis = axis_of(attributes, out->at(0).shape.size());
   const bool uniform = to_int(attributes, "uniform", 0);
   switch (out->at(0).dtype) {
-    case mxnet::ext::kFloat16: backward_as<Half, float>(axis, uniform, out->size(), *in, *out); break;
-    case mxnet::ext::kFloat32: backward_as<float, float>(axis, uniform, out->size(), *in, *out); break;
-    default: backward_as<double, double>(axis, uniform, out->size(), *in, *out);
+    case mxnet::ext::kFloat16:
+      backward_as<Half, float>(axis, uniform, out->size(), *in, *out);
+      break;
+    case mxnet::ext::kFloat32:
+      backward_as<float, float>(axis, uniform, out->size(), *in, *out);
+      break;
+    default:
+      backward_as<double, double>(axis, uniform, out->size(), *in, *out);
   }
   static const size_t sizes[] = {4, 8, 2, 1, 4, 1, 8};
   for (size_t i = 1; i < out->size(); i++) {  // index and class_weight have none
