@@ -74,7 +74,7 @@ def compose_loss(
     positions = _sparse_positions if options.sparse_label else _dense_positions
     loss, is_counted = positions(F, options, signature, pred, given_label, class_weight)  # (positions...)
     # of no positions at all, every reduction is the sum, 0, and MXNet has no mean count of no samples
-    reduction = 'sum' if signature.is_empty and options.reduction == 'valid' else options.reduction
+    reduction = 'sum' if signature.is_empty and options.reduction != 'none' else options.reduction
     loss = functional.reduce_positions(
         F,
         loss,

@@ -1,6 +1,7 @@
 """The fused operator against float64, and mpmath where float64 cannot reach; and how it is built, found and loaded."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -334,6 +335,30 @@ def test_several_losses_on_one_prediction_add_up(losses, hybridize, rng):
 
 
 @needs_operator
+@pytest.mark.parametrize('losses', [2, 8, 20])
+@pytest.mark.parametrize('grad_req', ['write', 'add'])
+def test_losses_in_one_graph_add_up(losses, grad_req, rng):
+    """MXNet must not merge what is in front of each, nor add their gradients in a way that it does not tell an operator of."""
+
+    class Net(gluon.HybridBlock):
+        def hybrid_forward(self, F, pred, *indices):
+            return F.add_n(*[class_terms(F, pred, index, is_leaf=True).nll for index in indices])
+
+    net = Net()
+    net.hybridize(static_alloc=True)
+    pred = mx.nd.array(rng.standard_normal((8, 100)))
+    pred.attach_grad(grad_req)
+    indices = [mx.nd.array(rng.randint(0, 100, 8)) for _ in range(losses)]
+    for _ in range(2):
+        with autograd.record():
+            value = net(pred, *indices)
+        value.backward()
+    total = sum(run(pred.asnumpy(), index.asnumpy())[1] for index in indices)
+    times = 2 if grad_req == 'add' else 1
+    np.testing.assert_allclose(pred.grad.asnumpy(), times * total, rtol=1e-5, atol=1e-6)
+
+
+@needs_operator
 @pytest.mark.parametrize('req', ['null', 'write'])
 def test_symbols_run_with_and_without_gradients(req, rng):
     terms = class_terms(mx.sym, mx.sym.var('pred'), mx.sym.var('index'), uniform=True, is_leaf=True)
@@ -453,7 +478,7 @@ fused.load()
 pred, index = mx.nd.array([[0] * 1000000]), mx.nd.zeros(1)
 mx.nd.waitall()
 before = len(os.listdir('/proc/self/task'))
-fused.class_terms(mx.nd, pred, -1, index)[0].wait_to_read()
+fused.class_terms(mx.nd, pred, -1, index, is_leaf=False)[0].wait_to_read()
 print(1 + len(os.listdir('/proc/self/task')) - before)
 """
     assert python(code, **{variable: str(threads)}) == str(threads)
@@ -471,7 +496,7 @@ fused.load()
 pred, index = mx.nd.zeros({shape}), mx.nd.zeros({shape[0]})
 mx.nd.waitall()
 before = len(os.listdir('/proc/self/task'))
-fused.class_terms(mx.nd, pred, -1, index)[0].wait_to_read()
+fused.class_terms(mx.nd, pred, -1, index, is_leaf=False)[0].wait_to_read()
 print(1 + len(os.listdir('/proc/self/task')) - before)
 """
     unset = dict.fromkeys(('OMP_NUM_THREADS', 'MXNET_OMP_MAX_THREADS'))
@@ -493,7 +518,7 @@ fused.load()
 pred, index = mx.nd.zeros((1, 1000000)), mx.nd.zeros(1)
 mx.nd.waitall()
 before = len(os.listdir('/proc/self/task'))
-fused.class_terms(mx.nd, pred, -1, index)[0].wait_to_read()
+fused.class_terms(mx.nd, pred, -1, index, is_leaf=False)[0].wait_to_read()
 print(1 + len(os.listdir('/proc/self/task')) - before)
 """
     assert python(code, OMP_NUM_THREADS=None, MXNET_OMP_MAX_THREADS=None) == '1'
@@ -572,7 +597,7 @@ def test_find_refuses_what_others_may_write(cache):
     cache.mkdir(mode=0o700)
     assert fused.find() is None
     library = cache / fused.file_name()
-    library.write_bytes(b'')
+    library.write_bytes(fused.END)
     library.chmod(0o755)
     assert fused.find() == str(library)
     for path, mode in ((library, 0o775), (library, 0o757), (cache, 0o777)):
@@ -580,6 +605,31 @@ def test_find_refuses_what_others_may_write(cache):
         path.chmod(mode)
         with pytest.warns(RuntimeWarning, match='other users may write it'):
             assert fused.find() is None
+
+
+def test_a_library_beside_the_source_may_be_written_by_those_who_may_write_the_source(tmp_path, monkeypatch):
+    """As after an installation with umask 002."""
+    source = tmp_path / 'fused.cc'
+    shutil.copy(fused.SOURCE, source)
+    source.chmod(0o664)
+    monkeypatch.setattr(fused, 'SOURCE', str(source))
+    monkeypatch.setattr(fused, 'HERE', str(tmp_path))
+    library = tmp_path / fused.file_name()
+    library.write_bytes(fused.END)
+    library.chmod(0o775)
+    assert fused.find() == str(library)
+    library.chmod(0o777)
+    with pytest.warns(RuntimeWarning, match='other users may write it'):
+        assert fused.find() is None
+
+
+def test_a_library_that_was_cut_off_is_not_loaded(cache):
+    cache.mkdir(mode=0o700)
+    library = cache / fused.file_name()
+    library.write_bytes(b'ELF' + fused.END[:-1])
+    library.chmod(0o755)
+    with pytest.warns(RuntimeWarning, match='not whole. To rebuild it: python -m gluon_stable_ce build$'):
+        assert fused.find() is None
 
 
 def test_writable_folder_is_private(cache):
@@ -608,13 +658,15 @@ def test_other_versions_of_mxnet_are_refused_by_name(version, monkeypatch):
         fused.build()
 
 
-def test_without_a_compiler_build_is_an_error_in_one_line(cache, monkeypatch, capsys):
-    monkeypatch.setenv('CXX', 'no-such-compiler')
+@pytest.mark.parametrize('compiler', ['no-such-compiler', 'false', 'g++ "'])
+def test_without_a_compiler_build_is_an_error_in_one_line(compiler, cache, monkeypatch, capsys):
+    monkeypatch.setenv('CXX', compiler)
     assert fused.run(type('Args', (), {'force': True})) == 2
     printed = capsys.readouterr()
     assert printed.out == ''
     assert printed.err.count('\n') == 1
-    assert 'no-such-compiler' in printed.err
+    assert compiler in printed.err
+    assert not printed.err.endswith(': \n')
     assert list(cache.iterdir()) == []
 
 
@@ -622,7 +674,7 @@ def test_a_library_that_does_not_load_is_a_warning(cache, monkeypatch):
     monkeypatch.setattr(fused, '_is_loaded', None)
     cache.mkdir(mode=0o700)
     library = cache / fused.file_name()
-    library.write_bytes(b'no library')
+    library.write_bytes(b'no library' + fused.END)
     library.chmod(0o755)
     with pytest.warns(RuntimeWarning, match='python -m gluon_stable_ce build --force'):
         assert fused.load() is False

@@ -26,20 +26,24 @@
  * flag that changes arithmetic.
  */
 #include <algorithm>
+#include <atomic>
 #include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
+#include <condition_variable>
 #include <cstring>
+#include <functional>
 #include <memory>
+#include <mutex>
 #include <string>
+#include <system_error>
+#include <thread>
 #include <unordered_map>
 #include <vector>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 #include <pthread.h>
+#include <sched.h>
 #include <sys/mman.h>
 #ifdef __x86_64__
 #include <immintrin.h>
@@ -158,7 +162,7 @@ template <typename T> INLINE double two_atanh(double s) {  // for 0 <= s <= 1/3
 }
 template <typename T> INLINE double log1p_of(double x) {
   return two_atanh<T>(x / (2 + x));
-}                                                       // for 0 <= x <= 1
+}  // for 0 <= x <= 1
 template <typename T> INLINE double log_of(double x) {  // for x = 0 and normal x > 0, finite; NaN of NaN
   const int64_t b = bits<int64_t>(x);
   const double m = bits<double>((b & 0xfffffffffffff) | 0x3ff0000000000000);                   // [1, 2)
@@ -536,27 +540,85 @@ struct Part {
   }
 };
 
-// libgomp's threads do not survive a fork, and a child that waits for them hangs: forked workers compute
-// alone
+// Threads do not survive a fork: forked workers compute alone.
 bool forked = false;
 const int kForkHandler = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
-// MXNet gives its worker half of the processors, as if each core were two. Large work takes them all, unless
-// the user has set how many. Small work takes one: on a busy machine it would wait longer for the other
-// thread than it takes.
-int count_threads(int64_t work) {
-#ifdef _OPENMP
-  static const bool is_set = getenv("OMP_NUM_THREADS") || getenv("MXNET_OMP_MAX_THREADS");
-  if (work < 1 << 18 || forked) return 1;
-  return is_set ? omp_get_max_threads() : omp_get_num_procs();
-#else
-  return 1;
+int count_processors() {
+#ifdef __linux__
+  cpu_set_t allowed;
+  if (!sched_getaffinity(0, sizeof(allowed), &allowed)) return CPU_COUNT(&allowed);
 #endif
+  return int(std::thread::hardware_concurrency());
+}
+
+// All processors, where MXNet gives its worker half of them, as if each core were two; but what the user has
+// set, as for the rest of MXNet. Small work takes one thread: to wake another one would take longer.
+int count_threads(int64_t work) {
+  static const int all = [] {
+    const char *set = getenv("OMP_NUM_THREADS"), *most = getenv("MXNET_OMP_MAX_THREADS");
+    const int threads = set && atoi(set) > 0 ? atoi(set) : count_processors();
+    return most && atoi(most) > 0 ? std::min(threads, atoi(most)) : threads;
+  }();
+  return work < 1 << 18 || forked ? 1 : std::max(1, all);
+}
+
+// Threads that sleep until there is work. Whoever has work does not wait for those that have not begun: when
+// other programs keep the processors busy, that would take longer than the work. OpenMP does wait.
+class Helpers {
+  std::mutex in_use, mutex;
+  std::condition_variable wake, done;
+  const std::function<void()>* job = nullptr;
+  int count = 0, wanted = 0, active = 0;
+
+  void help() {
+    std::unique_lock<std::mutex> lock(mutex);
+    for (;;) {
+      wake.wait(lock, [this] { return wanted > 0; });
+      const std::function<void()>* const mine = job;
+      wanted--, active++;
+      lock.unlock();
+      (*mine)();
+      lock.lock();
+      if (--active == 0) done.notify_one();
+    }
+  }
+
+ public:
+  // Runs `all`, which ends when nothing is left to do, here and in up to `helpers` other threads.
+  void run(int helpers, const std::function<void()>& all) {
+    std::unique_lock<std::mutex> only(in_use, std::try_to_lock);
+    if (!only) return all();
+    {
+      std::lock_guard<std::mutex> lock(mutex);
+      try {
+        for (; count < helpers; count++) std::thread(&Helpers::help, this).detach();
+      } catch (const std::system_error&) {  // the system allows no more
+      }
+      job = &all, wanted = std::min(helpers, count);
+    }
+    wake.notify_all();
+    all();
+    std::unique_lock<std::mutex> lock(mutex);
+    wanted = 0;
+    done.wait(lock, [this] { return active == 0; });
+  }
+};
+
+// One for all loops. Never deleted: its threads wait for it until the process ends.
+Helpers& all_helpers() {
+  static Helpers& helpers = *new Helpers;
+  return helpers;
 }
 
 template <typename F> void for_each(int64_t n, int64_t work, F body) {
-#pragma omp parallel for schedule(dynamic) num_threads(int(std::min<int64_t>(n, count_threads(work))))
-  for (int64_t i = 0; i < n; i++) body(i);
+  const int threads = int(std::min<int64_t>(n, count_threads(work)));
+  std::atomic<int64_t> next(0);
+  const auto all = [&] {
+    for (int64_t i; (i = next++) < n;) body(i);
+  };
+  if (threads > 1) all_helpers().run(threads - 1, all);
+  else all();
 }
 
 // MXNet asks the system for large arrays anew each time. In pages of 4 KB, getting them takes longer than

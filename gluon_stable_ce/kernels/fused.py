@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 import warnings
+from itertools import count
 from typing import List, Optional, Tuple
 
 import mxnet as mx
@@ -28,10 +29,15 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 SOURCE = os.path.join(HERE, 'fused.cc')
 # -ffast-math is not among them: it would make the whole process round denormals to 0
 FLAGS = (
-    *('-O3', '-std=c++11', '-fPIC', '-shared', '-w'),
+    *('-O3', '-std=c++11', '-fPIC', '-shared', '-pthread', '-fopenmp-simd', '-w'),
     *('-fno-math-errno', '-fno-trapping-math', '-ffp-contract=fast'),
 )
 STALE = 3600  # seconds after which a build is taken to have been killed
+
+
+END = b'end of stable_ce_class_terms'  # of the file: what was cut off has no end, and crashes when loaded
+
+_CALLS = count()
 
 
 class BuildError(RuntimeError):
@@ -68,8 +74,11 @@ def class_terms(
     A label at -inf has an infinite nll, and so has one beside a class at +inf. A label at +inf has NaN. NaN
     in any class of a position is NaN.
     """
-    if is_leaf:  # MXNet does not tell an operator of a library to add into a gradient; a reshape's own does
-        pred = F.reshape(pred, shape=(-2,))
+    if is_leaf:
+        # MXNet does not tell an operator of a library to add into a gradient, but it tells a reshape. Each
+        # reshape has another attribute, so that MXNet does not make one of all in a graph.
+        with mx.AttrScope(__stable_ce__=str(next(_CALLS))):
+            pred = F.reshape(pred, shape=(-2,))
     if is_needed is not None:
         index = F.where(is_needed, index, -F.ones_like(index))  # -1 is not read
     inputs = (pred, index, class_weight) if uniform and class_weight is not None else (pred, index)
@@ -93,13 +102,18 @@ def why_unavailable() -> str:
 
 
 def file_name():
-    """The library's name: of this source, for this MXNet and this kind of processor."""
+    """Name the library of this source, for this MXNet and this kind of processor."""
     from .. import __version__
 
-    digest = hashlib.sha256(' '.join(FLAGS).encode())
+    return f'fused-{__version__}-mxnet{mx.__version__}-{platform.machine()}-{digest()}.so'
+
+
+def digest():
+    """Hash the source and how it is compiled."""
+    hashed = hashlib.sha256(' '.join(FLAGS).encode())
     with open(SOURCE, 'rb') as file:
-        digest.update(file.read())
-    return f'fused-{__version__}-mxnet{mx.__version__}-{platform.machine()}-{digest.hexdigest()[:12]}.so'
+        hashed.update(file.read())
+    return hashed.hexdigest()[:12]
 
 
 def cache_folder():
@@ -118,22 +132,36 @@ def find():
     """
     name = file_name()
     path = os.path.join(HERE, name)
-    if os.path.exists(path) and is_private(path, owners=(os.stat(SOURCE).st_uid,)):
+    if os.path.exists(path) and is_private(path, like=SOURCE) and is_whole(path):
         return path
     folder = cache_folder()
     path = os.path.join(folder, name)
-    if os.path.exists(path) and is_private(folder) and is_private(path):
+    if os.path.exists(path) and is_private(folder) and is_private(path) and is_whole(path):
         return path
     return None
 
 
-def is_private(path, owners=()):
-    """Whether nobody but this user, root and `owners` may write `path`; a warning if they may."""
-    status = os.stat(path)
-    others_may_write = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    if not others_may_write and status.st_uid in (0, os.getuid(), *owners):
+def is_private(path, like=None):
+    """Whether nobody but this user, root and those who may write the file `like` may write `path`.
+
+    If others may, that is a warning.
+    """
+    status, allowed = os.stat(path), os.stat(like) if like else None
+    others_may_write = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) & ~(allowed.st_mode if allowed else 0)
+    if not others_may_write and status.st_uid in (0, os.getuid(), allowed and allowed.st_uid):
         return True
     warnings.warn(f'{path}: not used, as other users may write it', RuntimeWarning, stacklevel=3)
+    return False
+
+
+def is_whole(path):
+    """Whether the library was not cut off, as by a full disk; a warning if it was."""
+    with open(path, 'rb') as file:
+        if file.read().endswith(END):
+            return True
+    warnings.warn(
+        f'{path}: not used, as it is not whole. To rebuild it: {HOW_TO_BUILD}', RuntimeWarning, stacklevel=3
+    )
     return False
 
 
@@ -220,6 +248,8 @@ def build(force=False):
     os.close(handle)
     try:
         _compile(path)
+        with open(path, 'ab') as file:
+            file.write(END)
         os.chmod(path, 0o755)
         _verify_in_fresh_process(path)
         final = os.path.join(folder, file_name())
@@ -231,15 +261,20 @@ def build(force=False):
 
 
 def _remove_stale(folder):
-    """Remove what killed builds have left."""
+    """Remove what killed builds have left and, beside the source, what was built from another source."""
     for name in os.listdir(folder):
         path = os.path.join(folder, name)
-        if name.startswith('building-') and time.time() - os.path.getmtime(path) > STALE:
+        was_killed = name.startswith('building-') and time.time() - os.path.getmtime(path) > STALE
+        is_of_another = folder == HERE and name.startswith('fused-') and digest() not in name
+        if was_killed or is_of_another:
             os.remove(path)
 
 
 def _compile(path):
-    compiler = shlex.split(os.environ.get('CXX', '')) or ['g++']
+    try:
+        compiler = shlex.split(os.environ.get('CXX', '')) or ['g++']
+    except ValueError as error:
+        raise BuildError(f'CXX: expected a command, got {os.environ["CXX"]!r}') from error
     if shutil.which(compiler[0]) is None:
         raise BuildError(f'no C++ compiler: {compiler[0]} is not there; install g++, or name one in CXX')
     root = os.path.dirname(mx.__file__)
@@ -248,13 +283,12 @@ def _compile(path):
     missing = [file for file in (include, *sources) if not os.path.exists(file)]
     if missing:
         raise BuildError(f'this MXNet comes without {", ".join(missing)}')
-    for openmp in (['-fopenmp'], []):  # Apple's clang has none: then one thread
-        command = [*compiler, *FLAGS, *openmp, f'-I{include}', *sources, '-o', path]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode == 0:
-            return
-    errors = [line for line in done.stderr.splitlines() if 'error' in line] or done.stderr.splitlines()[-1:]
-    raise BuildError(f'{compiler[0]} failed: {" ".join(errors[:1])}')
+    command = [*compiler, *FLAGS, f'-I{include}', *sources, '-o', path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return
+    lines = done.stderr.splitlines() or [f'exit code {done.returncode}']
+    raise BuildError(f'{compiler[0]} failed: {next((line for line in lines if "error" in line), lines[-1])}')
 
 
 def _verify_in_fresh_process(path):
@@ -330,13 +364,15 @@ def add_arguments(parser):
 
 def run(args):
     """Compile the operator and print one line: 0, or 2 if that cannot be done."""
-    try:
-        path = build(force=args.force)
-    except (BuildError, OSError) as error:
-        print(f'gluon_stable_ce build: {error}', file=sys.stderr)
-        return 2
-    if not load():
-        return 2
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # of a library that is not used: here is a new one, or an error
+        try:
+            path = build(force=args.force)
+            if not load():
+                raise BuildError(f'{path}: does not load; to rebuild it: {HOW_TO_BUILD} --force')
+        except (BuildError, OSError) as error:
+            print(f'gluon_stable_ce build: {error}', file=sys.stderr)
+            return 2
     ratio, shape = ratio_to_stock()
     problem = f'{" x ".join(map(str, shape))}, with gradient'
     print(f"{path}: {ratio:.2f} of the time of gluon's loss ({problem})")
@@ -356,7 +392,7 @@ def ratio_to_stock(shape=(256, 10000), rounds=15):
     inputs = mx.nd.random.normal(shape=shape)
     label = mx.nd.random.randint(0, shape[1], shape=shape[:1]).astype('float32')
     inputs.attach_grad()
-    losses = StableSoftmaxCELoss(), mx.gluon.loss.SoftmaxCrossEntropyLoss()
+    losses = StableSoftmaxCELoss(kernel='fused'), mx.gluon.loss.SoftmaxCrossEntropyLoss()
     losses[1].hybridize()
     times: List[List[float]] = [[], []]
     for _ in range(rounds):
