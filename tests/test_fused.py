@@ -32,6 +32,7 @@ def _why_not():
 
 
 SKIP = _why_not()
+supported = pytest.mark.skipif(fused.why_unsupported() is not None, reason=str(fused.why_unsupported()))
 needs_operator = pytest.mark.skipif(SKIP is not None, reason=f'no fused operator: {SKIP}')
 
 
@@ -658,6 +659,7 @@ def test_other_versions_of_mxnet_are_refused_by_name(version, monkeypatch):
         fused.build()
 
 
+@supported
 @pytest.mark.parametrize('compiler', ['no-such-compiler', 'false', 'g++ "'])
 def test_without_a_compiler_build_is_an_error_in_one_line(compiler, cache, monkeypatch, capsys):
     monkeypatch.setenv('CXX', compiler)
@@ -670,6 +672,7 @@ def test_without_a_compiler_build_is_an_error_in_one_line(compiler, cache, monke
     assert list(cache.iterdir()) == []
 
 
+@supported
 def test_a_library_that_does_not_load_is_a_warning(cache, monkeypatch):
     monkeypatch.setattr(fused, '_is_loaded', None)
     cache.mkdir(mode=0o700)
