@@ -178,8 +178,8 @@ def explain(results):
     )
     if FUSED in result.mean_nlls:
         yield (
-            'The column of the fused kernel agrees with float64 in the digits shown. The stock kernel is made '
-            "of MXNet's log_softmax, whose error shows in the last digits."
+            'The column of the fused kernel agrees with float64 in the digits shown. The stock kernel is '
+            "made of MXNet's log_softmax, whose error shows in the last digits."
         )
     else:
         yield (
