@@ -165,13 +165,16 @@ def _training_step(contender, call, batches, takes):
     import mxnet as mx
     from mxnet import autograd
 
+    def step(pred, *others):
+        with autograd.record():
+            loss = call(mx.nd.identity(pred), *others)
+        # these need no new head gradient: SoftmaxOutput ignores it, and the operator alone may have anything
+        loss.backward({OPERATOR: pred.detach(), OUTPUT: loss}.get(contender))
+        pred.grad.wait_to_read()
+
     def both():
         for pred, *others in batches:
-            with autograd.record():
-                loss = call(mx.nd.identity(pred), *others[takes])
-            # these have no head gradient: SoftmaxOutput ignores it, and the operator alone has anything
-            loss.backward({OPERATOR: pred.detach(), OUTPUT: loss}.get(contender))
-            pred.grad.wait_to_read()
+            step(pred, *others[takes])
 
     return both
 
@@ -249,14 +252,17 @@ def make_torch(case, contender=TORCH):
             for pred, label in batches:
                 F.cross_entropy(pred, label, ignore_index=IGNORE)
 
+    def step(pred, label):
+        pred.grad = None
+        logits = pred.clone()
+        if contender == OPERATOR:
+            logits.backward(pred.detach())
+        else:
+            F.cross_entropy(logits, label, ignore_index=IGNORE).backward()
+
     def both():
-        for pred, label in batches:
-            pred.grad = None
-            logits = pred.clone()
-            if contender == OPERATOR:
-                logits.backward(pred.detach())
-            else:
-                F.cross_entropy(logits, label, ignore_index=IGNORE).backward()
+        for batch in batches:
+            step(*batch)
 
     def losses():
         with torch.no_grad():

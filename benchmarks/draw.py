@@ -31,7 +31,7 @@ def draw(results, path):
         axes.remove()
     panels[0].invert_yaxis()  # shared
     panels[0].set_xscale('log')
-    panels[0].set_xlim(0.5, 10 * largest_multiple(problems))  # room for the numbers
+    panels[0].set_xlim(0.3, 6 * largest_multiple(problems))  # room for the numbers
     about = results['machine']
     figure.suptitle(
         "The loss, forward + backward, in ms. A bar shows how many times the machine's limit that is, "
@@ -41,6 +41,11 @@ def draw(results, path):
     )
     figure.supxlabel("times the machine's limit", fontsize=10)
     figure.savefig(path, dpi=110)
+
+
+def three_digits(number):
+    """Write a number with three digits, or all before the point, and no exponent unless it is tiny."""
+    return f'{number:.0f}' if number >= 1000 else f'{number:.3g}'
 
 
 def largest_multiple(problems):
@@ -65,7 +70,7 @@ def draw_problem(axes, name, case):
         multiple = max(row['both']['median'] / limit, 1e-3)
         axes.barh(place, multiple - 1, left=1, height=0.75, color=COLORS[contender])
         axes.text(
-            max(multiple, 1) * 1.12, place, f'{row["both"]["median"] * 1e3:.3g}', va='center', fontsize=8
+            max(multiple, 1) * 1.12, place, three_digits(row['both']['median'] * 1e3), va='center', fontsize=8
         )
     axes.axvline(1, color='black', linestyle='--', linewidth=1)
     axes.set_title(f'{name} (limit {limit * 1e3:.2g} ms)', fontsize=9, loc='left')

@@ -18,7 +18,7 @@ import mxnet as mx
 from tqdm import tqdm
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-QUICK = {'seconds': 0.2, 'least': 3}
+FULL, QUICK = {'seconds': 0.8, 'least': 7}, {'seconds': 0.2, 'least': 3}  # for each contender
 STEPS_OF_A_CASE = 4  # of the progress bar: forward, forward and backward, PyTorch, memory
 
 
@@ -35,7 +35,7 @@ def main():
     )
     parser.add_argument('--quick', action='store_true', help='measure few repetitions, to test the benchmark')
     args = parser.parse_args()
-    effort = QUICK if args.quick or args.only else {}
+    effort = QUICK if args.quick or args.only else FULL
     results = run(args.with_torch, args.only or '', not args.only, effort)
     text = markdown(results)
     print('\n' + text)
@@ -46,9 +46,8 @@ def main():
         draw.draw(results, os.path.join(args.out, 'results.png'))
 
 
-def run(torch, only='', memory=True, effort=None):
+def run(torch, only='', memory=True, effort=FULL):
     """Measure what has `only` in its name: the loss alone, training steps, metrics."""
-    effort = effort or {}
     results = {'machine': machine(), 'cases': {}, 'nets': {}, 'metrics': {}}
     chosen = [index for index, case in enumerate(cases.CASES) if only in case.name]
     nets = [net for net in cases.NETS if only in net.name]
@@ -267,7 +266,8 @@ def quantities(results):
 
 
 def _time(row):
-    return f'{row["median"] * 1e3:.3g} ({row["low"] * 1e3:.3g} to {row["high"] * 1e3:.3g})'
+    median, low, high = (draw.three_digits(row[key] * 1e3) for key in ('median', 'low', 'high'))
+    return f'{median} ({low} to {high})'
 
 
 def _ratio(ratio):
