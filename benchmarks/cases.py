@@ -138,10 +138,12 @@ def inputs(case):
 def make(case, contender, batches=None):
     """Return (forward, forward and backward, losses of all positions) as functions that return when done.
 
-    None if the contender cannot solve the case. The logits come out of an operator, as a net's do: forward
-    and backward runs both, and OPERATOR is that operator alone. Where labels are ignored, gluon's loss takes
-    a `sample_weight`. `losses` is None if the contender does not return the loss of each position.
+    None if the contender cannot solve the case. The logits come out of an operator, as a net's do: the first
+    two run that operator and the loss, and OPERATOR is the operator alone. Where labels are ignored, gluon's
+    loss takes a `sample_weight`. `losses` is None if the contender does not return each position's loss.
     """
+    import mxnet as mx
+
     functions = _loss_functions(case, contender)
     if functions is None:
         return None
@@ -151,7 +153,7 @@ def make(case, contender, batches=None):
 
     def forward():
         for pred, *others in batches:
-            call(pred.detach(), *others[takes]).wait_to_read()
+            call(mx.nd.identity(pred), *others[takes]).wait_to_read()
 
     def losses():
         values = [each(pred.detach(), *others[takes]) for pred, *others in batches]
@@ -250,7 +252,9 @@ def make_torch(case, contender=TORCH):
     def forward():
         with torch.no_grad():
             for pred, label in batches:
-                F.cross_entropy(pred, label, ignore_index=IGNORE)
+                logits = pred.clone()
+                if contender != OPERATOR:
+                    F.cross_entropy(logits, label, ignore_index=IGNORE)
 
     def step(pred, label):
         pred.grad = None

@@ -49,6 +49,13 @@ def without(times, name):
     }
 
 
+def time_of(steps, kind, effort):
+    """Return the times of one kind of step of all contenders, without the operator that makes the logits."""
+    from cases import OPERATOR
+
+    return without(medians({name: getattr(step, kind) for name, step in steps.items()}, **effort), OPERATOR)
+
+
 def epochs(metrics, updates, seconds=1.0, least=7):
     """Return the median times of an update, and of an epoch per update, in seconds, of each metric.
 
@@ -127,13 +134,11 @@ def measure_torch(case, effort):
     import cases
     import torch
 
-    steps, operator = cases.make_torch(case), cases.make_torch(case, cases.OPERATOR)
-    both = without(medians({'loss': steps.both, 'operator': operator.both}, **effort), 'operator')
+    steps = {name: cases.make_torch(case, name) for name in (cases.TORCH, cases.OPERATOR)}
     return {
-        'forward': medians({'loss': steps.forward}, **effort)['loss'],
-        'both': both['loss'],
+        **{kind: time_of(steps, kind, effort)[cases.TORCH] for kind in ('forward', 'both')},
         'version': torch.__version__,
-        **errors(steps.losses(), cases.truth(case)),
+        **errors(steps[cases.TORCH].losses(), cases.truth(case)),
     }
 
 

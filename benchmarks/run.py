@@ -95,10 +95,9 @@ def run_case(index, torch, about, memory, effort, progress):
     batches = cases.inputs(case)
     steps = {name: cases.make(case, name, batches) for name in [cases.OPERATOR, *cases.CONTENDERS]}
     steps = {name: one for name, one in steps.items() if one}
-    both = step(f'{case.name}, forward + backward', partial(time_of, steps, 'both', effort))
-    both = measure.without(both, cases.OPERATOR)
+    forward = step(f'{case.name}, forward', partial(measure.time_of, steps, 'forward', effort))
+    both = step(f'{case.name}, forward + backward', partial(measure.time_of, steps, 'both', effort))
     del steps[cases.OPERATOR]
-    forward = step(f'{case.name}, forward', partial(time_of, steps, 'forward', effort))
     truth = cases.truth(case)
     rows = {}
     for name, one in steps.items():
@@ -113,11 +112,6 @@ def run_case(index, torch, about, memory, effort, progress):
     sizes = [pred.nbytes for pred, *_ in cases.data(case)]
     seconds = sum(sizes) / about['bandwidth']
     return {'rows': rows, 'gradient': max(sizes), 'limit': {'forward': seconds, 'both': 3 * seconds}}
-
-
-def time_of(steps, kind, effort):
-    """Return the times of one kind of step of all contenders."""
-    return measure.medians({name: getattr(step, kind) for name, step in steps.items()}, **effort)
 
 
 def run_torch(index, torch, effort):
@@ -188,7 +182,6 @@ def describe(results):
         'The logits come out of an operator inside `record`, as the logits of a net do. The operator is a '
         'copy. Its own forward and backward are measured alone, and their median time is taken off. The same '
         'is done for PyTorch, and for the memory. So the numbers are those of the loss alone. '
-        'The column "forward" is of logits that are there already. '
         'A call solves one batch, or one batch of each length T.\n\n'
         'Times are medians, with quartiles in brackets. The contenders take turns in one process; PyTorch '
         "has a process of its own. Ratios are to gluon's loss, hybridized. "
