@@ -89,29 +89,32 @@ def machine():
 
 
 def run_case(index, torch, about, memory, effort, progress):
-    """Measure times of all contenders in this process, memory in fresh ones, and errors against float64."""
-    case = cases.CASES[index]
-    step = partial(advance, progress)
-    batches = cases.inputs(case)
-    steps = {name: cases.make(case, name, batches) for name in [cases.OPERATOR, *cases.CONTENDERS]}
-    steps = {name: one for name, one in steps.items() if one}
-    forward = step(f'{case.name}, forward', partial(measure.time_of, steps, 'forward', effort))
-    both = step(f'{case.name}, forward + backward', partial(measure.time_of, steps, 'both', effort))
-    del steps[cases.OPERATOR]
-    truth = cases.truth(case)
-    rows = {}
-    for name, one in steps.items():
-        errors = measure.errors(one.losses(), truth) if one.losses else {}
-        rows[name] = {'forward': forward[name], 'both': both[name], **errors}
-    steps.clear()
-    torch_row = step(f'{case.name}, PyTorch', partial(run_torch, index, torch, effort))
-    rows.update(torch_row)
-    used = step(f'{case.name}, memory', partial(memory_of, index, rows if memory else (), torch))
+    """Measure times, errors and memory of all contenders."""
+    case, step = cases.CASES[index], partial(advance, progress)
+    rows = run_mxnet(case, effort, step)
+    rows.update(step(f'{case.name}, PyTorch', partial(run_torch, index, torch, effort)))
+    used = step(f'{case.name}, memory', partial(memory_of, index, list(rows) if memory else [], torch))
     for name, size in used.items():
         rows[name]['memory'] = size
     sizes = [pred.nbytes for pred, *_ in cases.data(case)]
     seconds = sum(sizes) / about['bandwidth']
     return {'rows': rows, 'gradient': max(sizes), 'limit': {'forward': seconds, 'both': 3 * seconds}}
+
+
+def run_mxnet(case, effort, step):
+    """Return the rows of the contenders that run in this process, with errors against float64."""
+    batches = cases.inputs(case)
+    steps = {name: cases.make(case, name, batches) for name in [cases.OPERATOR, *cases.CONTENDERS]}
+    steps = {name: one for name, one in steps.items() if one}
+    forward = step(f'{case.name}, forward', partial(measure.time_of, steps, 'forward', effort))
+    both = step(f'{case.name}, forward + backward', partial(measure.time_of, steps, 'both', effort))
+    truth = cases.truth(case)
+    rows = {}
+    for name in forward:
+        losses = steps[name].losses
+        errors = measure.errors(losses(), truth) if losses else {}
+        rows[name] = {'forward': forward[name], 'both': both[name], **errors}
+    return rows
 
 
 def run_torch(index, torch, effort):
