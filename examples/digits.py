@@ -181,8 +181,9 @@ def explain(results):
     )
     if FUSED in result.mean_nlls:
         same = all(shown(one.mean_nlls[FUSED]) == shown(one.mean_nlls[EXACT]) for one in results.values())
+        digits = 'in all digits shown' if same else 'but for the last digit'
         yield (
-            f'The fused kernel agrees with float64 {"in all digits shown" if same else "but for the last digit"}. '
+            f'The fused kernel agrees with float64 {digits}. '
             "The stock kernel is made of MXNet's log_softmax, whose error shows in the last digits."
         )
     else:
