@@ -45,6 +45,7 @@ fuzz: $(VENV)/.cpu-docs-onnx-test kernel
 
 # Nothing else should run meanwhile. PyTorch has an environment of its own, since it wants another NumPy.
 bench: $(VENV)/.cpu-demo kernel $(if $(filter torch,$(WITH)),.venv-torch/bin/torch-is-here)
+	$(if $(ARGS),,$(BIN)/python benchmarks/accuracy.py $(if $(filter torch,$(WITH)),--with-torch .venv-torch/bin/python))
 	$(BIN)/python benchmarks/run.py $(if $(filter torch,$(WITH)),--with-torch .venv-torch/bin/python) $(ARGS)
 
 .venv-torch/bin/torch-is-here:

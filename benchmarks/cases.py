@@ -21,41 +21,85 @@ CASES = [
 ]
 IGNORE = -1
 
-OURS, HYBRIDIZED, STATIC = 'ours', 'gluon, hybridized', 'gluon, static_alloc'
-EAGER = 'gluon, as scripts call it'
-CONTENDERS = [OURS, HYBRIDIZED, STATIC, EAGER, 'SoftmaxOutput', 'softmax_cross_entropy']
+# The package's loss: with the kernel that it chooses, and with each kernel.
+OURS, OURS_STOCK, OURS_FUSED = 'ours', 'ours, stock', 'ours, fused'
+KERNELS = {OURS: 'auto', OURS_STOCK: 'stock', OURS_FUSED: 'fused'}
+HYBRIDIZED, STATIC, EAGER = 'gluon, hybridized', 'gluon, static_alloc', 'gluon, as scripts call it'
+GLUON = (HYBRIDIZED, STATIC, EAGER)
+OUTPUT, SUM = 'SoftmaxOutput', 'softmax_cross_entropy'
+CONTENDERS = [OURS_STOCK, OURS_FUSED, *GLUON, OUTPUT, SUM]
 TORCH = 'PyTorch F.cross_entropy'
+OPERATOR = 'operator'  # a copy, which makes the logits: its time and memory are taken off
+
+# A whole training step of one dense layer: forward, loss, backward, update.
+Net = namedtuple('Net', 'name batch features classes')
+NETS = [
+    Net('Dense 64 to 10, batch of 64', 64, 64, 10),
+    Net('Dense 256 to 1000, batch of 128', 128, 256, 1000),
+    Net('Dense 128 to 50257, batch of 512', 512, 128, 50257),
+]
+NET_CONTENDERS = [OURS_STOCK, OURS_FUSED, HYBRIDIZED, STATIC]
 
 PROBS, LOSSES = 'cross entropy from probabilities, 512 x 50257', 'loss from 512 values'
+LOGITS = 'cross entropy from logits, 512 x 50257'
 STOCK = 'stock'
-UPDATES = 100  # of a metric in an epoch, which ends with its get()
+UPDATES = {PROBS: 50, LOGITS: 20, LOSSES: 100}  # of a metric in an epoch, which ends with its get()
 
-# The largest ratio allowed of our time to that of another contender: for a case, forward and backward.
-BOUNDS = {
-    ('64 x 10', HYBRIDIZED): 0.95,
-    ('128 x 1000', HYBRIDIZED): 1.0,
-    ('16 x T x 2000, T from 5 to 60', HYBRIDIZED): 1.1,
-    ('512 x 50257', HYBRIDIZED): 1.05,
-    ('512 x 50257', EAGER): 0.4,
-    ('8 x 21 x 128 x 128, axis 1', HYBRIDIZED): 0.4,
-    ('2 x 150 x 128 x 128, axis 1', HYBRIDIZED): 0.4,
-    ('128 x 50257, float16', HYBRIDIZED): 0.1,
-    (f'{PROBS}, update', STOCK): 0.02,
-    (f'{LOSSES}, epoch', STOCK): 0.3,
+LIMIT, GRADIENT = "the machine's limit", 'the size of the gradient'
+# The largest ratio allowed of one of ours to something else: of times, or of what `what` names.
+Bound = namedtuple('Bound', 'what ours other at_most')
+_ALONE = {
+    OURS_STOCK: {
+        '64 x 10': 0.95,
+        '128 x 1000': 1.0,
+        '16 x T x 2000, T from 5 to 60': 1.1,
+        '512 x 50257': 1.05,
+        '8 x 21 x 128 x 128, axis 1': 0.4,
+        '2 x 150 x 128 x 128, axis 1': 0.4,
+        '128 x 50257, float16': 0.1,
+    },
+    OURS_FUSED: {
+        '64 x 10': 0.75,
+        '128 x 1000': 0.6,
+        '16 x T x 2000, T from 5 to 60': 0.6,
+        '256 x 10000': 0.35,
+        '512 x 50257': 0.15,
+        '2048 x 32000': 0.15,
+        '8 x 21 x 128 x 128, axis 1': 0.06,
+        '2 x 150 x 128 x 128, axis 1': 0.06,
+        '32 x 128 x 8000, 40% ignored': 0.15,
+        '128 x 50257, float16': 0.015,
+    },
 }
+NOT_SMALL = [case.name for case in CASES[2:]]
+BOUNDS = [
+    *(Bound(name, ours, HYBRIDIZED, most) for ours, all_ in _ALONE.items() for name, most in all_.items()),
+    Bound('512 x 50257', OURS_STOCK, EAGER, 0.4),
+    *(Bound(name, OURS_FUSED, LIMIT, 1.8) for name in ('512 x 50257', '2048 x 32000')),
+    *(Bound(name, OURS_FUSED, TORCH, 1.0) for name in NOT_SMALL),
+    *(Bound(f'{name}, peak memory', OURS_FUSED, GRADIENT, 1.15) for name in NOT_SMALL[1:]),
+    Bound(f'{LOGITS}, epoch', OURS_FUSED, LIMIT, 1.3),
+    Bound(f'{PROBS}, update', OURS, STOCK, 0.02),
+    Bound(f'{LOSSES}, epoch', OURS, STOCK, 0.3),
+]
+
+
+def small(case):
+    """Return a tiny problem of the same kind."""
+    return case._replace(shapes=[tuple(min(size, 8) for size in case.shapes[0])])
 
 
 def data(case):
     """Return the (logits, label) of each batch, the same for every contender; ignored labels are IGNORE."""
-    rng = np.random.RandomState(0)
+    rng = np.random.default_rng(0)
     return [_batch(case, shape, rng) for shape in case.shapes]
 
 
 def _batch(case, shape, rng):
-    pred = rng.standard_normal(shape).astype('float32')
+    pred = rng.standard_normal(shape, dtype='float32')
     pred *= 3
     positions = tuple(np.delete(shape, case.axis).tolist())
-    label = rng.randint(0, shape[case.axis], positions).astype('float32')
+    label = rng.integers(0, shape[case.axis], positions).astype('float32')
     label[rng.uniform(size=positions) < case.ignored] = IGNORE
     return pred.astype(case.dtype), label
 
@@ -74,82 +118,127 @@ def _true_losses(pred, label, axis):
     return loss
 
 
-def make(case, contender):
+Steps = namedtuple('Steps', 'forward both losses')
+
+
+def inputs(case):
+    """Return (input of the operator, label) of each batch, and gluon's weights where labels are ignored."""
+    import mxnet as mx
+
+    batches = []
+    for pred, label in data(case):
+        pred, label = (mx.nd.array(array, dtype=array.dtype) for array in (pred, label))
+        pred.attach_grad()
+        weights = [mx.nd.expand_dims(label != IGNORE, axis=-1)] if case.ignored else []
+        batches.append((pred, label, *weights))
+    mx.nd.waitall()
+    return batches
+
+
+def make(case, contender, batches=None):
     """Return (forward, forward and backward, losses of all positions) as functions that return when done.
 
-    None if the contender cannot solve the case. Where labels are ignored, gluon's loss takes a
-    `sample_weight`. The third is None if the contender does not return the loss of each position.
+    None if the contender cannot solve the case. The logits come out of an operator, as a net's do: the first
+    two run that operator and the loss, and OPERATOR is the operator alone. Where labels are ignored, gluon's
+    loss takes a `sample_weight`. `losses` is None if the contender does not return each position's loss.
     """
     import mxnet as mx
-    from mxnet import autograd
 
     functions = _loss_functions(case, contender)
     if functions is None:
         return None
     call, each = functions
-    batches = [[mx.nd.array(array, dtype=array.dtype) for array in batch] for batch in data(case)]
-    for batch in batches:
-        batch[0].attach_grad()
-        if case.ignored and contender in (HYBRIDIZED, STATIC, EAGER):
-            batch.append(mx.nd.expand_dims(batch[1] != IGNORE, axis=-1))
+    batches = inputs(case) if batches is None else batches
+    takes = slice(None, None if contender in GLUON else 1)  # the label, and weights
 
     def forward():
-        for batch in batches:
-            call(*batch).wait_to_read()
-
-    def forward_backward():
-        for batch in batches:
-            with autograd.record():
-                loss = call(*batch)
-            loss.backward()
-            batch[0].grad.wait_to_read()
+        for pred, *others in batches:
+            call(mx.nd.identity(pred), *others[takes]).wait_to_read()
 
     def losses():
-        return np.concatenate([each(*batch).asnumpy().ravel() for batch in batches])
+        values = [each(pred.detach(), *others[takes]) for pred, *others in batches]
+        return np.concatenate([value.asnumpy().ravel() for value in values])
 
-    return forward, forward_backward, each and losses
+    return Steps(forward, _training_step(contender, call, batches, takes), each and losses)
+
+
+def _training_step(contender, call, batches, takes):
+    """Return forward and backward of the operator and of the loss."""
+    import mxnet as mx
+    from mxnet import autograd
+
+    def step(pred, *others):
+        with autograd.record():
+            loss = call(mx.nd.identity(pred), *others)
+        # these need no new head gradient: SoftmaxOutput ignores it, and the operator alone may have anything
+        loss.backward({OPERATOR: pred.detach(), OUTPUT: loss}.get(contender))
+        pred.grad.wait_to_read()
+
+    def both():
+        for pred, *others in batches:
+            step(pred, *others[takes])
+
+    return both
 
 
 def _loss_functions(case, contender):
     """Return a contender's (loss, loss of each position or None), or None if it cannot solve the case."""
     import mxnet as mx
-    from mxnet import gluon
 
-    from gluon_stable_ce import StableSoftmaxCELoss
-
-    if contender == OURS:
-        options = {'axis': case.axis, 'ignore_label': IGNORE if case.ignored else None}
-        return StableSoftmaxCELoss(**options), StableSoftmaxCELoss(reduction='none', **options)
-    if contender in (HYBRIDIZED, STATIC, EAGER):
-        call = gluon.loss.SoftmaxCrossEntropyLoss(axis=case.axis)
-        if contender != EAGER:
-            call.hybridize(static_alloc=contender == STATIC)
-
-        def each(pred, label, weight=None):
-            loss = -mx.nd.pick(mx.nd.log_softmax(pred, axis=case.axis), label, axis=case.axis)
-            return loss if weight is None else loss * weight.squeeze()
-
-        return call, each
-    if (
-        case.dtype == 'float16'
-    ):  # the others want labels in the dtype of the logits, too small for the classes
+    if contender == OPERATOR:
+        return (lambda pred, label: pred), None
+    if contender in KERNELS:
+        return _ours(case, KERNELS[contender])
+    if contender in GLUON:
+        return _gluon(case, contender)
+    if case.dtype == 'float16':  # the others want labels of the logits' dtype, too small for the classes
         return None
-    if contender == 'SoftmaxOutput':  # it returns the probabilities; only its gradient is that of the loss
-
-        def call(pred, label):
-            if case.axis == -1:
-                pred, label = pred.reshape((-1, pred.shape[-1])), label.reshape((-1,))
-            ignore = {'use_ignore': bool(case.ignored), 'ignore_label': IGNORE}
-            return mx.nd.SoftmaxOutput(pred, label, multi_output=case.axis == 1, **ignore)
-
-        return call, None
+    if contender == OUTPUT:
+        return _softmax_output(case), None
     if len(case.shapes[0]) == 2 and not case.ignored:
         return mx.nd.softmax_cross_entropy, None  # the sum over the batch
     return None
 
 
-def make_torch(case):
-    """Return the same for PyTorch's F.cross_entropy, with labels of its own dtype."""
+def _ours(case, kernel):
+    from gluon_stable_ce import StableSoftmaxCELoss
+    from gluon_stable_ce.kernels import fused
+
+    if kernel == 'fused' and not fused.load():
+        return None
+    options = {'axis': case.axis, 'ignore_label': IGNORE if case.ignored else None, 'kernel': kernel}
+    return StableSoftmaxCELoss(**options), StableSoftmaxCELoss(reduction='none', **options)
+
+
+def _gluon(case, contender):
+    import mxnet as mx
+
+    call = mx.gluon.loss.SoftmaxCrossEntropyLoss(axis=case.axis)
+    if contender != EAGER:
+        call.hybridize(static_alloc=contender == STATIC)
+
+    def each(pred, label, weight=None):
+        loss = -mx.nd.pick(mx.nd.log_softmax(pred, axis=case.axis), label, axis=case.axis)
+        return loss if weight is None else loss * weight.squeeze()
+
+    return call, each
+
+
+def _softmax_output(case):
+    """Return the operator, whose output is the probabilities; only its gradient is that of the loss."""
+    import mxnet as mx
+
+    def call(pred, label):
+        if case.axis == -1:
+            pred, label = pred.reshape((-1, pred.shape[-1])), label.reshape((-1,))
+        ignore = {'use_ignore': bool(case.ignored), 'ignore_label': IGNORE}
+        return mx.nd.SoftmaxOutput(pred, label, multi_output=case.axis == 1, **ignore)
+
+    return call
+
+
+def make_torch(case, contender=TORCH):
+    """Return the same for PyTorch's F.cross_entropy, or for the operator alone; labels are int64."""
     import torch
     import torch.nn.functional as F
 
@@ -163,19 +252,55 @@ def make_torch(case):
     def forward():
         with torch.no_grad():
             for pred, label in batches:
-                F.cross_entropy(pred, label, ignore_index=IGNORE)
+                logits = pred.clone()
+                if contender != OPERATOR:
+                    F.cross_entropy(logits, label, ignore_index=IGNORE)
 
-    def forward_backward():
-        for pred, label in batches:
-            pred.grad = None
-            F.cross_entropy(pred, label, ignore_index=IGNORE).backward()
+    def step(pred, label):
+        pred.grad = None
+        logits = pred.clone()
+        if contender == OPERATOR:
+            logits.backward(pred.detach())
+        else:
+            F.cross_entropy(logits, label, ignore_index=IGNORE).backward()
+
+    def both():
+        for batch in batches:
+            step(*batch)
 
     def losses():
         with torch.no_grad():
             each = [F.cross_entropy(*batch, ignore_index=IGNORE, reduction='none') for batch in batches]
         return np.concatenate([loss.float().numpy().ravel() for loss in each])
 
-    return forward, forward_backward, losses
+    return Steps(forward, both, losses)
+
+
+def make_net(net, contender):
+    """Return a whole training step of a dense layer, or None if the contender is not there."""
+    import mxnet as mx
+    from mxnet import autograd, gluon
+
+    functions = _loss_functions(Case(net.name, [(net.batch, net.classes)], -1, 'float32', 0), contender)
+    if functions is None:
+        return None
+    loss_fn = functions[0]
+    dense = gluon.nn.Dense(net.classes, in_units=net.features)
+    dense.initialize()
+    dense.hybridize(static_alloc=True)
+    trainer = gluon.Trainer(dense.collect_params(), 'sgd', {'learning_rate': 1e-3})
+    rng = np.random.RandomState(0)
+    data = mx.nd.array(rng.standard_normal((net.batch, net.features)))
+    label = mx.nd.array(rng.randint(0, net.classes, net.batch))
+
+    def step():
+        with autograd.record():
+            loss = loss_fn(dense(data), label)
+        loss.backward()
+        trainer.step(net.batch)
+        mx.nd.waitall()
+
+    return step
 
 
 def make_metrics(name):
@@ -183,14 +308,25 @@ def make_metrics(name):
     import mxnet as mx
 
     from gluon_stable_ce import StableCrossEntropy, StableLoss
+    from gluon_stable_ce.kernels import fused
 
     rng = np.random.RandomState(0)
     if name == LOSSES:
         loss = mx.nd.array(rng.uniform(size=512))
         return {OURS: (StableLoss(), None, [loss]), STOCK: (mx.metric.Loss(), None, [loss])}
-    probs = mx.nd.softmax(mx.nd.array(rng.standard_normal((512, 50257))))
+    logits = mx.nd.array(rng.standard_normal((512, 50257)))
     label = mx.nd.array(rng.randint(0, 50257, 512))
+    if name == LOGITS:
+        kernels = [OURS_STOCK, *([OURS_FUSED] if fused.load() else [])]
+        metrics = {one: StableCrossEntropy(pred_type='logits', kernel=KERNELS[one]) for one in kernels}
+        return {one: (metric, [label], [logits]) for one, metric in metrics.items()}
+    probs = mx.nd.softmax(logits)
     return {
         OURS: (StableCrossEntropy(), [label], [probs]),
         STOCK: (mx.metric.CrossEntropy(), [label], [probs]),
     }
+
+
+def bytes_read(name):
+    """Return the size of the logits that an update of a metric reads, or None if it reads none."""
+    return 512 * 50257 * 4 if name == LOGITS else None

@@ -12,6 +12,8 @@ from functools import partial
 import numpy as np
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+# glibc then returns each array's memory when it is freed, and the peak is the same in each run
+RETURN_MEMORY = {'MALLOC_MMAP_THRESHOLD_': '65536'}
 
 
 def medians(calls, seconds=1.0, least=7, most=3000):
@@ -35,6 +37,23 @@ def medians(calls, seconds=1.0, least=7, most=3000):
         name: dict(zip(('median', 'low', 'high'), np.percentile(taken, [50, 25, 75]).tolist()))
         for name, taken in times.items()
     }
+
+
+def without(times, name):
+    """Return the times of the others, less the median of `name`."""
+    off = times[name]['median']
+    return {
+        other: {key: max(value - off, 0) for key, value in row.items()}
+        for other, row in times.items()
+        if other != name
+    }
+
+
+def time_of(steps, kind, effort):
+    """Return the times of one kind of step of all contenders, without the operator that makes the logits."""
+    from cases import OPERATOR
+
+    return without(medians({name: getattr(step, kind) for name, step in steps.items()}, **effort), OPERATOR)
 
 
 def epochs(metrics, updates, seconds=1.0, least=7):
@@ -83,22 +102,25 @@ def in_fresh_process(python, what, *args):
         capture_output=True,
         text=True,
         check=False,
+        env={**os.environ, **(RETURN_MEMORY if what == 'memory' else {})},
     )
     if done.returncode:
         raise RuntimeError(f'{what} {args}: {done.stderr}')
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def peak_memory(case, contender):
+def peak_memory(case, contender, in_torch):
     """Return the peak resident set of three steps in bytes, less what the process holds before them."""
     import cases
 
-    steps = cases.make_torch(case) if contender == cases.TORCH else cases.make(case, contender)
+    make = cases.make_torch if in_torch else cases.make
+    make(cases.small(case), contender).both()  # loads libraries' code
+    steps = make(case, contender)
     with open('/proc/self/clear_refs', 'w') as file:
         file.write('5')  # resets the peak
     before = _status('VmRSS')
     for _ in range(3):
-        steps[1]()
+        steps.both()
     return _status('VmHWM') - before
 
 
@@ -107,20 +129,27 @@ def _status(field):
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
 
 
-def main(what, index, contender=None):
+def measure_torch(case, effort):
+    """Return the times and errors of PyTorch, which runs in this process."""
+    import cases
+    import torch
+
+    steps = {name: cases.make_torch(case, name) for name in (cases.TORCH, cases.OPERATOR)}
+    return {
+        **{kind: time_of(steps, kind, effort)[cases.TORCH] for kind in ('forward', 'both')},
+        'version': torch.__version__,
+        **errors(steps[cases.TORCH].losses(), cases.truth(case)),
+    }
+
+
+def main(what, index, *args):
     import cases
 
     case = cases.CASES[int(index)]
     if what == 'memory':
-        print(json.dumps(peak_memory(case, contender)))
+        print(json.dumps(peak_memory(case, args[0], args[1] == 'torch')))
     elif what == 'torch':
-        forward, both, each = cases.make_torch(case)
-        result = {
-            'forward': medians({'': forward})[''],
-            'both': medians({'': both})[''],
-            'version': __import__('torch').__version__,
-        }
-        print(json.dumps({**result, **errors(each(), cases.truth(case))}))
+        print(json.dumps(measure_torch(case, json.loads(args[0]))))
 
 
 def errors(values, truth):

@@ -1,21 +1,29 @@
-"""Compare the package with stock MXNet in the same process (``make bench``)."""
+"""Compare the package with stock MXNet in the same process, and with PyTorch (``make bench``).
+
+Example: ``python benchmarks/run.py --only 'axis 1' --with-torch .venv-torch/bin/python``
+"""
 
 import argparse
+import json
 import os
 import platform
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import cases
+import draw
 import measure
 import mxnet as mx
 from tqdm import tqdm
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-QUICK = {'memory': False, 'seconds': 0.2, 'least': 3}
+FULL, QUICK = {'seconds': 0.8, 'least': 7}, {'seconds': 0.2, 'least': 3}  # for each contender
+STEPS_OF_A_CASE = 4  # of the progress bar: forward, forward and backward, PyTorch, memory
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0], epilog=__doc__.split('\n')[2])
     parser.add_argument('--with-torch', metavar='PYTHON', help='a Python that has PyTorch, to measure it too')
     parser.add_argument(
         '--out', default=HERE, metavar='DIR', help='where results.md and results.png are written'
@@ -23,32 +31,49 @@ def main():
     parser.add_argument(
         '--only',
         metavar='NAME',
-        help='print short measurements, without memory, of the cases and '
-        'metrics with NAME in their names; write no files',
+        help='print short measurements, without memory, of what has NAME in its name; write no files',
     )
+    parser.add_argument('--quick', action='store_true', help='measure few repetitions, to test the benchmark')
     args = parser.parse_args()
-    results = run(args.with_torch, args.only or '', **(QUICK if args.only else {}))
+    effort = QUICK if args.quick or args.only else FULL
+    results = run(args.with_torch, args.only or '', not args.only, effort)
     text = markdown(results)
     print('\n' + text)
     if not args.only:
         os.makedirs(args.out, exist_ok=True)
         with open(os.path.join(args.out, 'results.md'), 'w') as file:
             file.write(text)
-        draw(results, os.path.join(args.out, 'results.png'))
+        draw.draw(results, os.path.join(args.out, 'results.png'))
 
 
-def run(torch, only='', memory=True, **effort):
-    """Measure the cases and metrics with `only` in their names."""
-    results = {'machine': machine(), 'cases': {}, 'metrics': {}}
-    for index, case in enumerate(tqdm(cases.CASES, unit='case', disable=None)):
-        if only in case.name:
-            results['cases'][case.name] = run_case(
-                index, torch, results['machine']['bandwidth'], memory, **effort
-            )
-    for name in (cases.PROBS, cases.LOSSES):
-        if only in name:
-            results['metrics'][name] = measure.epochs(cases.make_metrics(name), cases.UPDATES, **effort)
+def run(torch, only='', memory=True, effort=FULL):
+    """Measure what has `only` in its name: the loss alone, training steps, metrics."""
+    results = {'machine': machine(), 'cases': {}, 'nets': {}, 'metrics': {}}
+    chosen = [index for index, case in enumerate(cases.CASES) if only in case.name]
+    nets = [net for net in cases.NETS if only in net.name]
+    metrics = [name for name in cases.UPDATES if only in name]
+    total = STEPS_OF_A_CASE * len(chosen) + len(nets) + len(metrics)
+    with tqdm(total=total, unit='step', disable=None) as progress:
+        for index in chosen:
+            name = cases.CASES[index].name
+            results['cases'][name] = run_case(index, torch, results['machine'], memory, effort, progress)
+        for net in nets:
+            results['nets'][net.name] = advance(progress, net.name, partial(run_net, net, effort))
+        for name in metrics:
+            measured = advance(progress, name, partial(run_metric, name, effort))
+            results['metrics'][name] = {
+                'rows': measured,
+                'limit': (cases.bytes_read(name) or 0) / results['machine']['bandwidth'],
+            }
     return results
+
+
+def advance(progress, what, call):
+    """Say what is measured, measure it, and move the progress bar."""
+    progress.set_description(what)
+    result = call()
+    progress.update()
+    return result
 
 
 def machine():
@@ -63,43 +88,72 @@ def machine():
     }
 
 
-def run_case(index, torch, bandwidth, memory, **effort):
-    """Measure times of all contenders in this process, memory in fresh ones, and errors against float64."""
-    case = cases.CASES[index]
-    steps = {name: cases.make(case, name) for name in cases.CONTENDERS}
-    steps = {name: step for name, step in steps.items() if step}
-    forward = measure.medians({name: step[0] for name, step in steps.items()}, **effort)
-    both = measure.medians({name: step[1] for name, step in steps.items()}, **effort)
+def run_case(index, torch, about, memory, effort, progress):
+    """Measure times, errors and memory of all contenders."""
+    case, step = cases.CASES[index], partial(advance, progress)
+    rows = run_mxnet(case, effort, step)
+    rows.update(step(f'{case.name}, PyTorch', partial(run_torch, index, torch, effort)))
+    used = step(f'{case.name}, memory', partial(memory_of, index, list(rows) if memory else [], torch))
+    for name, size in used.items():
+        rows[name]['memory'] = size
+    sizes = [pred.nbytes for pred, *_ in cases.data(case)]
+    seconds = sum(sizes) / about['bandwidth']
+    return {'rows': rows, 'gradient': max(sizes), 'limit': {'forward': seconds, 'both': 3 * seconds}}
+
+
+def run_mxnet(case, effort, step):
+    """Return the rows of the contenders that run in this process, with errors against float64."""
+    batches = cases.inputs(case)
+    steps = {name: cases.make(case, name, batches) for name in [cases.OPERATOR, *cases.CONTENDERS]}
+    steps = {name: one for name, one in steps.items() if one}
+    forward = step(f'{case.name}, forward', partial(measure.time_of, steps, 'forward', effort))
+    both = step(f'{case.name}, forward + backward', partial(measure.time_of, steps, 'both', effort))
     truth = cases.truth(case)
     rows = {}
-    for name, step in steps.items():
-        errors = measure.errors(step[2](), truth) if step[2] else {}
+    for name in forward:
+        losses = steps[name].losses
+        errors = measure.errors(losses(), truth) if losses else {}
         rows[name] = {'forward': forward[name], 'both': both[name], **errors}
-    steps.clear()
-    if torch:
-        rows[cases.TORCH] = measure.in_fresh_process(torch, 'torch', index)
-    for name, row in rows.items() if memory else ():
-        python = torch if name == cases.TORCH else sys.executable
-        row['memory'] = measure.in_fresh_process(python, 'memory', index, name)
-    size = sum(pred.nbytes for pred, _ in cases.data(case))
-    return {'rows': rows, 'limit': {'forward': size / bandwidth, 'both': 3 * size / bandwidth}}
+    return rows
+
+
+def run_torch(index, torch, effort):
+    """Return PyTorch's row, if there is a PyTorch."""
+    if not torch:
+        return {}
+    return {cases.TORCH: measure.in_fresh_process(torch, 'torch', index, json.dumps(effort))}
+
+
+def memory_of(index, names, torch):
+    """Return each contender's peak memory in bytes, less that of the operator alone, two at a time."""
+    kinds = {name: 'torch' if name == cases.TORCH else 'mxnet' for name in names}
+    wanted = [
+        *((name, kind) for name, kind in kinds.items()),
+        *((cases.OPERATOR, kind) for kind in set(kinds.values())),
+    ]
+
+    def peak(one):
+        python = torch if one[1] == 'torch' else sys.executable
+        return measure.in_fresh_process(python, 'memory', index, *one)
+
+    with ThreadPoolExecutor(2) as pool:
+        peaks = dict(zip(wanted, pool.map(peak, wanted)))
+    return {name: max(peaks[name, kind] - peaks[cases.OPERATOR, kind], 0) for name, kind in kinds.items()}
+
+
+def run_net(net, effort):
+    """Return the times of a whole training step."""
+    steps = {name: cases.make_net(net, name) for name in cases.NET_CONTENDERS}
+    return measure.medians({name: step for name, step in steps.items() if step}, **effort)
+
+
+def run_metric(name, effort):
+    """Return the times of a metric's update, and of an epoch per update."""
+    return measure.epochs(cases.make_metrics(name), cases.UPDATES[name], **effort)
 
 
 def markdown(results):
-    """Return the tables, under a description of the machine."""
-    about = results['machine']
-    rows = [row for case in results['cases'].values() for row in case['rows'].values()]
-    torch = ''.join({f', PyTorch {row["version"]}' for row in rows if 'version' in row})
-    description = (
-        f'MXNet {about["mxnet"]}{torch}, Python {about["python"]}, {about["system"]} '
-        f'{about["architecture"]}, {about["cores"]} cores, '
-        f'which read and write {about["bandwidth"] / 1e9:.1f} GB/s. '
-        'A call solves one batch, or one batch of each length T. '
-        "Times are medians, with quartiles in brackets; ratios are to gluon's loss, hybridized. "
-        "The machine's limit is the time to read the logits once (forward), or to read them twice and write "
-        'their gradient once (forward + backward). '
-        f'An epoch of a metric is {cases.UPDATES} updates and a `get()`; its time is given per update.\n\n'
-    )
+    """Return the tables, under a description of the machine and of what was measured."""
     tables = [
         table(
             ['logits', 'contender', 'forward, ms', 'forward + backward, ms', 'ratio']
@@ -107,18 +161,38 @@ def markdown(results):
             [cells for name, case in results['cases'].items() for cells in case_cells(name, case)],
         ),
         table(
-            ['metric', 'contender', 'an update, us', 'ratio', 'an epoch, per update, us', 'ratio'],
-            [cells for name, metrics in results['metrics'].items() for cells in metric_cells(name, metrics)],
+            ['a whole training step', 'loss', 'time, ms', 'ratio'],
+            [cells for name, rows in results['nets'].items() for cells in net_cells(name, rows)],
         ),
         table(
-            ['ours: forward + backward, or what is named of a metric', 'relative to', 'at most', 'measured'],
-            [
-                (name, other, bound, f'{ratio:.3f}' + ('' if ratio <= bound else ', not met'))
-                for name, other, bound, ratio in bounds(results)
-            ],
+            ['metric', 'contender', 'an update, us', 'ratio', 'an epoch, per update, us', 'ratio'],
+            [cells for name, metric in results['metrics'].items() for cells in metric_cells(name, metric)],
         ),
+        bounds_table(results),
     ]
-    return description + '\n'.join(filter(None, tables))
+    return describe(results) + '\n'.join(filter(None, tables))
+
+
+def describe(results):
+    """Return a paragraph about the machine, and one about what was measured."""
+    about = results['machine']
+    rows = [row for case in results['cases'].values() for row in case['rows'].values()]
+    torch = ''.join({f', PyTorch {row["version"]}' for row in rows if 'version' in row})
+    return (
+        f'MXNet {about["mxnet"]}{torch}, Python {about["python"]}, {about["system"]} '
+        f'{about["architecture"]}, {about["cores"]} cores, '
+        f'which read and write {about["bandwidth"] / 1e9:.1f} GB/s.\n\n'
+        'The logits come out of an operator inside `record`, as the logits of a net do. The operator is a '
+        'copy. Its own forward and backward are measured alone, and their median time is taken off. The same '
+        'is done for PyTorch, and for the memory. So the numbers are those of the loss alone. '
+        'A call solves one batch, or one batch of each length T.\n\n'
+        'Times are medians, with quartiles in brackets. The contenders take turns in one process; PyTorch '
+        "has a process of its own. Ratios are to gluon's loss, hybridized. "
+        "The machine's limit is the time to read the logits once (forward), or to read them twice and write "
+        'their gradient once (forward + backward). It assumes that no logits are in a cache. '
+        'A training step is forward, loss, backward and update of a dense layer. '
+        'An epoch of a metric is some updates and a `get()`; its time is given per update.\n\n'
+    )
 
 
 def table(head, rows):
@@ -132,83 +206,72 @@ def case_cells(name, case):
     """Yield the cells of each contender, and those of the machine's limit."""
     base = case['rows'][cases.HYBRIDIZED]['both']['median']
     for contender, row in case['rows'].items():
-        times = _time(row['forward']), _time(row['both']), f'{row["both"]["median"] / base:.2f}'
+        times = _time(row['forward']), _time(row['both']), _ratio(row['both']['median'] / base)
         memory = f'{row["memory"] / 2**20:.0f}' if 'memory' in row else ''
         yield (name, contender, *times, memory, _error(row, 'absolute'), _error(row, 'relative'))
     limits = [f'{case["limit"][kind] * 1e3:.3g}' for kind in ('forward', 'both')]
-    yield (name, "*the machine's limit*", *limits, f'{case["limit"]["both"] / base:.2f}', '', '', '')
+    yield (name, f'*{cases.LIMIT}*', *limits, _ratio(case['limit']['both'] / base), '', '', '')
 
 
-def metric_cells(name, metrics):
-    """Yield the cells of each contender."""
-    stock = metrics[cases.STOCK]
-    for contender, row in metrics.items():
-        update, epoch = ((f'{row[k] * 1e6:.1f}', f'{row[k] / stock[k]:.3f}') for k in ('update', 'epoch'))
+def net_cells(name, rows):
+    """Yield the cells of each loss."""
+    base = rows[cases.HYBRIDIZED]['median']
+    for contender, row in rows.items():
+        yield (name, contender, _time(row), _ratio(row['median'] / base))
+
+
+def metric_cells(name, metric):
+    """Yield the cells of each contender, and those of the machine's limit."""
+    rows = metric['rows']
+    base = rows.get(cases.STOCK) or rows[cases.OURS_STOCK]
+    for contender, row in rows.items():
+        update, epoch = ((f'{row[k] * 1e6:.1f}', _ratio(row[k] / base[k])) for k in ('update', 'epoch'))
         yield (name, contender, *update, *epoch)
+    if metric['limit']:
+        ratio = _ratio(metric['limit'] / base['epoch'])
+        yield (name, f'*{cases.LIMIT}*', '', '', f'{metric["limit"] * 1e6:.1f}', ratio)
 
 
-def bounds(results):
-    """Return (what, contender, bound, ratio measured) of each bound that was measured."""
-    times = {}
+def bounds_table(results):
+    """Return the table of bounds; what was not measured, as without PyTorch, is left out."""
+    found = quantities(results)
+    rows = []
+    for bound in cases.BOUNDS:
+        ours, other = found.get((bound.what, bound.ours)), found.get((bound.what, bound.other))
+        if ours is not None and other:
+            verdict = '' if ours <= bound.at_most * other else ', not met'
+            rows.append((*bound, f'{ours / other:.3g}{verdict}'))
+    head = ['forward + backward, or what is named', 'contender', 'relative to', 'at most', 'measured']
+    return table(head, rows)
+
+
+def quantities(results):
+    """Return all that a bound may be about, by (what, contender)."""
+    found = {}
     for name, case in results['cases'].items():
-        times[name] = {contender: row['both']['median'] for contender, row in case['rows'].items()}
-    for name, metrics in results['metrics'].items():
-        for kind in ('update', 'epoch'):
-            times[f'{name}, {kind}'] = {contender: row[kind] for contender, row in metrics.items()}
-    return [
-        (name, other, bound, times[name][cases.OURS] / times[name][other])
-        for (name, other), bound in cases.BOUNDS.items()
-        if name in times
-    ]
+        found[name, cases.LIMIT] = case['limit']['both']
+        found[f'{name}, peak memory', cases.GRADIENT] = case['gradient']
+        for contender, row in case['rows'].items():
+            found[name, contender] = row['both']['median']
+            found[f'{name}, peak memory', contender] = row.get('memory')
+    for name, metric in results['metrics'].items():
+        found[f'{name}, epoch', cases.LIMIT] = metric['limit']
+        for contender, row in metric['rows'].items():
+            found.update({(f'{name}, {kind}', contender): row[kind] for kind in ('update', 'epoch')})
+    return found
 
 
 def _time(row):
-    return f'{row["median"] * 1e3:.3g} ({row["low"] * 1e3:.3g} to {row["high"] * 1e3:.3g})'
+    median, low, high = (draw.three_digits(row[key] * 1e3) for key in ('median', 'low', 'high'))
+    return f'{median} ({low} to {high})'
+
+
+def _ratio(ratio):
+    return f'{ratio:.2f}' if ratio >= 0.1 else f'{ratio:.3f}'
 
 
 def _error(row, kind):
     return f'{row[kind]:.1e}' if kind in row else ''
-
-
-def draw(results, path):
-    """Forward and backward of everybody, relative to gluon's hybridized loss."""
-    import matplotlib
-
-    matplotlib.use('Agg')
-    from matplotlib import pyplot as plt
-
-    names = list(results['cases'])
-    contenders = [*cases.CONTENDERS, cases.TORCH]
-    figure, axes = plt.subplots(figsize=(10, 0.9 * len(names) + 1.5), layout='constrained')
-    for offset, contender in enumerate(contenders):
-        points = [
-            (
-                case['rows'][contender]['both']['median'] / case['rows'][cases.HYBRIDIZED]['both']['median'],
-                place,
-            )
-            for place, case in enumerate(results['cases'].values())
-            if contender in case['rows']
-        ]
-        if points:
-            axes.barh(
-                [place + (offset - 3) * 0.13 for _, place in points],
-                [ratio for ratio, _ in points],
-                height=0.12,
-                label=contender,
-            )
-    axes.axvline(1, color='black', linewidth=0.8)
-    axes.set(
-        xscale='log',
-        xlabel='forward and backward, relative to the hybridized gluon loss (less is faster)',
-        title=f'MXNet {results["machine"]["mxnet"]}, {results["machine"]["cores"]} cores',
-    )
-    axes.set_yticks(range(len(names)))
-    axes.set_yticklabels(names)
-    axes.invert_yaxis()
-    axes.margins(y=0.01)
-    figure.legend(loc='outside lower center', ncols=4)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 if __name__ == '__main__':
