@@ -10,11 +10,11 @@ from . import __version__
 COMMANDS = {
     'audit': (
         'gluon_stable_ce.audit',
-        'Compute the exact cross entropy of given predictions, and what an epsilon hides.',
+        'Compute the exact cross entropy of given predictions, and how far an epsilon changes it.',
     ),
     'build': (
         'gluon_stable_ce.kernels.fused',
-        'Compile the fused kernel, test it, and say what it is worth on this machine.',
+        'Compile the fused kernel, test it, and print its speed on this machine.',
     ),
     'run': (
         'gluon_stable_ce.patch',

@@ -5,7 +5,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 from . import _array_api
 from ._array_api import CPU, Array
-from .kernels import choose, in_this_thread
+from .kernels import choose, kernel_for_thread
 
 LABEL_DTYPES = ('int8', 'uint8', 'int32', 'int64', 'float16', 'float32', 'float64')
 PRED_DTYPES = ('float16', 'bfloat16', 'float32', 'float64')
@@ -15,7 +15,7 @@ _NARROW = ('int8', 'uint8', 'float16', 'float32')  # labels that float32 holds a
 
 
 class Signature(NamedTuple):
-    """What is known of a call: all that its graph may rely on. None for what a symbol does not know."""
+    """What is known of a call: all that its graph may rely on. None if unknown, as for symbols."""
 
     np_style: bool = False  # whether the inputs are of the NumPy-style API
     dtype: Optional[str] = None
@@ -26,11 +26,11 @@ class Signature(NamedTuple):
         None  # of sample_weight: 'keepdims', 'pred', 'positions' or 'batch'; see align_sample_weight
     )
     few_classes: bool = (
-        False  # so few that an array of them is cheap, and that `dtype` tells all labels apart from them
+        False  # so few that an array of them is cheap, and that `dtype` holds every label exactly
     )
     is_empty: bool = False  # whether there are no positions, for which MXNet's static memory fails
     kernel: str = 'stock'
-    is_leaf: bool = True  # whether `pred` may be a variable with a gradient; only told apart for 'fused'
+    is_leaf: bool = True  # whether `pred` may be a variable with a gradient; only set for 'fused'
 
     @property
     def compute_dtype(self) -> str:
@@ -76,7 +76,7 @@ def infer_signature(
         dtype = _array_api.dtype_name(pred)
         return Signature(_array_api.is_np_style(pred), dtype, kernel=choose(kernel, dtype))
     weight = None if sample_weight is None else _describe(sample_weight)
-    kernel = in_this_thread(kernel)
+    kernel = kernel_for_thread(kernel)
     may_be_fused = kernel != 'stock' and _array_api.is_array(pred)
     return _signature_of(
         _describe(pred),

@@ -236,22 +236,23 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
     float64  2 to 50,257           1e-12
     ======== ===================== =========
 
-    and by the rounding of the largest logit, if that is large (``test_loss.py::test_stated_bounds``,
-    ``::test_two_logits``). A probability of 0 gives inf. NaN or +inf at the label gives NaN. oneDNN's kernel
-    hides a NaN of another class from the loss; it shows in the gradient. A logit of -inf masks a class: that
-    changes nothing, unless the class is the label.
+    and the rounding of the largest logit adds to this, if that is large
+    (``test_loss.py::test_stated_bounds``, ``::test_two_logits``). A probability of 0 gives inf. NaN or +inf
+    at the label gives NaN. oneDNN's kernel hides a NaN of another class from the loss; it shows in the
+    gradient. A logit of -inf masks a class: that changes nothing, unless the class is the label.
 
-    With the fused kernel the loss and the gradient at the label are off by at most 3e-7 of their value, and
-    float64 by 1e-13, for probabilities near 0 and near 1 and up to 1,000,000 classes; and a NaN of any class
-    gives NaN (``test_fused.py``).
+    With the fused kernel, the loss and the gradient at the label are off by at most 3e-7 of their value, and
+    float64 by 1e-13, for probabilities near 0 and near 1 and up to 1,000,000 classes (``test_fused.py``).
+    Below 1e-38, where float32 has fewer digits, they are off by its least number, 1e-45. A NaN of any class
+    gives NaN.
 
-    *Gradients.* Where the loss rounds to 0, the gradient goes on. The gradient with respect to a sample
-    weight of 0 is 0, where gluon's is the loss; likewise with respect to dense targets of 0.
+    *Gradients.* Where the loss rounds to 0, the gradient is still computed. The gradient with respect to a
+    sample weight of 0 is 0, where gluon's is the loss; likewise with respect to dense targets of 0.
 
     *Graphs.* A call with arrays runs a compiled graph with static memory, and its outputs are fresh arrays.
     Losses of equal options share their graphs, of which a process keeps the 64 used last, each with the
     memory of its last batch. ``hybridize(False)`` computes operator by operator, for debugging. A subclass
-    with a `hybrid_forward` of its own is computed so unless it calls ``hybridize()``.
+    with a `hybrid_forward` of its own runs operator by operator unless it calls ``hybridize()``.
     One loss may be called from several threads. MXNet marks the inputs of what it records, so threads that
     record must not share one array for ``pred``, ``sample_weight`` or a dense label.
 
@@ -453,14 +454,14 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         return compose_loss(F, self._options, signature, pred, label, sample_weight, class_weight)
 
     def hybridize(self, active: bool = True, *args: Any, **kwargs: Any) -> None:
-        """Switch compiled graphs on or off. They have static memory unless told otherwise.
+        """Switch compiled graphs on or off. They have static memory by default.
 
         Parameters
         ----------
         active : bool, default True
         static_alloc, static_shape, inline_limit, forward_bulk_size, backward_bulk_size : optional
-            As in gluon. `static_alloc` is True by default, and `static_shape` what that is; outputs are fresh
-            arrays all the same.
+            As in gluon. `static_alloc` is True by default, and `static_shape` defaults to `static_alloc`.
+            Outputs are fresh arrays all the same.
         """
         super().hybridize(active, *args, **kwargs)  # for the graph that a subclass has of its own
         flags = {name: kwargs[name] for name in _FLAGS if kwargs.get(name) is not None}

@@ -241,7 +241,7 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric):
         if sums.invalid:
             raise ValueError(
                 f'labels: expected integers in [0, C), got {sums.invalid} invalid ones beside '
-                f'{sums.count} valid ones; reset() forgets them'
+                f'{sums.count} valid ones; if they are padding, set ignore_label; reset() clears them'
             )
         return super()._value_of(sums)
 

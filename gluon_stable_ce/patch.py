@@ -62,8 +62,9 @@ def patch(**loss_options: Any) -> 'Patch':
     Parameters
     ----------
     **loss_options
-        Options of `StableSoftmaxCrossEntropyLoss`, as defaults for each loss that is made. Arguments that the
-        script gives itself win over them. A default is left out where the script's own arguments rule it out:
+        Options of `StableSoftmaxCrossEntropyLoss`, as defaults for each loss that is made. `ignore_label` is
+        that of ``CrossEntropy`` and ``Perplexity``, too. Arguments that the script gives itself win over
+        them. A default is left out where the script's own arguments rule it out:
         `ignore_label`, `invalid_label` and `kernel` with ``sparse_label=False``, and `lse_square_scale` and
         `kernel` with ``from_logits=True``.
 
@@ -298,6 +299,7 @@ def _replacements(counts):
         _in_place_of = _STOCK['CrossEntropy']
 
         def __init__(self, eps=None, name='cross-entropy', output_names=None, label_names=None, **kwargs):
+            kwargs.setdefault('ignore_label', counts._options.get('ignore_label'))
             super().__init__(name=name, output_names=output_names, label_names=label_names, **kwargs)
             self.eps = _STOCK_EPS if eps is None else eps
             if eps is not None:
@@ -316,6 +318,7 @@ def _replacements(counts):
             self, ignore_label=None, axis=-1, name='perplexity', output_names=None, label_names=None, **kwargs
         ):
             names = {'name': name, 'output_names': output_names, 'label_names': label_names}
+            ignore_label = counts._options.get('ignore_label') if ignore_label is None else ignore_label
             super().__init__(ignore_label=ignore_label, axis=axis, **names, **kwargs)
             counts._count('metrics')
 
@@ -352,7 +355,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = textwrap.fill(
         'Run a Python script, unmodified, with the loss and the metrics of this package in the place of '
         "mxnet.gluon.loss.SoftmaxCrossEntropyLoss and mxnet.metric's CrossEntropy, Perplexity and Loss. "
-        'The options are defaults for the losses that the script makes. '
+        'The options are defaults for the losses that the script makes, and --ignore-label for its metrics. '
         'What follows the script belongs to it.',
         width=100,
     )

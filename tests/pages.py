@@ -3,7 +3,6 @@
 ``UPDATE_README=1`` writes these parts.
 """
 
-import ast
 import os
 import re
 from typing import NamedTuple
@@ -27,19 +26,9 @@ def read(path):
 
 
 def blocks_of(path, *languages):
-    """The blocks of a Markdown file in some languages. A `literalinclude` of a Python object is its source."""
+    """The blocks of a Markdown file in some languages."""
     found = [Block(*groups) for groups in re.findall(r'^```([^\n]*)\n(.*?)^```$', read(path), re.S | re.M)]
-    found = [_included(block) if block.language.startswith('{literalinclude}') else block for block in found]
     return [block for block in found if block.language in languages]
-
-
-def _included(block):
-    name = re.search(r':pyobject: (\w+)', block.text)
-    if not name:
-        return block  # a whole file, which has a test of its own
-    source = read(os.path.join('docs', block.language.split()[-1]))
-    (node,) = [node for node in ast.parse(source).body if getattr(node, 'name', None) == name.group(1)]
-    return Block('python', ast.get_source_segment(source, node) + '\n')
 
 
 def check_section(path, name, text):

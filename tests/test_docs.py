@@ -11,10 +11,11 @@ from importlib import import_module
 
 import pages
 import pytest
+from digits import WithLoss
 from modes import VERSION
 
 import gluon_stable_ce
-from gluon_stable_ce import StableSoftmaxCELoss, distributed, functional, onnx
+from gluon_stable_ce import distributed, functional, onnx
 
 PUBLIC = [
     (module, name) for module in (gluon_stable_ce, distributed, functional, onnx) for name in module.__all__
@@ -26,6 +27,17 @@ LIBRARIES = ('horovod.mxnet', 'onnx', 'onnxruntime')
 @pytest.mark.parametrize(('module', 'name'), PUBLIC, ids=[name for _, name in PUBLIC])
 def test_public_names_have_docstrings(module, name):
     assert getattr(module, name).__doc__
+
+
+@pytest.mark.parametrize('page', ['docs/start.md', 'docs/export.md'])
+def test_with_loss_is_that_of_the_digits_example(page):
+    pages.check_section(page, 'WithLoss', f'```python\n{inspect.getsource(WithLoss)}```\n')
+
+
+def test_distributed_script_is_the_one_that_runs():
+    pages.check_section(
+        'docs/metrics.md', 'dist_train.py', f'```python\n{pages.read("tests/dist_train.py")}```\n'
+    )
 
 
 def needs(block):
@@ -40,8 +52,6 @@ def needs(block):
                 import_module(library)
             except ImportError:
                 return library
-    if 'kernel=' in block.text and 'kernel' not in inspect.signature(StableSoftmaxCELoss.__init__).parameters:
-        return 'the fused kernel'
     return None
 
 

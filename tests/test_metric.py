@@ -115,7 +115,7 @@ def test_invalid_labels_are_counted_apart_until_reset(ctx):
     for result in (metric.get, metric.get_global, metric.get_name_value):
         with pytest.raises(
             ValueError,
-            match=r'^labels: expected integers in \[0, C\), got 3 invalid ones beside 1 valid ones; reset\(\) forgets them$',
+            match=r'^labels: expected integers in \[0, C\), got 3 invalid ones beside 1 valid ones; if they are padding, set ignore_label; reset\(\) clears them$',
         ):
             result()
     metric.reset_local()

@@ -244,6 +244,17 @@ def test_rejects_options_that_the_loss_does_not_take(options, error):
 # Arguments of stock metrics
 
 
+def test_ignore_label_is_that_of_the_metrics_too():
+    label, pred = mx.nd.array([0, -1]), mx.nd.array([[0.5, 0.5], [0.5, 0.5]])
+    with patch(ignore_label=-1):
+        metrics = [mx.metric.create('ce'), mx.metric.Perplexity(None)]
+        other = mx.metric.Perplexity(0)
+    for metric in metrics:
+        metric.update([label], [pred])
+        assert metric.num_inst == 1
+    assert other.get_config()['ignore_label'] == 0
+
+
 def test_perplexity_takes_ignore_label_first(patched):
     """Three rows of three classes, where an axis of 0 would fit as well."""
     probs = mx.nd.array([[0.5, 0.25, 0.25], [0.25, 0.5, 0.25], [0.125, 0.375, 0.5]])

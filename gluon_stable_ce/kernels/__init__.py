@@ -6,7 +6,7 @@ from typing import NamedTuple, Optional
 from .._array_api import CPU, Array, F
 from . import fused, stock
 
-__all__ = ['ClassTerms', 'choose', 'class_terms', 'in_this_thread']
+__all__ = ['ClassTerms', 'choose', 'class_terms', 'kernel_for_thread']
 
 MAIN_THREAD = main_thread().ident
 
@@ -26,8 +26,8 @@ def choose(kernel: str, dtype: Optional[str], device_type: Optional[str] = None)
     ----------
     kernel : 'auto', 'stock' or 'fused'
     dtype, device_type : str, optional
-        The dtype of ``pred`` and the type of its context; None, for symbols, as far as they do not tell. With
-        'auto', symbols get 'stock', whose graphs run anywhere.
+        The dtype of ``pred`` and the type of its context; None if unknown, as for symbols. With 'auto',
+        symbols get 'stock', whose graphs run anywhere.
 
     Returns
     -------
@@ -48,11 +48,11 @@ def choose(kernel: str, dtype: Optional[str], device_type: Optional[str] = None)
     return 'stock'
 
 
-def in_this_thread(kernel: str) -> str:
+def kernel_for_thread(kernel: str) -> str:
     """Return `kernel`, or 'stock' for 'auto' if this is not the main thread.
 
-    MXNet gives each call of a library's operator two resources that all such calls share, and queues for them
-    one after the other. So two threads that call one at a time may wait for each other for ever.
+    MXNet has two resources that all calls of a library's operator share. Each call waits for one, and then
+    for the other. So two threads that call at the same time may deadlock.
 
     Raises
     ------
@@ -120,8 +120,8 @@ def class_terms(
     Returns
     -------
     ClassTerms
-        For an `index`, `nll` is never negative, and its gradient goes on where it is 0. float32 for float16
-        and bfloat16.
+        For an `index`, `nll` is never negative, and its gradient is computed also where it is 0. float32 for
+        float16 and bfloat16.
     """
     if kernel == 'fused' and index is not None and pred_type == 'logits':
         terms = fused.class_terms(F, pred, axis, index, logsumexp, uniform, class_weight, is_needed, is_leaf)

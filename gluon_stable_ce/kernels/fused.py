@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 import warnings
+from importlib.machinery import PathFinder
 from itertools import count
 from typing import List, Optional, Tuple
 
@@ -35,7 +36,7 @@ FLAGS = (
 STALE = 3600  # seconds after which a build is taken to have been killed
 
 
-END = b'end of stable_ce_class_terms'  # of the file: what was cut off has no end, and crashes when loaded
+END = b'end of stable_ce_class_terms'  # the last bytes of the file: one that was cut off crashes when loaded
 
 _CALLS = count()
 
@@ -64,19 +65,19 @@ def class_terms(
     *Numerics.* The largest relative error for 2 to 1,000,000 classes
     (``test_fused.py::test_terms_and_gradient_equal_float64``):
 
-    ==================== ================ =======
-    term                 float16, float32 float64
-    ==================== ================ =======
-    nll, logsumexp       3e-7             1e-13
-    gradient at the label 3e-7            1e-13
-    ==================== ================ =======
+    ===================== ================ =======
+    term                  float16, float32 float64
+    ===================== ================ =======
+    nll, logsumexp        3e-7             1e-13
+    gradient at the label 3e-7             1e-13
+    ===================== ================ =======
 
     A label at -inf has an infinite nll, and so has one beside a class at +inf. A label at +inf has NaN. NaN
     in any class of a position is NaN.
     """
     if is_leaf:
-        # MXNet does not tell an operator of a library to add into a gradient, but it tells a reshape. Each
-        # reshape has another attribute, so that MXNet does not make one of all in a graph.
+        # An operator of a library cannot add into a gradient (grad_req='add'), but a reshape can. The
+        # attribute keeps MXNet from merging it with other reshapes of `pred`.
         with mx.AttrScope(__stable_ce__=str(next(_CALLS))):
             pred = F.reshape(pred, shape=(-2,))
     if is_needed is not None:
@@ -373,13 +374,21 @@ def run(args):
         except (BuildError, OSError) as error:
             print(f'gluon_stable_ce build: {error}', file=sys.stderr)
             return 2
-    ratio, shape = ratio_to_stock()
+    installed = PathFinder.find_spec('gluon_stable_ce', sys.path[1:])
+    package = os.path.dirname(HERE)
+    if installed and installed.origin and not os.path.samefile(os.path.dirname(installed.origin), package):
+        print(
+            f'gluon_stable_ce build: this is the library of {package}. Another copy of the package is in '
+            f'{os.path.dirname(installed.origin)}. To build for that, run the command in another folder',
+            file=sys.stderr,
+        )
+    ratio, shape = ratio_to_gluon()
     problem = f'{" x ".join(map(str, shape))}, with gradient'
     print(f"{path}: {ratio:.2f} of the time of gluon's loss ({problem})")
     return 0
 
 
-def ratio_to_stock(shape=(256, 10000), rounds=15):
+def ratio_to_gluon(shape=(256, 10000), rounds=15):
     """Time our loss over gluon's, hybridized, forward and backward, of logits that an operator made.
 
     Returns
