@@ -16,10 +16,11 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 RETURN_MEMORY = {'MALLOC_MMAP_THRESHOLD_': '65536'}
 
 
-def medians(calls, seconds=1.0, least=7, most=3000):
+def medians(calls, seconds=1.0, least=7, most=3000, less=None):
     """Return the median time of each call and its quartiles, in seconds.
 
-    The calls take turns in a random order, so that caches and other load on the machine affect all alike.
+    The calls take turns in a random order, so that caches and other load on the machine affect all alike. The
+    time of the call that `less` names is taken off the others' of the same round.
     """
     times = {name: [] for name in calls}
     for call in calls.values():  # the first call builds graphs
@@ -33,19 +34,12 @@ def medians(calls, seconds=1.0, least=7, most=3000):
             call()
             times[name].append(time.perf_counter() - start)
         rounds += 1
+    off = times.pop(less) if less else 0
     return {
-        name: dict(zip(('median', 'low', 'high'), np.percentile(taken, [50, 25, 75]).tolist()))
+        name: dict(
+            zip(('median', 'low', 'high'), np.percentile(np.subtract(taken, off), [50, 25, 75]).tolist())
+        )
         for name, taken in times.items()
-    }
-
-
-def without(times, name):
-    """Return the times of the others, less the median of `name`."""
-    off = times[name]['median']
-    return {
-        other: {key: max(value - off, 0) for key, value in row.items()}
-        for other, row in times.items()
-        if other != name
     }
 
 
@@ -53,7 +47,7 @@ def time_of(steps, kind, effort):
     """Return the times of one kind of step of all contenders, without the operator that makes the logits."""
     from cases import OPERATOR
 
-    return without(medians({name: getattr(step, kind) for name, step in steps.items()}, **effort), OPERATOR)
+    return medians({name: getattr(step, kind) for name, step in steps.items()}, **effort, less=OPERATOR)
 
 
 def epochs(metrics, updates, seconds=1.0, least=7):

@@ -183,8 +183,9 @@ def describe(results):
         f'{about["architecture"]}, {about["cores"]} cores, '
         f'which read and write {about["bandwidth"] / 1e9:.1f} GB/s.\n\n'
         'The logits come out of an operator inside `record`, as the logits of a net do. The operator is a '
-        'copy. Its own forward and backward are measured alone, and their median time is taken off. The same '
-        'is done for PyTorch, and for the memory. So the numbers are those of the loss alone. '
+        'copy. Its own forward and backward are measured alone, and their time is taken off that of each '
+        'contender in the same round. The same is done for PyTorch, and for the memory. So the numbers are '
+        'those of the loss alone. '
         'A call solves one batch, or one batch of each length T.\n\n'
         'Times are medians, with quartiles in brackets. The contenders take turns in one process; PyTorch '
         "has a process of its own. Ratios are to gluon's loss, hybridized. "
