@@ -360,6 +360,10 @@ def _check(is_right, what):
 
 def add_arguments(parser):
     """Add the options of ``python -m gluon_stable_ce build`` to `parser`."""
+    parser.description += (
+        ' It needs MXNet 1.9 and a C++ compiler: $CXX, or else g++. Without it, the stock kernel computes.'
+    )
+    parser.epilog = 'Example: CXX=clang++ python -m gluon_stable_ce build --force'
     parser.add_argument('--force', action='store_true', help='compile even if it has been compiled already')
 
 
