@@ -24,7 +24,7 @@ from gluon_stable_ce import StableCrossEntropy, StableSoftmaxCELoss
 CONTENDERS = ('ours', 'gluon, static_alloc', 'PyTorch')
 BASE = 'gluon, hybridized'
 PROBLEMS = ('64 x 10', '512 x 50257', '2 x 150 x 128 x 128, axis 1', '128 x 50257, float16')
-INSTALL = 'pip install ".[cpu]"'
+INSTALL = 'pip install -e ".[cpu]"'
 
 
 def defaults_of_the_loss():
@@ -162,7 +162,7 @@ def test_python_blocks_run_where_only_the_install_line_was_run(tmp_path):
         return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, **kwargs)
 
     run(sys.executable, '-m', 'venv', str(tmp_path / 'venv'))
-    done = run(str(python), '-m', 'pip', 'install', '.[cpu]', cwd=str(source))
+    done = run(str(python), '-m', *INSTALL.replace('"', '').split(), cwd=str(source))
     if done.returncode and 'No matching distribution' in done.stderr:
         pytest.skip('pip reaches no package index')
     assert done.returncode == 0, done.stderr
