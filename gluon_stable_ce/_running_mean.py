@@ -312,7 +312,7 @@ class RunningMean:
             raise failed
 
     def _compute_again(self) -> None:
-        """Compute what was queued behind an error again: MXNet may have skipped it, without a word."""
+        """Compute what was queued behind an error again: MXNet may have skipped it silently."""
         self._computing = deque((again() if again else array, again) for array, again in self._computing)
 
     def _read(self, arrays: Deque[Array]) -> None:

@@ -46,8 +46,8 @@ def align_label(
 ) -> Array:
     """Give a sparse label, which may have the class axis with length 1, the shape of the positions.
 
-    If the rank is unknown, in a graph of symbols, a label of any other shape is MXNet's shape error when the
-    graph first runs.
+    If the rank is unknown, in a graph of symbols, a label of another shape causes MXNet's shape error when
+    the graph first runs.
     """
     if ndim is not None:
         return F.squeeze(label, axis=axis) if label_ndim == ndim else label
@@ -189,7 +189,7 @@ def align_sample_weight(
 
 
 def _refuse_other_classes(F: F, sample_weight: Array, pred: Array, axis: int) -> Array:
-    """Return weights of 1 or C classes; another number of classes is MXNet's shape error."""
+    """Return weights of 1 or C classes; another number of classes causes MXNet's shape error."""
     classes = F.contrib.arange_like(sample_weight, axis=axis)
     classes = F.broadcast_like(
         classes, F.contrib.arange_like(pred, axis=axis)
@@ -238,7 +238,7 @@ def reduce_positions(
 
     Returns
     -------
-    loss : (batch,), or with 'none' as it came
+    loss : (batch,), or with 'none' the shape of `loss`
     """
     # of pred's rank, so that axes are counted as the caller counts them
     expanded = F.expand_dims(loss, axis=axis)

@@ -219,8 +219,8 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
     ------
     TypeError, ValueError
         If an option, or a combination of them, means nothing; if arrays do not fit each other. The message
-        names the argument, what was expected and what came. A subclass with a `hybrid_forward` of its own is
-        not checked, as its inputs may mean something else.
+        names the argument, what was expected and what it got. A subclass with a `hybrid_forward` of its own
+        is not checked, as its inputs may mean something else.
 
     Notes
     -----

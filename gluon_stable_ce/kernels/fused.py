@@ -207,7 +207,7 @@ def _load_or_warn(path):
 
 
 def load_library(path):
-    """Load an operator library without a word, and make `mx.nd` and `mx.sym` know its operator.
+    """Load an operator library silently, and make `mx.nd` and `mx.sym` know its operator.
 
     ``mx.library.load`` would make all functions of `mx.nd` and `mx.sym` anew, which undoes ``amp.init``.
     """

@@ -77,7 +77,7 @@ def class_axis_removed(F: F, pred: Array, axis: int) -> Array:
 
 
 def same_positions(F: F, pred: Array, target: Array, axis: int) -> Array:
-    """Return something of (positions...). `pick` refuses a `target` of others; merged axes do not."""
+    """Return an array of (positions...). `pick` refuses a `target` of others, which merged axes would hide."""
     one_class = F.BlockGrad(F.slice_axis(pred, axis=axis, begin=0, end=1))  # (..., 1 at `axis`, ...)
     return F.BlockGrad(F.pick(one_class, class_axis_removed(F, target, axis), axis=axis))
 
@@ -119,7 +119,7 @@ def _terms(
 
 
 def _clamped(F: F, log_p: Array, is_signed: Optional[Array] = None) -> Array:
-    """Return -`log_p`, with rounding errors below 0 raised to 0, through which the gradient goes on.
+    """Return -`log_p`, with rounding errors below 0 raised to 0. The gradient is that of -`log_p`.
 
     Where `is_signed`, what is below 0 is no rounding error.
     """
