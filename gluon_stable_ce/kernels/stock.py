@@ -77,7 +77,7 @@ def class_axis_removed(F: F, pred: Array, axis: int) -> Array:
 
 
 def same_positions(F: F, pred: Array, target: Array, axis: int) -> Array:
-    """Return an array of (positions...). `pick` refuses a `target` of others, which merged axes would hide."""
+    """Return an array of (positions...). `pick` refuses a `target` of others, which merged axes hide."""
     one_class = F.BlockGrad(F.slice_axis(pred, axis=axis, begin=0, end=1))  # (..., 1 at `axis`, ...)
     return F.BlockGrad(F.pick(one_class, class_axis_removed(F, target, axis), axis=axis))
 
