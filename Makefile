@@ -38,7 +38,7 @@ wheel: $(VENV)/.cpu-dev kernel
 	    'import sysconfig; print(sysconfig.get_platform())')
 
 quick: $(VENV)/.cpu-docs-onnx-test kernel
-	$(BIN)/python -m pytest -m 'not slow and not dist' $(ARGS)
+	QUICK=1 $(BIN)/python -m pytest -m 'not slow and not dist' $(ARGS)
 
 fuzz: $(VENV)/.cpu-docs-onnx-test kernel
 	FUZZ_EXAMPLES=$(or $(EXAMPLES),20000) $(BIN)/python -m pytest tests/test_fuzz.py tests/test_audit_fuzz.py $(ARGS)

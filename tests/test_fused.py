@@ -460,6 +460,7 @@ def python(code, **environment):
 
 
 @needs_operator
+@pytest.mark.slow
 def test_the_same_bits_for_any_number_of_threads_and_any_engine():
     digests = {python(BITS, OMP_NUM_THREADS=str(threads)) for threads in (1, 2, 3)}
     digests.add(python(BITS, OMP_NUM_THREADS='2', MXNET_ENGINE_TYPE='NaiveEngine'))
@@ -470,6 +471,7 @@ def test_the_same_bits_for_any_number_of_threads_and_any_engine():
 @pytest.mark.parametrize(
     ('variable', 'threads'), [('OMP_NUM_THREADS', 1), ('OMP_NUM_THREADS', 3), ('MXNET_OMP_MAX_THREADS', 1)]
 )
+@pytest.mark.slow
 def test_settings_of_threads_are_respected(variable, threads):
     code = """
 import os, mxnet as mx
@@ -489,6 +491,7 @@ print(1 + len(os.listdir('/proc/self/task')) - before)
 @pytest.mark.parametrize(
     ('shape', 'uses_all'), [((1, 1000000), True), ((512, 1000), True), ((64, 1000), False)]
 )
+@pytest.mark.slow
 def test_all_processors_are_used_for_large_work_only(shape, uses_all):
     code = f"""
 import os, mxnet as mx
@@ -509,6 +512,7 @@ print(1 + len(os.listdir('/proc/self/task')) - before)
 
 @needs_operator
 @pytest.mark.skipif(not hasattr(os, 'sched_setaffinity'), reason='no affinity')
+@pytest.mark.slow
 def test_affinity_is_respected():
     code = """
 import os
@@ -526,6 +530,7 @@ print(1 + len(os.listdir('/proc/self/task')) - before)
 
 
 @needs_operator
+@pytest.mark.slow
 def test_forked_workers_compute():
     code = """
 import os, mxnet as mx, numpy as np
@@ -547,6 +552,7 @@ print('done')
 
 
 @needs_operator
+@pytest.mark.slow
 def test_profiler_names_the_operator(tmp_path):
     code = f"""
 import mxnet as mx
@@ -566,6 +572,7 @@ print('stable_ce_class_terms' in mx.profiler.dumps())
 
 
 @needs_operator
+@pytest.mark.slow
 def test_load_is_silent_and_leaves_the_functions_of_mxnet():
     code = """
 import mxnet as mx
