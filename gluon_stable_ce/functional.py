@@ -134,7 +134,11 @@ def combine(
         uniform: Any = terms.uniform_nll
         loss = (1 - label_smoothing) * loss + label_smoothing * uniform
     if lse_square_scale:
-        loss = loss + lse_square_scale * F.square(terms.logsumexp)
+        logsumexp: Any = terms.logsumexp
+        # the gradient of an infinite one's square is infinite, and NaN where it is multiplied by 0
+        is_finite = logsumexp - logsumexp == 0
+        logsumexp = F.where(is_finite, logsumexp, F.BlockGrad(logsumexp))
+        loss = loss + lse_square_scale * F.square(logsumexp)
     return loss
 
 

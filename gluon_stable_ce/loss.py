@@ -110,11 +110,9 @@ def _sparse_positions(F, options, signature, pred, label, class_weight):
         options.invalid_label,
         **signature.reading,
     )
-    is_needed = labels.is_counted
-    if options.lse_square_scale and labels.is_valid is not None:
-        # where the logsumexp is infinite, the gradient of its square is NaN, even times 0
-        is_needed = labels.is_valid if is_needed is None else is_needed * labels.is_valid
-    terms = _class_terms(F, options, signature, pred, class_weight, index=labels.index, is_needed=is_needed)
+    terms = _class_terms(
+        F, options, signature, pred, class_weight, index=labels.index, is_needed=labels.is_counted
+    )
     weight_of_label = None if class_weight is None else F.take(class_weight, labels.index, mode='clip')
     loss = functional.combine(F, terms, weight_of_label, options.label_smoothing, options.lse_square_scale)
     return functional.mask(F, loss, labels, invalid=float('nan'), ignored=0.0), labels.is_counted

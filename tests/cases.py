@@ -22,13 +22,16 @@ FLOAT32 = Tolerance(absolute=1e-5, relative=2e-6)
 # 2**-53 times the number of roundings, which is below a thousand.
 FLOAT64 = Tolerance(absolute=1e-12, relative=1e-12)
 TOLERANCES = {'float16': FLOAT32, 'float32': FLOAT32, 'float64': FLOAT64}  # float16 is computed in float32
-# The fused kernel is off by 3e-7 of the value. The rest is the rounding of weights, smoothing and sums.
-_FUSED = {'float16': Tolerance(1e-37, 1e-6), 'float32': Tolerance(1e-37, 1e-6), 'float64': FLOAT64}
+# The fused kernel is off by 3e-7 of the value, and with label smoothing by 1e-8 where the largest logit is not the label's. The rest
+# is the rounding of weights, smoothing and sums.
+FUSED, FUSED_SMOOTHING = Tolerance(absolute=1e-37, relative=1e-6), Tolerance(absolute=1e-8, relative=1e-6)
 
 
 def tolerance_of(kernel, dtype, settings):
     """The tolerance of a loss or a metric with these settings, where `kernel` computes whatever it can."""
-    return (_FUSED if is_fused(kernel, settings) else TOLERANCES)[str(dtype)]
+    if dtype == 'float64' or not is_fused(kernel, settings):
+        return TOLERANCES[str(dtype)]
+    return FUSED_SMOOTHING if settings.get('label_smoothing') else FUSED
 
 
 def is_fused(kernel, settings):

@@ -362,6 +362,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('chunk', [1, 37, 2**20])
 @pytest.mark.parametrize('pred_type', ['probs', 'logits', 'log_probs'])
 @pytest.mark.parametrize('layout', LAYOUTS)

@@ -120,6 +120,7 @@ def python(*arguments, cwd):
     )
 
 
+@pytest.mark.slow
 def test_command_line_prints_the_table_and_saves_the_plot(files):
     names = ['pred.npy', 'label.npy', '--plot', 'a.png', '--max-error', '1e-6']
     done = python('-m', 'gluon_stable_ce', 'audit', *names, cwd=files)
@@ -128,12 +129,14 @@ def test_command_line_prints_the_table_and_saves_the_plot(files):
     assert (files / 'a.png').stat().st_size > 10000
 
 
+@pytest.mark.slow
 def test_command_line_exits_2_with_one_line_on_bad_files(files):
     done = python('-m', 'gluon_stable_ce', 'audit', 'label.npy', 'pred.npy', cwd=files)
     assert (done.returncode, done.stdout) == (2, '')
     assert done.stderr == 'audit: pred: expected float16, float32 or float64, got int64\n'
 
 
+@pytest.mark.slow
 def test_example_in_the_help_runs(tmp_path):
     text = python('-m', 'gluon_stable_ce', 'audit', '--help', cwd=tmp_path).stdout
     lines = text[text.index('example:') :].splitlines()[1:3]

@@ -65,6 +65,7 @@ def test_bounds_that_are_not_met_are_named():
     assert not any('PyTorch' in line for line in lines)  # it was not measured
 
 
+@pytest.mark.slow
 def test_picture_is_drawn_without_some_contenders(tmp_path):
     results = made_up_results()
     for name in (cases.OURS_FUSED, cases.SUM):

@@ -153,6 +153,31 @@ def test_terms_and_gradient_equal_float64(shape, axis, dtype, scale, rng):
 
 
 @needs_operator
+@pytest.mark.parametrize('inner', [1, 70], ids=['rows', 'lines'])
+@pytest.mark.parametrize('classes', [2, 31, 33, 100, 1100])
+@pytest.mark.parametrize('weighted', [True, False], ids=['weight', 'weight-0'])
+@pytest.mark.parametrize('other', [-1e30, 1e30, -INF])
+def test_uniform_nll_beside_huge_and_masked_logits(classes, inner, weighted, other, rng):
+    """Each term w_j (logsumexp - z_j) is at least 0. The largest logit's is exact to 1e-8, the others' relatively."""
+    logits, weights = rng.standard_normal(classes).astype('float32'), np.ones(classes, 'float32')
+    logits[: classes // 2] = other
+    weights[: classes // 2] = weighted
+    pred = mx.nd.array(np.repeat(logits[None, :, None], inner, axis=2))
+    for label in (0, classes - 1):
+        index = mx.nd.full((1, inner), label)
+        terms = class_terms(mx.nd, pred, index, 1, uniform=True, class_weight=mx.nd.array(weights))
+        with np.errstate(over='ignore'):
+            lse = logits.astype('float64').max() + np.log(
+                np.exp(logits.astype('float64') - logits.max()).sum()
+            )
+        expected = sum(float(w) * (lse - float(z)) for z, w in zip(logits, weights) if w) / classes
+        np.testing.assert_allclose(
+            terms.uniform_nll.asnumpy(), np.full((1, inner), expected), rtol=3e-7, atol=1e-8
+        )
+        assert (terms.uniform_nll.asnumpy() >= 0).all()
+
+
+@needs_operator
 @pytest.mark.parametrize('gap', [-3e38, -1e4, -200, -90, -20, -1, 0, 1, 15, 20, 40, 69])
 @pytest.mark.parametrize('classes', [2, 3, 1000, 1_000_000])
 def test_nll_and_label_gradient_are_exact_near_0_and_near_1(classes, gap):

@@ -308,7 +308,6 @@ def test_exported_graph_serves_any_number_of_classes(rng):
 @pytest.mark.parametrize(
     ('engine', 'calls'),
     [
-        ('ThreadedEnginePerDevice', 50),
         pytest.param('ThreadedEnginePerDevice', 2500, marks=pytest.mark.slow),
         pytest.param('NaiveEngine', 2500, marks=pytest.mark.slow),
     ],

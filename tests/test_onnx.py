@@ -132,6 +132,7 @@ def check(loss, arrays, rank_known, opset, tmp_path):
     return got
 
 
+@pytest.mark.slow
 @opsets
 @kinds
 @pytest.mark.parametrize('weighted', [False, True], ids=['', 'sample_weight'])
@@ -149,6 +150,7 @@ def test_every_option(sparse_label, options, weighted, rank_known, opset, rng, t
     assert np.isfinite(values).any()
 
 
+@pytest.mark.slow
 @opsets
 @kinds
 @pytest.mark.parametrize(

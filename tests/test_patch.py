@@ -563,6 +563,7 @@ print(type(mx.gluon.loss.SoftmaxCELoss()).__mro__[2].__name__)
 """
 
 
+@pytest.mark.slow
 def test_run_gives_the_script_its_arguments_and_path(write, tmp_path):
     script = write(SAY)
     args = ['--ignore-label', '7', '-m', '--l', '--help', '--', 'last', '--version', '-1']

@@ -1,41 +1,45 @@
 /*
  * Cross entropy in one operator: the class axis reduced to one number per position, and the gradient of that.
  *
- *   stable_ce_class_terms(pred, index[, class_weight], axis, uniform)
- *     -> nll, logsumexp, logsumexp_rest[, uniform_nll]                              one number per position
- * each
+ *   stable_ce_class_terms(pred, index[, class_weight]; axis, uniform, weighted)
+ *     -> nll, logsumexp, logsumexp_rest[, uniform_nll]
  *
- *   pred          (outer..., C at `axis`, inner...) float16, float32 or float64
- *   index         positions' shape, any dtype; -1: the position is not needed, its logits are not read
- *   class_weight  (C,) float16, float32 or float64
- *   nll           -log p_y, with p the softmax of the logits z and y the index
- *   logsumexp     log sum_j exp z_j, in two parts: alone, a float32 of 80 is off by 4e-6, and so would be the
- * gradient uniform_nll   -1/C sum_j w_j log p_j, with w = 1 if there is no class_weight
+ * Inputs:
+ *   pred          (outer..., C at `axis`, inner...), float16, float32 or float64: the logits z
+ *   index         (outer..., inner...), any dtype: the class y; where it is -1, the logits are not needed
+ *   class_weight  (C,), floats: the weights w
  *
- * Everything is computed in T: float for float16 and float32, double for float64. What there is once per
- * position is double.
+ * Outputs, (outer..., inner...) each:
+ *   nll           -log p_y, with p the softmax of z
+ *   logsumexp     log sum_j exp z_j
+ *   logsumexp_rest  what float rounds off from it. At 80, that is up to 4e-6, and so would the gradient be
+ * off uniform_nll   -1/C sum_j w_j log p_j
  *
- * Numerics. S is the sum over all classes but the label's, so that with L = log S - z_y, the log-odds against
- * the label, nll = softplus(L) is as exact for p near 1 as for p near 0. exp(z) is 2^n exp(r) with |r| <=
- * log(2) / 2; the sums are scaled by 2^-K, K from the largest logit so far: that takes no difference of
- * logits, and so rounds none. Beyond +-4096, where n log(2) would be rounded, z - max is exact wherever it
- * matters, and is used instead (`Reference`).
+ * What there is once per logit is computed in T: float for float16 and float32, double for float64. What
+ * there is once per position is double.
  *
- * Speed. The loops over logits are functions of their own, compiled once per instruction set: inlined into
- * the loops over positions they would be neither. The compiler makes them vector code; nothing here needs a
- * flag that changes arithmetic.
+ * Numerics. S is the sum of exp z_j over all classes but the label's. So with L = log S - z_y, the loss is
+ * nll = softplus(L), which is as exact for p near 1 as for p near 0. exp(z) is computed as 2^n exp(r) with
+ * |r| <= log(2) / 2, and the sums are scaled by 2^-K, with K from the largest logit so far. That subtracts no
+ * logit from another, so it rounds no difference. For logits beyond +-4096, n log(2) would be rounded. There
+ * z - max is used in its place, which is exact wherever it matters (see Reference).
+ *
+ * Speed. The loops over logits are functions of their own, compiled once for each instruction set. If the
+ * compiler moved them into the loops over positions, they would not be vector code.
  */
 #include <algorithm>
 #include <atomic>
 #include <cfloat>
 #include <cmath>
+#include <condition_variable>
 #include <cstdint>
 #include <cstdlib>
-#include <condition_variable>
 #include <cstring>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <mutex>
+#include <numeric>
 #include <string>
 #include <system_error>
 #include <thread>
@@ -62,15 +66,14 @@
 
 namespace {
 
-// numbers
+// Exponentials and logarithms without a call or a branch, so that loops over them become vector code.
 
 const double kLn2 = 0.693147180559945309417, kLog2E = 1.442695040888963407360;
 
 template <typename T> struct Format;
 template <> struct Format<float> {
   typedef int32_t Int;
-  static const int exp_degree = 8,
-                   atanh_degree = 8;  // of the double series that float results are made of: 2e-10
+  static const int exp_degree = 8, atanh_degree = 8;  // of double series for float results: 2e-10
   static const int mantissa = 23, bias = 127;
 };
 template <> struct Format<double> {
@@ -160,9 +163,8 @@ template <typename T> INLINE double two_atanh(double s) {  // for 0 <= s <= 1/3
   const double q = s * s;
   return 2 * (AtanhSeries<1, Format<T>::atanh_degree>::at(q) * q * s + s);
 }
-template <typename T> INLINE double log1p_of(double x) {
-  return two_atanh<T>(x / (2 + x));
-}  // for 0 <= x <= 1
+// for 0 <= x <= 1
+template <typename T> INLINE double log1p_of(double x) { return two_atanh<T>(x / (2 + x)); }
 template <typename T> INLINE double log_of(double x) {  // for x = 0 and normal x > 0, finite; NaN of NaN
   const int64_t b = bits<int64_t>(x);
   const double m = bits<double>((b & 0xfffffffffffff) | 0x3ff0000000000000);                   // [1, 2)
@@ -216,7 +218,7 @@ template <typename T> INLINE T scaled_exp_times(T x, T shift, Int<T> k, T q) {
   return (e.expm1 * q + q) * power_of_2<T>(half) * power_of_2<T>(n - half);
 }
 
-// loops over the classes of one position, (n,) each
+// Loops over n classes of one position.
 
 template <typename T> INLINE T largest_in(const T* x, int n) {
   T most = -INFINITY;
@@ -225,8 +227,8 @@ template <typename T> INLINE T largest_in(const T* x, int n) {
   return most;
 }
 
-const int kLanes =
-    64;  // sums run in as many parts: enough for the units to stay busy, and few additions in each
+// Sums run in as many parts. That keeps all units busy, and each part has few additions.
+const int kLanes = 64;
 
 template <typename T> INLINE double sum_exp_in(const T* x, int n, Reference<T> ref) {
   T sums[kLanes] = {}, rest[kLanes];
@@ -246,10 +248,15 @@ template <typename T> INLINE double sum_exp_in(const T* x, int n, Reference<T> r
   return sum;
 }
 
-template <typename T> INLINE double weighted_sum_in(const T* x, const T* w, int n, T from) {
-  double sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int i = 0; i < n; i++) sum += w[i] == 0 ? 0. : double(w[i]) * (double(x[i]) - from);
+// sum_j w_j (top - z_j) with a finite `top`, which has no negative term, and sum_j w_j
+template <typename T> INLINE double weighted_sum_in(const T* x, const T* w, int n, T top, double* total) {
+  double sum = 0, all = 0;
+#pragma omp simd reduction(+ : sum, all)
+  for (int i = 0; i < n; i++) {
+    sum += w[i] == 0 ? 0. : double(w[i]) * (double(top) - double(x[i]));
+    all += w[i];
+  }
+  *total = all;
   return sum;
 }
 
@@ -264,7 +271,7 @@ INLINE void gradient_in(const T* x, const T* w, int n, Reference<T> ref, T q, T 
   }
 }
 
-// loops over many positions, one class: the arrays are (positions,) each
+// Loops over n positions, for one class: arrays are (positions,).
 
 template <typename T> INLINE void largest_at(const T* x, int n, T* most) {
 #pragma omp simd
@@ -284,9 +291,9 @@ template <typename T> INLINE void sum_exp_at(const T* x, int n, const References
   }
 }
 
-template <typename T> INLINE void weighted_sum_at(const T* x, T w, int n, const T* from, double* sum) {
+template <typename T> INLINE void weighted_sum_at(const T* x, T w, int n, const T* top, double* sum) {
 #pragma omp simd
-  for (int t = 0; t < n; t++) sum[t] += double(w) * (double(x[t]) - from[t]);
+  for (int t = 0; t < n; t++) sum[t] += double(w) * (double(top[t]) - double(x[t]));
 }
 
 // a position whose gradient is 0 gets 0, whatever its logits are
@@ -309,11 +316,11 @@ INLINE void gradient_at(const T* x, T w, int n, const References<T>* ref, const 
   }
 }
 
-// what there is once per position, in double
+// What there is once per position, in double.
 
-// Of many positions. `log_reference` and `sum` give log S; `uniform` is sum_j w_j (z_j - from).
+// Of many positions. `log_reference` and `sum` give log S; `uniform` is sum_j w_j (top - z_j).
 template <typename T> struct Position {
-  const double *log_reference, *sum, *z_label, *uniform, *from;
+  const double *log_reference, *sum, *z_label, *uniform, *top;
   double total_weight, classes;
   T *nll, *logsumexp, *rest, *uniform_nll;
 };
@@ -323,8 +330,8 @@ template <typename T> INLINE void finish_at(const Int<T>* y, int n, Position<T> 
   for (int t = 0; t < n; t++) {
     const double z = p.z_label[t] == INFINITY ? NAN : p.z_label[t], log_sum = log_of<T>(p.sum[t]);
     const double log_odds = (p.log_reference[t] - z) + log_sum;
-    const double distance =
-        log1p_of<T>(exp_of<T>(-std::fabs(log_odds)));  // to the greater of log S and z_label
+    // of logsumexp and the greater of log S and z_label
+    const double distance = log1p_of<T>(exp_of<T>(-std::fabs(log_odds)));
     const bool above = log_odds > 0;
     const double base = above ? p.log_reference[t] : z, more = (above ? log_sum : 0) + distance;
     const T high = T(base + more);
@@ -332,8 +339,9 @@ template <typename T> INLINE void finish_at(const Int<T>* y, int n, Position<T> 
     p.logsumexp[t] = y[t] < 0 ? T(0) : high;
     p.rest[t] = y[t] < 0 || std::fabs(high) == INFINITY ? T(0) : T((base - high) + more);
     if (p.uniform_nll) {
-      const double gap = (base - p.from[t]) + more;
-      p.uniform_nll[t] = y[t] < 0 ? T(0) : T((p.total_weight * gap - p.uniform[t]) / p.classes);
+      // of logsumexp and the largest logit: exact to 1e-8, and at least 0; of no weight, it does not count
+      const double gap = p.total_weight == 0 ? 0. : (base - p.top[t]) + more, positive = gap < 0 ? 0. : gap;
+      p.uniform_nll[t] = y[t] < 0 ? T(0) : T((p.total_weight * positive + p.uniform[t]) / p.classes);
     }
   }
 }
@@ -392,20 +400,20 @@ INLINE void merge_at(const double* log_more, const More* more, int n, double* lo
   }
 }
 
-// The loops above, for both types, once per instruction set
+// The loops above, for both types, once for each instruction set
 #define KERNELS(T)                                                                                         \
   KERNEL T largest_of(const T* x, int n) { return largest_in(x, n); }                                      \
   KERNEL double sum_exp(const T* x, int n, Reference<T> ref) { return sum_exp_in(x, n, ref); }             \
-  KERNEL double weighted_sum(const T* x, const T* w, int n, T from) {                                      \
-    return weighted_sum_in(x, w, n, from);                                                                 \
+  KERNEL double weighted_sum(const T* x, const T* w, int n, T top, double* total) {                        \
+    return weighted_sum_in(x, w, n, top, total);                                                           \
   }                                                                                                        \
   KERNEL void gradient(const T* x, const T* w, int n, Reference<T> ref, T q, T u, T* out) {                \
     gradient_in(x, w, n, ref, q, u, out);                                                                  \
   }                                                                                                        \
   KERNEL void largest_of(const T* x, int n, T* most) { largest_at(x, n, most); }                           \
   KERNEL void sum_exp(const T* x, int n, const References<T>* ref, T* sum) { sum_exp_at(x, n, ref, sum); } \
-  KERNEL void weighted_sum(const T* x, T w, int n, const T* from, double* sum) {                           \
-    weighted_sum_at(x, w, n, from, sum);                                                                   \
+  KERNEL void weighted_sum(const T* x, T w, int n, const T* top, double* sum) {                            \
+    weighted_sum_at(x, w, n, top, sum);                                                                    \
   }                                                                                                        \
   KERNEL void gradient(const T* x, T w, int n, const References<T>* ref, const T* q, const T* u, T* out) { \
     gradient_at(x, w, n, ref, q, u, out);                                                                  \
@@ -421,31 +429,24 @@ INLINE void merge_at(const double* log_more, const More* more, int n, double* lo
 KERNELS(float)
 KERNELS(double)
 
-// float16 in memory
+// Numbers in memory: float16 is converted, all else is there as it is.
 
 struct Half {
   uint16_t bits;
 };
-inline float value(float x) { return x; }
-inline double value(double x) { return x; }
-inline int64_t value(int64_t x) { return x; }
-inline int32_t value(int32_t x) { return x; }
-inline int8_t value(int8_t x) { return x; }
-inline uint8_t value(uint8_t x) { return x; }
+template <typename T> inline T value(T x) { return x; }
 inline float value(Half half) {  // 2^112 moves the exponent, and makes denormals normal
   const uint32_t rest = half.bits & 0x7fff, sign = uint32_t(half.bits & 0x8000) << 16;
   const float x = bits<float>(rest << 13) * 0x1p112f;
   return bits<float>((rest >= 0x7c00 ? (rest << 13) | 0x7f800000 : bits<uint32_t>(x)) | sign);
 }
-inline void put(float x, float* to) { *to = x; }
-inline void put(double x, double* to) { *to = x; }
+template <typename T> inline void put(T x, T* to) { *to = x; }
 inline void put(float x, Half* to) {  // to nearest, ties to even
   const uint32_t b = bits<uint32_t>(x), sign = b >> 16 & 0x8000, size = b & 0x7fffffff;
   uint32_t half;
-  if (size > 0x7f800000) half = 0x7e00;
-  else if (size >= 0x477ff000) half = 0x7c00;  // from 65520 on
-  else if (size < 0x38800000)
-    half = bits<uint32_t>(std::fabs(x) + .5f) - 0x3f000000;  // denormal: units of 2^-24
+  if (size > 0x7f800000) half = 0x7e00;        // NaN
+  else if (size >= 0x477ff000) half = 0x7c00;  // from 65520 on, infinite
+  else if (size < 0x38800000) half = bits<uint32_t>(std::fabs(x) + .5f) - 0x3f000000;  // in units of 2^-24
   else half = (size - 0x38000000 + 0xfff + (size >> 13 & 1)) >> 13;
   to->bits = half | sign;
 }
@@ -483,7 +484,7 @@ void store(const float* x, int n, Half* to) {
   for (int i = kF16C ? store_8(x, n, to) : 0; i < n; i++) put(x[i], to + i);
 }
 
-// how work is cut up
+// How work is cut up.
 
 const int kBlock = 1024;                           // classes of one position that fit into the first cache
 const int kRowSplit = 1 << 16, kLineSplit = 1024;  // classes that one thread handles
@@ -631,52 +632,42 @@ void ask_for_large_pages(void* data, size_t size) {
 #endif
 }
 
-// the operator
+// The operator.
 
 using mxnet::ext::MXTensor;
 typedef std::unordered_map<std::string, std::string> Attributes;
+typedef std::vector<MXTensor> Tensors;
+
+template <typename From> void read_as(const void* data, int64_t begin, int64_t n, double* to) {
+  for (int64_t i = 0; i < n; i++) to[i] = double(value(static_cast<const From*>(data)[begin + i]));
+}
+void read(const MXTensor& from, int64_t begin, int64_t n, double* to) {
+  switch (from.dtype) {
+    case mxnet::ext::kFloat64: return read_as<double>(from.data_ptr, begin, n, to);
+    case mxnet::ext::kFloat32: return read_as<float>(from.data_ptr, begin, n, to);
+    case mxnet::ext::kFloat16: return read_as<Half>(from.data_ptr, begin, n, to);
+    case mxnet::ext::kInt64: return read_as<int64_t>(from.data_ptr, begin, n, to);
+    case mxnet::ext::kInt32: return read_as<int32_t>(from.data_ptr, begin, n, to);
+    case mxnet::ext::kInt8: return read_as<int8_t>(from.data_ptr, begin, n, to);
+    default: return read_as<uint8_t>(from.data_ptr, begin, n, to);
+  }
+}
 
 // Classes as integers; -1 for whatever is none
-template <typename From, typename To>
-void read_as(const void* data, int64_t begin, int n, int64_t classes, To* to) {
-  for (int t = 0; t < n; t++) {
-    const double j = double(value(static_cast<const From*>(data)[begin + t]));
-    to[t] = j >= 0 && j < classes ? To(j) : To(-1);
-  }
+template <typename Int> void read_index(const MXTensor& index, const Part& part, int64_t classes, Int* y) {
+  double j[kTile];
+  read(index, part.begin, part.n, j);
+  for (int t = 0; t < part.n; t++) y[t] = j[t] >= 0 && j[t] < classes ? Int(j[t]) : Int(-1);
 }
 
-template <typename To> void read_index(const MXTensor& index, const Part& part, int64_t classes, To* to) {
-  const void* data = index.data_ptr;
-  switch (index.dtype) {
-    case mxnet::ext::kFloat64:
-      return read_as<double>(data, part.begin, part.n, classes, to);
-    case mxnet::ext::kFloat32:
-      return read_as<float>(data, part.begin, part.n, classes, to);
-    case mxnet::ext::kFloat16:
-      return read_as<Half>(data, part.begin, part.n, classes, to);
-    case mxnet::ext::kInt64:
-      return read_as<int64_t>(data, part.begin, part.n, classes, to);
-    case mxnet::ext::kInt32:
-      return read_as<int32_t>(data, part.begin, part.n, classes, to);
-    case mxnet::ext::kInt8:
-      return read_as<int8_t>(data, part.begin, part.n, classes, to);
-    default:
-      return read_as<uint8_t>(data, part.begin, part.n, classes, to);
-  }
+// The weights in uniform_nll, which are 1 if none are given; empty if it is not asked for
+template <typename T> std::vector<T> read_weights(bool uniform, const MXTensor* given, int64_t classes) {
+  std::vector<double> weights(uniform ? classes : 0, 1.);
+  if (uniform && given) read(*given, 0, classes, weights.data());
+  return std::vector<T>(weights.begin(), weights.end());
 }
 
-// One class of all positions of a part, copied
-template <typename S, typename T>
-void copy_line(const S* x, const Work& work, const Part& part, int64_t j, T* to) {
-  if (work.lines_in_place) {
-    const T* line = load(x + part.at[0] + j * work.inner, part.n, to);
-    if (line != to) std::copy_n(line, part.n, to);
-  } else {
-    for (int t = 0; t < part.n; t++) to[t] = value(x[part.at[t] + j * work.inner]);
-  }
-}
-
-// The same, copied only if it has to be
+// One class of all positions of a part: in place, or in `buffer`
 template <typename S, typename T>
 const T* load_line(const S* x, const Work& work, const Part& part, int64_t j, T* buffer) {
   if (work.lines_in_place) return load(x + part.at[0] + j * work.inner, part.n, buffer);
@@ -684,8 +675,24 @@ const T* load_line(const S* x, const Work& work, const Part& part, int64_t j, T*
   return buffer;
 }
 
+// Of the positions of a part, over some of their classes
 struct Sums {
-  double log_reference[kTile], sum[kTile], uniform[kTile];
+  double log_reference[kTile], sum[kTile];        // S is sum exp(log_reference)
+  double top[kTile], uniform[kTile], weight = 0;  // sum_j w_j (top - z_j), and sum_j w_j
+
+  explicit Sums(int n = kTile) {
+    std::fill_n(log_reference, n, 0.);
+    std::fill_n(sum, n, 0.);
+    std::fill_n(top, n, -INFINITY);
+    std::fill_n(uniform, n, 0.);
+  }
+  // Adds the weighted sum of other classes of a position, whose weights are `more_weight` in all.
+  void add_uniform(int t, double more_top, double more, double more_weight) {
+    const double next = std::max(top[t], more_top);
+    uniform[t] += more + (weight == 0 ? 0. : weight * (next - top[t])) +
+                  (more_weight == 0 ? 0. : more_weight * (next - more_top));
+    top[t] = next;
+  }
 };
 
 // The sum of exponentials of some classes of one position, read once
@@ -705,14 +712,21 @@ template <typename T> struct RunningSum {
   }
 };
 
-template <typename S, typename T> void reduce_row(const S* row, const T* w, int64_t j_begin, int64_t j_end,
-                                                  int64_t y, T from, int t, Sums* sums) {
+template <typename S, typename T>
+void reduce_row(const S* row, const T* w, int64_t j_begin, int64_t j_end, int64_t y, int t, Sums* sums) {
   T buffer[kBlock];
   RunningSum<T> others;
+  sums->weight = 0;
   for (int64_t j = j_begin; j < j_end; j += kBlock) {
     const int n = int(std::min<int64_t>(kBlock, j_end - j));
     const T* x = load(row + j, n, buffer);
-    if (w) sums->uniform[t] += weighted_sum(x, w + j, n, from);
+    if (w) {
+      const T top = std::max(largest_of(x, n), std::numeric_limits<T>::lowest());
+      double weight;
+      const double uniform = weighted_sum(x, w + j, n, top, &weight);
+      sums->add_uniform(t, top, uniform, weight);
+      sums->weight += weight;
+    }
     if (y < j || y >= j + n) {
       others.add(x, n);
     } else {  // but the label's
@@ -727,41 +741,50 @@ template <typename S, typename T> void reduce_row(const S* row, const T* w, int6
 // Some classes of all positions of a part. They are read once, into a buffer of their own: lines of images
 // are often powers of 2 apart, and so few of them fit into a cache.
 template <typename S, typename T> void reduce_lines(const S* pred, const T* w, const Work& work,
-                                                    const Part& part, const Int<T>* y, const T* from,
-                                                    Sums* sums) {
+                                                    const Part& part, const Int<T>* y, Sums* sums) {
   T lines[kLines][kTile], largest[kTile], sum[kTile];
   double log_reference[kTile];
   References<T> ref;
+  const auto find_largest = [&](int classes, T least) {
+    std::fill_n(largest, part.n, least);
+    for (int j = 0; j < classes; j++) largest_of(lines[j], part.n, largest);
+  };
   for (int64_t j_begin = part.j_begin; j_begin < part.j_end; j_begin += kLines) {
     const int classes = int(std::min<int64_t>(kLines, part.j_end - j_begin));
     const int padded = (classes + kGroup - 1) / kGroup * kGroup;
     for (int j = 0; j < classes; j++) {
-      copy_line(pred, work, part, j_begin + j, lines[j]);
-      if (w && w[j_begin + j] != 0) weighted_sum(lines[j], w[j_begin + j], part.n, from, sums->uniform);
+      const T* line = load_line(pred, work, part, j_begin + j, lines[j]);
+      if (line != lines[j]) std::copy_n(line, part.n, lines[j]);
+    }
+    if (w) {
+      double uniform[kTile] = {}, weight = 0;
+      find_largest(classes, std::numeric_limits<T>::lowest());
+      for (int j = 0; j < classes; j++) {
+        if (w[j_begin + j] != 0) weighted_sum(lines[j], w[j_begin + j], part.n, largest, uniform);
+        weight += w[j_begin + j];
+      }
+      for (int t = 0; t < part.n; t++) sums->add_uniform(t, largest[t], uniform[t], weight);
+      sums->weight += weight;
     }
     for (int j = classes; j < padded; j++) std::fill_n(lines[j], part.n, T(-INFINITY));
     for (int t = 0; t < part.n; t++) {
-      if (y[t] >= j_begin && y[t] < j_begin + classes)
-        lines[y[t] - j_begin][t] = -INFINITY;  // all but the label's
+      const int64_t j = y[t] - j_begin;
+      if (y[t] >= 0 && j >= 0 && j < classes) lines[j][t] = -INFINITY;  // all but the label's
     }
-    std::fill_n(largest, part.n, T(-INFINITY));
     std::fill_n(sum, part.n, T(0));
-    for (int j = 0; j < classes; j++) largest_of(lines[j], part.n, largest);
+    find_largest(classes, T(-INFINITY));
     make_references(largest, part.n, &ref, log_reference);
     for (int j = 0; j < padded; j += kGroup) sum_exp(lines[j], part.n, &ref, sum);
     merge(log_reference, sum, part.n, sums->log_reference, sums->sum);
   }
 }
 
-template <typename S, typename T> void reduce(const S* pred, const T* w, const Work& work, const Part& part,
-                                              const Int<T>* y, const T* from, Sums* sums) {
-  std::fill_n(sums->log_reference, part.n, 0.);
-  std::fill_n(sums->sum, part.n, 0.);
-  std::fill_n(sums->uniform, part.n, 0.);
+template <typename S, typename T>
+void reduce(const S* pred, const T* w, const Work& work, const Part& part, const Int<T>* y, Sums* sums) {
   if (std::all_of(y, y + part.n, [](Int<T> j) { return j < 0; })) return;
-  if (!work.rows) return reduce_lines(pred, w, work, part, y, from, sums);
+  if (!work.rows) return reduce_lines(pred, w, work, part, y, sums);
   for (int t = 0; t < part.n; t++) {
-    if (y[t] >= 0) reduce_row(pred + part.at[t], w, part.j_begin, part.j_end, y[t], from[t], t, sums);
+    if (y[t] >= 0) reduce_row(pred + part.at[t], w, part.j_begin, part.j_end, y[t], t, sums);
   }
 }
 
@@ -776,78 +799,49 @@ template <typename S> void restore_infinite(const S* pred, const Work& work, con
   }
 }
 
-// The weights of all classes, or empty if there is no uniform_nll
-template <typename T>
-std::vector<T> read_weights(const std::vector<MXTensor>& inputs, size_t at, bool uniform, int64_t classes) {
-  if (!uniform || at >= inputs.size()) return std::vector<T>(uniform ? classes : 0, T(1));
-  std::vector<T> weights(classes);
-  const void* from = inputs[at].data_ptr;
-  for (int64_t j = 0; j < classes; j++) {
-    switch (inputs[at].dtype) {
-      case mxnet::ext::kFloat64:
-        weights[j] = T(static_cast<const double*>(from)[j]);
-        break;
-      case mxnet::ext::kFloat32:
-        weights[j] = T(static_cast<const float*>(from)[j]);
-        break;
-      default:
-        weights[j] = T(value(static_cast<const Half*>(from)[j]));
-    }
-  }
-  return weights;
-}
-template <typename T> double sum_of(const std::vector<T>& w) {
-  double sum = 0;
-  for (T one : w) sum += one;
-  return sum;
-}
-
 // pred, index, class_weight -> nll, logsumexp, logsumexp_rest, uniform_nll
-template <typename S, typename T>
-void forward_as(int axis, bool uniform, std::vector<MXTensor>& in, std::vector<MXTensor>& out) {
+template <typename S, typename T> void forward_as(int axis, bool uniform, Tensors& in, Tensors& out) {
   const Work work(in[0].shape, axis);
   const S* pred = in[0].data<S>();
-  const std::vector<T> weights = read_weights<T>(in, 2, uniform, work.classes);
+  const std::vector<T> weights = read_weights<T>(uniform, in.size() > 2 ? &in[2] : nullptr, work.classes);
   const T* w = uniform ? weights.data() : nullptr;
-  const double total_weight = sum_of(weights);
+  const double total_weight = std::accumulate(weights.begin(), weights.end(), 0.);
   std::unique_ptr<Sums[]> partial(work.splits > 1 ? new Sums[work.tiles * work.splits] : nullptr);
 
-  const auto handle = [&](int64_t tile, int64_t split, bool last) {
-    const Part part(work, tile, split);
-    Int<T> y[kTile];
-    T from[kTile];
+  const auto finish_part = [&](const Part& part, const Int<T>* y, Sums* sums) {
     double z_label[kTile];
-    Sums sums;
-    read_index(in[1], part, work.classes, y);
     for (int t = 0; t < part.n; t++) {
       z_label[t] = y[t] < 0 ? 0. : double(value(pred[part.at[t] + y[t] * work.inner]));
-      from[t] = std::isfinite(z_label[t]) ? T(z_label[t]) : T(0);
     }
-    if (!partial) {
-      reduce(pred, w, work, part, y, from, &sums);
-    } else if (!last) {
-      return reduce(pred, w, work, part, y, from, &partial[tile * work.splits + split]);
-    } else {
-      sums = partial[tile * work.splits];
-      for (int64_t s = 1; s < work.splits; s++) {
-        const Sums& more = partial[tile * work.splits + s];
-        merge_at<double>(more.log_reference, more.sum, part.n, sums.log_reference, sums.sum);
-        for (int t = 0; t < part.n; t++) sums.uniform[t] += more.uniform[t];
-      }
-    }
-    restore_infinite(pred, work, part, &sums);
-    double from_double[kTile];
-    std::copy_n(from, part.n, from_double);
+    restore_infinite(pred, work, part, sums);
+    const auto output = [&](int i) { return out[i].data<T>() + part.begin; };
     finish(y, part.n,
-           Position<T>{sums.log_reference, sums.sum, z_label, sums.uniform, from_double, total_weight,
-                       double(work.classes), out[0].data<T>() + part.begin, out[1].data<T>() + part.begin,
-                       out[2].data<T>() + part.begin, uniform ? out[3].data<T>() + part.begin : nullptr});
+           Position<T>{sums->log_reference, sums->sum, z_label, sums->uniform, sums->top, total_weight,
+                       double(work.classes), output(0), output(1), output(2), uniform ? output(3) : nullptr});
   };
-  const int64_t amount = work.positions * work.classes;
-  for_each(work.tiles * work.splits, amount,
-           [&](int64_t i) { handle(i / work.splits, i % work.splits, false); });
-  if (partial)
-    for_each(work.tiles, work.positions * work.splits, [&](int64_t tile) { handle(tile, 0, true); });
+  for_each(work.tiles * work.splits, work.positions * work.classes, [&](int64_t i) {
+    const Part part(work, i / work.splits, i % work.splits);
+    Int<T> y[kTile];
+    read_index(in[1], part, work.classes, y);
+    if (partial) return reduce(pred, w, work, part, y, &partial[i]);
+    Sums sums(part.n);
+    reduce(pred, w, work, part, y, &sums);
+    finish_part(part, y, &sums);
+  });
+  if (!partial) return;
+  for_each(work.tiles, work.positions * work.splits, [&](int64_t tile) {
+    const Part part(work, tile, 0);
+    Int<T> y[kTile];
+    read_index(in[1], part, work.classes, y);
+    Sums& sums = partial[tile * work.splits];
+    for (int64_t split = 1; split < work.splits; split++) {
+      const Sums& more = partial[tile * work.splits + split];
+      merge_at<double>(more.log_reference, more.sum, part.n, sums.log_reference, sums.sum);
+      for (int t = 0; t < part.n; t++) sums.add_uniform(t, more.top[t], more.uniform[t], more.weight);
+      sums.weight += more.weight;
+    }
+    finish_part(part, y, &sums);
+  });
 }
 
 template <typename S, typename T> void gradient_of_row(const S* row, const T* w, int64_t j_begin,
@@ -879,17 +873,15 @@ template <typename S, typename T> void gradient_of_lines(const S* pred, const T*
 }
 
 // gradients of the outputs, pred, index, class_weight, outputs -> gradients of the inputs
-template <typename S, typename T> void backward_as(int axis, bool uniform, size_t num_in,
-                                                   std::vector<MXTensor>& in, std::vector<MXTensor>& out) {
-  const size_t first = uniform ? 4 : 3;  // of the inputs of forward
+template <typename S, typename T> void backward_as(int axis, bool uniform, Tensors& in, Tensors& out) {
+  const size_t first = uniform ? 4 : 3, num_in = out.size();  // of forward: its outputs, its inputs
   const Work work(in[first].shape, axis);
   const S* pred = in[first].data<S>();
   S* to = out[0].data<S>();
-  in.resize(first + num_in + first);
-  std::vector<T> weights = num_in > 2 ? read_weights<T>(in, first + 2, uniform, work.classes)
-                                      : read_weights<T>(in, in.size(), uniform, work.classes);
+  const MXTensor* given = num_in > 2 ? &in[first + 2] : nullptr;
+  const std::vector<T> weights = read_weights<T>(uniform, given, work.classes);
   const T* w = uniform ? weights.data() : nullptr;
-  const double total_weight = sum_of(weights);
+  const double total_weight = std::accumulate(weights.begin(), weights.end(), 0.);
   ask_for_large_pages(to, out[0].size() * sizeof(S));
   const auto at = [&](size_t i, const Part& part) { return in[i].data<T>() + part.begin; };
 
@@ -971,42 +963,31 @@ mxnet::ext::MXReturnValue infer_shape(const Attributes& attributes, std::vector<
   return mxnet::ext::MX_SUCCESS;
 }
 
-mxnet::ext::MXReturnValue forward(const Attributes& attributes, std::vector<MXTensor>* in,
-                                  std::vector<MXTensor>* out, const mxnet::ext::OpResource&) {
-  const int axis = axis_of(attributes, in->at(0).shape.size());
-  const bool uniform = to_int(attributes, "uniform", 0);
-  switch (in->at(0).dtype) {
-    case mxnet::ext::kFloat16:
-      forward_as<Half, float>(axis, uniform, *in, *out);
-      break;
-    case mxnet::ext::kFloat32:
-      forward_as<float, float>(axis, uniform, *in, *out);
-      break;
-    default:
-      forward_as<double, double>(axis, uniform, *in, *out);
-  }
+// What computes, for logits of each dtype
+typedef void Compute(int axis, bool uniform, Tensors& in, Tensors& out);
+mxnet::ext::MXReturnValue compute(const Attributes& attributes, const MXTensor& logits, Compute* of_float16,
+                                  Compute* of_float32, Compute* of_float64, Tensors& in, Tensors& out) {
+  const bool is_float16 = logits.dtype == mxnet::ext::kFloat16;
+  const bool is_float32 = logits.dtype == mxnet::ext::kFloat32;
+  Compute* const of_dtype = is_float16 ? of_float16 : is_float32 ? of_float32 : of_float64;
+  of_dtype(axis_of(attributes, logits.shape.size()), to_int(attributes, "uniform", 0), in, out);
   return mxnet::ext::MX_SUCCESS;
 }
 
-mxnet::ext::MXReturnValue backward(const Attributes& attributes, std::vector<MXTensor>* in,
-                                   std::vector<MXTensor>* out, const mxnet::ext::OpResource&) {
-  const int axis = axis_of(attributes, out->at(0).shape.size());
-  const bool uniform = to_int(attributes, "uniform", 0);
-  switch (out->at(0).dtype) {
-    case mxnet::ext::kFloat16:
-      backward_as<Half, float>(axis, uniform, out->size(), *in, *out);
-      break;
-    case mxnet::ext::kFloat32:
-      backward_as<float, float>(axis, uniform, out->size(), *in, *out);
-      break;
-    default:
-      backward_as<double, double>(axis, uniform, out->size(), *in, *out);
-  }
-  static const size_t sizes[] = {4, 8, 2, 1, 4, 1, 8};
-  for (size_t i = 1; i < out->size(); i++) {  // index and class_weight have none
+mxnet::ext::MXReturnValue forward(const Attributes& attributes, Tensors* in, Tensors* out,
+                                  const mxnet::ext::OpResource&) {
+  return compute(attributes, in->at(0), forward_as<Half, float>, forward_as<float, float>,
+                 forward_as<double, double>, *in, *out);
+}
+
+mxnet::ext::MXReturnValue backward(const Attributes& attributes, Tensors* in, Tensors* out,
+                                   const mxnet::ext::OpResource&) {
+  static const size_t sizes[] = {4, 8, 2, 1, 4, 1, 8};  // of a number, by dtype
+  for (size_t i = 1; i < out->size(); i++) {            // index and class_weight have no gradient
     memset(out->at(i).data_ptr, 0, out->at(i).size() * sizes[out->at(i).dtype]);
   }
-  return mxnet::ext::MX_SUCCESS;
+  return compute(attributes, out->at(0), backward_as<Half, float>, backward_as<float, float>,
+                 backward_as<double, double>, *in, *out);
 }
 
 REGISTER_OP(stable_ce_class_terms)

@@ -34,8 +34,6 @@ FLAGS = (
     *('-fno-math-errno', '-fno-trapping-math', '-ffp-contract=fast'),
 )
 STALE = 3600  # seconds after which a build is taken to have been killed
-
-
 END = b'end of stable_ce_class_terms'  # the last bytes of the file: one that was cut off crashes when loaded
 
 _CALLS = count()
@@ -75,6 +73,8 @@ def class_terms(
     A label at -inf has an infinite nll, and so has one beside a class at +inf. A label at +inf has NaN. NaN
     in any class of a position is NaN.
     """
+    if not load():
+        raise ValueError(f"kernel: expected 'stock', as {why_unavailable()}; got 'fused'")
     if is_leaf:
         # An operator of a library cannot add into a gradient (grad_req='add'), but a reshape can. The
         # attribute keeps MXNet from merging it with other reshapes of `pred`.
@@ -84,8 +84,8 @@ def class_terms(
         index = F.where(is_needed, index, -F.ones_like(index))  # -1 is not read
     inputs = (pred, index, class_weight) if uniform and class_weight is not None else (pred, index)
     operator = getattr(F, NAME)
-    nll, high, _, *others = operator(*inputs, axis=axis, uniform=int(uniform), weighted=len(inputs) - 2)
-    return nll, high if logsumexp else None, others[0] if uniform else None
+    nll, rounded, _, *others = operator(*inputs, axis=axis, uniform=int(uniform), weighted=len(inputs) - 2)
+    return nll, rounded if logsumexp else None, others[0] if uniform else None
 
 
 def why_unsupported():
@@ -307,7 +307,9 @@ def _verify_in_fresh_process(path):
 
 def verify(path):
     """Load the library at `path` and compare it with float64; AssertionError if it is wrong."""
+    global _is_loaded
     load_library(path)
+    _is_loaded = True  # and not another one
     rng = np.random.RandomState(0)
     for dtype, tolerance in (('float32', 1e-6), ('float64', 1e-12), ('float16', 1e-6)):
         for classes in (2, 10, 1333, 70000):  # lines, lines, rows, split rows
