@@ -1,6 +1,5 @@
 """Checks of options, and the values that they may have."""
 
-import os
 from numbers import Integral, Real
 from typing import Any, Optional, Sequence
 
@@ -12,7 +11,6 @@ FLOAT32_MAX = 3.4028234663852886e38  # MXNet reads larger numbers as others
 REDUCTIONS = ('mean', 'valid', 'sum', 'none')
 INVALID_LABELS = ('nan', 'raise', 'clip')
 KERNELS = ('auto', 'stock', 'fused')
-KERNEL_VARIABLE = 'GLUON_STABLE_CE_KERNEL'  # of the environment
 PRED_TYPES = ('probs', 'logits', 'log_probs')
 
 
@@ -52,27 +50,6 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f'{name}: expected one of {", ".join(map(repr, choices))}, got {value!r:.80}')
     return value
-
-
-def check_kernel(kernel: Any, sparse_label: bool, pred_type: str) -> str:
-    """Return which kernel may compute; 'auto' is what the environment says, and 'stock' where it must be.
-
-    Raises
-    ------
-    ValueError
-        If `kernel` is no kernel, or 'fused' where it cannot be.
-    """
-    is_auto = check_choice('kernel', kernel, KERNELS) == 'auto'
-    if is_auto:
-        kernel = check_choice(KERNEL_VARIABLE, os.environ.get(KERNEL_VARIABLE) or 'auto', KERNELS)
-    if sparse_label and pred_type == 'logits':
-        return kernel
-    if kernel == 'fused' and not is_auto:
-        raise ValueError(
-            "kernel: expected 'auto' or 'stock', as the fused kernel computes sparse labels and logits, "
-            f'got {kernel!r} with sparse_label={sparse_label} and {pred_type}'
-        )
-    return 'stock'
 
 
 def check_ignore_label(ignore_label: Any, sparse_label: bool) -> Optional[int]:

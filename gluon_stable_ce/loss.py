@@ -21,11 +21,10 @@ from ._options import (
     check_choice,
     check_flag,
     check_ignore_label,
-    check_kernel,
     check_number,
 )
 from ._signature import Signature, check_array_type, infer_signature, on_one_context
-from .kernels import choose, class_terms
+from .kernels import check_kernel, choose, class_terms
 from .metric import StableCrossEntropy
 
 __all__ = ['StableSoftmaxCELoss', 'StableSoftmaxCrossEntropyLoss']
@@ -336,7 +335,6 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
             kernel=check_kernel(given['kernel'], sparse_label, pred_type),
         )
         _check_combination(options)
-        choose(options.kernel, 'float32', 'cpu')  # raises if the fused kernel is asked for and is not there
         return options
 
     def forward(

@@ -12,10 +12,10 @@ from mxnet import autograd
 from . import _array_api, functional
 from ._array_api import Array, Arrays, F
 from ._graphs import STATIC, compiled
-from ._options import PRED_TYPES, check_choice, check_flag, check_ignore_label, check_kernel, check_number
+from ._options import PRED_TYPES, check_choice, check_flag, check_ignore_label, check_number
 from ._running_mean import ExactSums, RunningMean
 from ._signature import Signature, check_array_type, infer_signature
-from .kernels import choose, class_terms
+from .kernels import check_kernel, class_terms
 
 __all__ = ['StableBitsPerToken', 'StableCrossEntropy', 'StableLoss', 'StablePerplexity']
 
@@ -95,7 +95,7 @@ def compose_nll(
         pred_type=options.pred_type,
         ndim=signature.ndim,
         dtype=signature.dtype,
-        is_leaf=False,
+        is_leaf=False,  # nothing is recorded
     )
     if options.sparse_label:
         label = functional.align_label(F, label, pred, axis, signature.ndim, signature.label_ndim)
@@ -107,9 +107,8 @@ def compose_nll(
             options.ignore_label,
             **signature.reading,
         )
-        nll = F.cast(
-            reduce(index=labels.index, is_needed=labels.is_counted).nll, dtype='float64'
-        )  # (positions...)
+        terms = reduce(index=labels.index, is_needed=labels.is_counted)
+        nll = F.cast(terms.nll, dtype='float64')  # (positions...)
         nll = functional.mask(F, nll, labels, invalid=_INVALID, ignored=_IGNORED)
     else:
         target = F.cast(label, dtype=signature.compute_dtype)
@@ -155,12 +154,12 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric):
     with as many rows, as in `mx.metric`.
 
     *Numerics.* Probabilities are picked first, and their logarithm is taken in float64 (1e-15 relative).
-    Logits are reduced as in the loss, with its error. Sums are exact and the division rounds once, so
-    with one kernel the result is the same to the last bit however the data is split into batches, devices and
-    workers
-    (``test_metric.py::test_results_do_not_depend_on_batches_devices_or_when_get_is_called``). An update only
-    waits for the one two updates ago, and the arrays of the last two stay in memory, to be computed again if
-    an error on the device skips them.
+    Logits are reduced as in the loss, with its error. Sums are exact and the division rounds once. So with
+    one kernel, the result is the same to the last bit however the data is split into batches, devices and
+    workers (``test_metric.py::test_results_do_not_depend_on_batches_devices_or_when_get_is_called``).
+
+    *Memory.* An update only waits for the one two updates ago. The arrays of the last two stay in memory, to
+    be computed again if an error on the device skips them.
 
     Examples
     --------
@@ -196,7 +195,6 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric):
             sparse_label=sparse_label,
             kernel=check_kernel(kernel, sparse_label, pred_type),
         )
-        choose(self._options.kernel, 'float32', 'cpu')  # as in the loss
         kwargs = {**self._options._asdict(), 'kernel': kernel}
         _EvalMetric.__init__(self, name, output_names, label_names, has_global_stats=True, **kwargs)
 

@@ -8,8 +8,7 @@ import mxnet as mx
 import numpy as np
 import pytest
 
-from gluon_stable_ce._options import KERNEL_VARIABLE
-from gluon_stable_ce.kernels import fused
+from gluon_stable_ce.kernels import KERNEL_VARIABLE, fused
 
 hypothesis.settings.register_profile('default', deadline=None, max_examples=60)
 hypothesis.settings.register_profile('ci', deadline=None, max_examples=60, derandomize=True)

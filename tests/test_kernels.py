@@ -249,6 +249,8 @@ def test_fused_where_it_cannot_be_is_an_error(dtype, device_type, reason):
 
 def test_without_the_operator_auto_is_stock_and_fused_an_error(monkeypatch):
     monkeypatch.setattr(fused, 'load', lambda: False)
+    with pytest.raises(ValueError, match="^kernel: expected 'stock', as the fused kernel .*; got 'fused'$"):
+        class_terms(nd, 'fused', nd.zeros((4, 3)), index=nd.zeros(4))
     assert choose('auto', 'float32', 'cpu') == 'stock'
     for make_it in (StableSoftmaxCELoss, StableCrossEntropy):
         with pytest.raises(ValueError, match='^kernel: .*fused kernel'):

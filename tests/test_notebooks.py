@@ -19,7 +19,7 @@ from jupyter_client.kernelspec import KernelSpec  # noqa: E402
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 FOLDER = os.path.join(ROOT, 'notebooks')
 NOTEBOOKS = sorted(name for name in os.listdir(FOLDER) if name.endswith('.ipynb'))
-OF_A_MACHINE = r'site-packages|/tmp\b|/home/|/root/|/work/|/Users/|Warning'
+OF_A_MACHINE = r'site-packages|/tmp\b|/home/|/root/|/Users/|Warning'
 
 runs = pytest.mark.skipif(VERSION < (1, 9), reason='the notebooks show MXNet 1.9: ONNX export came with it')
 

@@ -1,13 +1,16 @@
 """How the class axis is reduced to one number per position: the one place that chooses an implementation."""
 
+import os
 from threading import get_ident, main_thread
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 from .._array_api import CPU, Array, F
+from .._options import KERNELS, check_choice
 from . import fused, stock
 
-__all__ = ['ClassTerms', 'choose', 'class_terms', 'kernel_for_thread']
+__all__ = ['ClassTerms', 'check_kernel', 'choose', 'class_terms', 'kernel_for_thread']
 
+KERNEL_VARIABLE = 'GLUON_STABLE_CE_KERNEL'  # of the environment
 MAIN_THREAD = main_thread().ident
 
 
@@ -17,6 +20,30 @@ class ClassTerms(NamedTuple):
     nll: Array  # -log p of the class `index`, or -sum_j w_j target_j log p_j
     logsumexp: Optional[Array] = None  # log sum_j exp z_j
     uniform_nll: Optional[Array] = None  # -1/C sum_j w_j log p_j
+
+
+def check_kernel(kernel: Any, sparse_label: bool, pred_type: str) -> str:
+    """Return the option `kernel` as calls need it: 'stock' for what only that computes.
+
+    'auto' is what the environment says.
+
+    Raises
+    ------
+    ValueError
+        If `kernel` is no kernel, or 'fused' where that cannot be used.
+    """
+    is_default = check_choice('kernel', kernel, KERNELS) == 'auto'
+    if is_default:
+        kernel = check_choice(KERNEL_VARIABLE, os.environ.get(KERNEL_VARIABLE) or 'auto', KERNELS)
+    if sparse_label and pred_type == 'logits':
+        choose(kernel, 'float32', 'cpu')  # raises if 'fused' has not been compiled
+        return kernel
+    if kernel == 'fused' and not is_default:
+        raise ValueError(
+            "kernel: expected 'auto' or 'stock', as the fused kernel computes sparse labels and logits, "
+            f'got {kernel!r} with sparse_label={sparse_label} and {pred_type}'
+        )
+    return 'stock'
 
 
 def choose(kernel: str, dtype: Optional[str], device_type: Optional[str] = None) -> str:

@@ -677,14 +677,15 @@ const T* load_line(const S* x, const Work& work, const Part& part, int64_t j, T*
 
 // Of the positions of a part, over some of their classes
 struct Sums {
-  double log_reference[kTile], sum[kTile];        // S is sum exp(log_reference)
-  double top[kTile], uniform[kTile], weight = 0;  // sum_j w_j (top - z_j), and sum_j w_j
+  double log_reference[kTile], sum[kTile];    // S is sum exp(log_reference)
+  double top[kTile], uniform[kTile], weight;  // sum_j w_j (top - z_j), and sum_j w_j
 
-  explicit Sums(int n = kTile) {
+  void clear(int n) {
     std::fill_n(log_reference, n, 0.);
     std::fill_n(sum, n, 0.);
     std::fill_n(top, n, -INFINITY);
     std::fill_n(uniform, n, 0.);
+    weight = 0;
   }
   // Adds the weighted sum of other classes of a position, whose weights are `more_weight` in all.
   void add_uniform(int t, double more_top, double more, double more_weight) {
@@ -781,6 +782,7 @@ template <typename S, typename T> void reduce_lines(const S* pred, const T* w, c
 
 template <typename S, typename T>
 void reduce(const S* pred, const T* w, const Work& work, const Part& part, const Int<T>* y, Sums* sums) {
+  sums->clear(part.n);
   if (std::all_of(y, y + part.n, [](Int<T> j) { return j < 0; })) return;
   if (!work.rows) return reduce_lines(pred, w, work, part, y, sums);
   for (int t = 0; t < part.n; t++) {
@@ -824,7 +826,7 @@ template <typename S, typename T> void forward_as(int axis, bool uniform, Tensor
     Int<T> y[kTile];
     read_index(in[1], part, work.classes, y);
     if (partial) return reduce(pred, w, work, part, y, &partial[i]);
-    Sums sums(part.n);
+    Sums sums;
     reduce(pred, w, work, part, y, &sums);
     finish_part(part, y, &sums);
   });

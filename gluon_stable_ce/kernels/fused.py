@@ -245,6 +245,8 @@ def build(force=False):
         return found
     folder = writable_folder()
     _remove_stale(folder)
+    if sys.stderr.isatty():
+        print('gluon_stable_ce build: compiling and testing ...', file=sys.stderr)
     handle, path = tempfile.mkstemp(prefix='building-', suffix='.so', dir=folder)
     os.close(handle)
     try:
