@@ -19,6 +19,7 @@ import reference
 from modes import VERSION
 
 from gluon_stable_ce import StableCrossEntropy, StableSoftmaxCELoss
+from gluon_stable_ce.kernels import fused
 
 # Columns of the README's measurements: the contenders whose names begin so, in the order of results.md.
 CONTENDERS = ('ours', 'gluon, static_alloc', 'PyTorch')
@@ -85,6 +86,10 @@ def test_first_table_is_what_is_measured():
         ),
     ]
     pages.check_section('README.md', 'truth', pages.table(rows))
+    if fused.load():
+        assert f'the second row is {value(StableSoftmaxCELoss(kernel="fused"), sure, 0):.1e}' in pages.read(
+            'README.md'
+        )
 
 
 def test_measurements_are_those_of_the_benchmark():
