@@ -41,7 +41,8 @@ quick: $(VENV)/.cpu-docs-onnx-test kernel
 	QUICK=1 $(BIN)/python -m pytest -m 'not slow and not dist' $(ARGS)
 
 fuzz: $(VENV)/.cpu-docs-onnx-test kernel
-	FUZZ_EXAMPLES=$(or $(EXAMPLES),20000) $(BIN)/python -m pytest tests/test_fuzz.py tests/test_audit_fuzz.py $(ARGS)
+	FUZZ_EXAMPLES=$(or $(EXAMPLES),20000) $(BIN)/python -m pytest tests/test_fuzz.py tests/test_audit_fuzz.py \
+	    tests/test_properties.py $(ARGS)
 
 # Nothing else should run meanwhile. PyTorch has an environment of its own, since it wants another NumPy.
 bench: $(VENV)/.cpu-demo kernel $(if $(filter torch,$(WITH)),.venv-torch/bin/torch-is-here)

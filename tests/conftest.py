@@ -10,9 +10,11 @@ import pytest
 
 from gluon_stable_ce.kernels import KERNEL_VARIABLE, fused
 
-hypothesis.settings.register_profile('default', deadline=None, max_examples=60)
-hypothesis.settings.register_profile('ci', deadline=None, max_examples=60, derandomize=True)
-hypothesis.settings.load_profile('ci' if os.environ.get('CI') else 'default')
+# Every run of the tests tries the same examples; `make fuzz` tries new ones.
+FUZZ_EXAMPLES = os.environ.get('FUZZ_EXAMPLES')
+hypothesis.settings.register_profile('same', deadline=None, max_examples=60, derandomize=True)
+hypothesis.settings.register_profile('fuzz', deadline=None, max_examples=int(FUZZ_EXAMPLES or 60))
+hypothesis.settings.load_profile('fuzz' if FUZZ_EXAMPLES else 'same')
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'examples'))
 

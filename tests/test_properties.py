@@ -140,12 +140,17 @@ def test_mean_of_reduction_valid_is_the_mean_over_all_positions_that_count(probl
 
 @given(problems(dtypes=('float32',), options=False))
 def test_error_is_bounded_by_that_of_the_plain_implementation(problem):
-    """Ours is off by no more than gluon's own on the same logits, and 5e-6 (see the loss's Numerics)."""
+    """Each loss is off by no more than gluon's largest error on the same logits, and a kernel's own error.
+
+    oneDNN's logarithm is off by up to 3.6e-6, its log 1, which the stock kernel subtracts, by 1.4e-6, and three roundings
+    of the loss add to this. gluon takes another kernel where the classes are not last.
+    """
     pred, label, _, settings = problem
     truth, _ = reference.loss_and_gradient(pred, label, **settings)
     stock = mx.gluon.loss.SoftmaxCrossEntropyLoss(**settings)(mx.nd.array(pred), mx.nd.array(label)).asnumpy()
     ours, _ = run(pred, label, **settings)
-    assert np.abs(ours - truth).max() <= np.abs(stock - truth).max() + 5e-6
+    bound = np.abs(stock - truth).max() + 5e-6 + 3 * 2**-24 * np.abs(truth)
+    assert (np.abs(ours - truth) <= bound).all()
 
 
 @given(problems(dtypes=('float32',), options=False), st.integers(0, 12))
