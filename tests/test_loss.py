@@ -265,16 +265,38 @@ def test_gradient_of_labels_is_zero(shape, options, rng, ctx):
     np.testing.assert_allclose(pred.grad.asnumpy(), expected, **cases.CLOSE)
 
 
-def test_gradient_of_sample_weights_is_the_loss(rng, ctx):
-    pred, label = nd.array(rng.normal(0, 1, (4, 5))), nd.array(rng.randint(0, 5, 4))
-    weight = nd.array([1, 2, 0.5, 0])
-    weight.attach_grad()
+def gradient_of(array, loss_fn, *inputs):
+    """The gradient of the loss with respect to one of its inputs, `array`."""
+    array.attach_grad()
     with autograd.record():
-        loss = StableSoftmaxCELoss()(pred, label, weight)
+        loss = loss_fn(*inputs)
     loss.backward()
-    expected = StableSoftmaxCELoss()(pred, label).asnumpy()
-    expected[3] = 0  # where the weight is 0, so is its gradient
-    np.testing.assert_allclose(weight.grad.asnumpy(), expected, **cases.CLOSE)
+    return array.grad.asnumpy()
+
+
+def test_gradient_of_sample_weights_is_the_loss(rng, ctx):
+    """Where the weight is 0, so is its gradient: also that of an infinite loss and of a NaN."""
+    pred, label = rng.normal(0, 1, (6, 5)), nd.array([0, 1, 2, 3, 0, 7])
+    pred[4, 0] = -np.inf
+    pred, weight = nd.array(pred), nd.array([1, 2, 0.5, 0, 0, 0])
+    expected = np.where(weight.asnumpy() == 0, 0, StableSoftmaxCELoss()(pred, label).asnumpy())
+    gradient = gradient_of(weight, StableSoftmaxCELoss(), pred, label, weight)
+    np.testing.assert_allclose(gradient, expected, **cases.CLOSE)
+
+
+@pytest.mark.parametrize('from_logits', [False, True])
+@pytest.mark.parametrize('class_weight', [None, [1, 2, 0, 4]], ids=['', 'class-weight'])
+def test_gradient_of_dense_labels_is_the_nll_of_each_class(from_logits, class_weight, ctx):
+    """Where the label is 0, so is its gradient: exactly, and also at a logit of minus infinity."""
+    logits = np.array([[3, 0, 1, -np.inf], [0, 1, 2, 30]], 'float32')
+    label = nd.array([[0.5, 0, 0.5, 0], [0, 0, 0, 1]])
+    log_p = reference.log_softmax(logits)
+    expected = np.where(label.asnumpy() == 0, 0, -log_p * (class_weight or [1] * 4))
+    pred = nd.array(log_p if from_logits else logits)
+    loss_fn = StableSoftmaxCELoss(sparse_label=False, from_logits=from_logits, class_weight=class_weight)
+    gradient = gradient_of(label, loss_fn, pred, label)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-6, atol=3e-7)
+    np.testing.assert_array_equal(gradient[label.asnumpy() == 0], 0)
 
 
 @pytest.mark.parametrize('classes', [10, 252, 507, pytest.param(50257, marks=pytest.mark.slow)])
