@@ -10,10 +10,10 @@
  *   class_weight  (C,), floats: the weights w
  *
  * Outputs, (outer..., inner...) each:
- *   nll           -log p_y, with p the softmax of z
- *   logsumexp     log sum_j exp z_j
- *   logsumexp_rest  what float rounds off from it. At 80, that is up to 4e-6, and so would the gradient be
- * off uniform_nll   -1/C sum_j w_j log p_j
+ *   nll             -log p_y, with p the softmax of z
+ *   logsumexp       log sum_j exp z_j
+ *   logsumexp_rest  what float rounds off from it: up to 4e-6 at 80, and the gradient needs these digits
+ *   uniform_nll     -1/C sum_j w_j log p_j
  *
  * What there is once per logit is computed in T: float for float16 and float32, double for float64. What
  * there is once per position is double.
@@ -21,7 +21,7 @@
  * Numerics. S is the sum of exp z_j over all classes but the label's. So with L = log S - z_y, the loss is
  * nll = softplus(L), which is as exact for p near 1 as for p near 0. exp(z) is computed as 2^n exp(r) with
  * |r| <= log(2) / 2, and the sums are scaled by 2^-K, with K from the largest logit so far. That subtracts no
- * logit from another, so it rounds no difference. For logits beyond +-4096, n log(2) would be rounded. There
+ * logit from another, so it rounds no difference. For larger logits (`far`), n log(2) would be rounded. There
  * z - max is used in its place, which is exact wherever it matters (see Reference).
  *
  * Speed. The loops over logits are functions of their own, compiled once for each instruction set. If the
@@ -75,11 +75,13 @@ template <> struct Format<float> {
   typedef int32_t Int;
   static const int exp_degree = 8, atanh_degree = 8;  // of double series for float results: 2e-10
   static const int mantissa = 23, bias = 127;
+  static const int far = 4096;  // from here on, n log(2) is rounded too much
 };
 template <> struct Format<double> {
   typedef int64_t Int;
   static const int exp_degree = 13, atanh_degree = 16;
   static const int mantissa = 52, bias = 1023;
+  static const int far = 16;
 };
 template <typename T> using Int = typename Format<T>::Int;
 
@@ -178,7 +180,7 @@ template <typename T> struct Reference {
   T shift;
   Int<T> k;
 };
-template <typename T> INLINE bool is_inside(T largest) { return std::fabs(largest) < 4096; }
+template <typename T> INLINE bool is_inside(T largest) { return std::fabs(largest) < Format<T>::far; }
 template <typename T> INLINE T shift_of(T largest) {
   return is_inside(largest) || largest == -INFINITY ? T(0) : largest;
 }
