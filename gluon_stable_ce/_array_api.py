@@ -6,8 +6,9 @@ the way in, and the result is viewed back on the way out.
 """
 
 from functools import lru_cache
+from string import ascii_lowercase
 from types import ModuleType
-from typing import Any, List, Optional, Union
+from typing import Any, List, Optional, Sequence, Union
 
 import mxnet as mx
 import numpy as np
@@ -54,6 +55,13 @@ def in_style_of(example: Array, array: Array) -> Array:
 def in_mode(array: Array) -> Array:
     """View `array` as a member of the API that MXNet is set to."""
     return array.as_np_ndarray() if is_np_array() else array.as_nd_ndarray()
+
+
+def sum_of_none(F: F, array: Array, kept_axes: Sequence[int], ndim: Any) -> Array:
+    """Sum a classic array of size 0 over its other axes. The classic sums fail for some of these shapes."""
+    axes = ascii_lowercase[:ndim]
+    kept = ''.join(axes[axis] for axis in sorted(axis % ndim for axis in kept_axes))
+    return F.np.einsum(f'{axes}->{kept}', array.as_np_ndarray()).as_nd_ndarray()
 
 
 def variable(name: str, np_style: bool) -> Array:

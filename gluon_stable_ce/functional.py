@@ -17,7 +17,7 @@ array([99.    ,  0.3133,     nan], dtype=float32)
 
 from typing import Any, NamedTuple, Optional, Sequence
 
-from ._array_api import Array, F
+from ._array_api import Array, F, sum_of_none
 from .kernels import ClassTerms
 from .kernels.stock import weighted
 
@@ -219,6 +219,7 @@ def reduce_positions(
     sample_weight: Optional[Array] = None,
     weight_layout: Optional[str] = None,
     ndim: Optional[int] = None,
+    is_empty: bool = False,
     summed_axes: Sequence[int] = (),
 ) -> Array:
     """Weigh the losses of all positions and reduce them to one per sample.
@@ -237,6 +238,8 @@ def reduce_positions(
         average; 'sum'; 'none'.
     sample_weight, weight_layout : optional
         As for `align_sample_weight`.
+    is_empty : bool
+        Whether there are no positions. Then all losses are 0.
     summed_axes : sequence of int
         Further class axes of the predictions, over which the losses are summed first.
 
@@ -258,6 +261,8 @@ def reduce_positions(
     all_samples = ndim == 1 + len(batch_axes) and not (reduction == 'valid' and is_counted is not None)
     if reduction == 'none' or all_samples:  # each position is a sample
         return loss
+    if is_empty:
+        return sum_of_none(F, expanded, batch_axes, ndim)
     over = {'axis': tuple(batch_axes), 'exclude': True}
     if reduction in ('mean', 'valid') and is_counted is None:
         return F.mean(expanded, **over)

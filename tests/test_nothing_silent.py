@@ -246,13 +246,35 @@ def test_clip_trains_the_nearest_class(label, nearest, mode):
     np.testing.assert_allclose(loss, reference.loss_and_gradient(pred, np.array([nearest]))[0], rtol=1e-5)
 
 
-@pytest.mark.parametrize('reduction', ['mean', 'valid', 'sum'])
-@pytest.mark.parametrize('shape', [(2, 0, 5), (0, 5)], ids=str)
-def test_samples_without_positions_have_a_loss_of_0(shape, reduction):
-    loss_fn = StableSoftmaxCELoss(ignore_label=-1, reduction=reduction)
+EMPTY = {
+    'no samples': ((0, 5), -1, 0),
+    'no samples of several positions': ((0, 3, 5), -1, 0),
+    'samples without positions': ((2, 0, 5), -1, 0),
+    'neither': ((0, 0, 5), -1, 0),
+    'images without height': ((2, 5, 0, 3), 1, 0),
+    'images without width': ((2, 5, 3, 0), 1, 0),
+    'no images': ((0, 5, 3, 2), 1, 0),
+    'several batch axes': ((2, 5, 0, 3), 1, (-1, 0)),
+}
+
+
+@pytest.mark.parametrize('options', [{'ignore_label': -1}, {'sparse_label': False}], ids=str)
+@pytest.mark.parametrize('reduction', ['mean', 'valid', 'sum', 'none'])
+@pytest.mark.parametrize(('shape', 'axis', 'batch_axis'), EMPTY.values(), ids=EMPTY)
+def test_samples_without_positions_have_a_loss_of_0(shape, axis, batch_axis, reduction, options):
+    loss_fn = StableSoftmaxCELoss(axis=axis, batch_axis=batch_axis, reduction=reduction, **options)
+    positions = tuple(np.delete(shape, axis))
+    kept = tuple(np.array(shape)[sorted(np.arange(len(shape))[np.atleast_1d(batch_axis)])])
     with modes.numpy_semantics():
-        loss = loss_fn(mx.np.zeros(shape), mx.np.zeros(shape[:-1]))
-        np.testing.assert_array_equal(loss.asnumpy(), np.zeros(shape[0]))
+        pred, label = mx.np.zeros(shape), mx.np.zeros(shape if 'sparse_label' in options else positions)
+        weights = (
+            [mx.np.ones(kept)] if modes.VERSION >= (1, 8) else []
+        )  # older ones broadcast no empty arrays
+        pred.attach_grad()
+        with autograd.record():
+            loss = loss_fn(pred, label, *weights)
+        loss.backward()
+        np.testing.assert_array_equal(loss.asnumpy(), np.zeros(positions if reduction == 'none' else kept))
         mx.nd.waitall()
 
 
