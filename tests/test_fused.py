@@ -19,7 +19,7 @@ from gluon_stable_ce import StableSoftmaxCELoss, kernels
 from gluon_stable_ce.kernels import fused
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-TOLERANCE = {'float16': 3e-7, 'float32': 3e-7, 'float64': 1e-14}  # of terms and of the label's gradient
+TOLERANCE = {'float16': 3e-7, 'float32': 3e-7, 'float64': 1e-13}  # of terms and of the label's gradient
 ROUNDING = (
     2**-23
 )  # of a float32 number up to 1, as a gradient of one loss is: of its value, and of adding it to a sum
@@ -179,7 +179,7 @@ def test_uniform_nll_beside_huge_and_masked_logits(classes, inner, weighted, oth
 
 
 @needs_operator
-@pytest.mark.parametrize('gap', [-3e38, -1e4, -200, -90, -20, -1, 0, 1, 15, 20, 40, 69])
+@pytest.mark.parametrize('gap', [-3e38, -1e4, -200, -90, -20, -1, 0, 1, 15, 20, 40, 69, 300, 690])
 @pytest.mark.parametrize('classes', [2, 3, 1000, 1_000_000])
 @pytest.mark.parametrize('dtype', ['float32', 'float64'])
 def test_nll_and_label_gradient_are_exact_near_0_and_near_1(dtype, classes, gap):
@@ -190,8 +190,9 @@ def test_nll_and_label_gradient_are_exact_near_0_and_near_1(dtype, classes, gap)
     with mpmath.workdps(60):
         true = mpmath.log1p((classes - 1) * mpmath.e ** -mpmath.mpf(float(pred[0, label])))
         true_grad = mpmath.expm1(-true)
-    np.testing.assert_allclose(nll, float(true), rtol=TOLERANCE[dtype])
-    np.testing.assert_allclose(grad[0, label], float(true_grad), rtol=TOLERANCE[dtype])
+    least = 2**-149 if dtype == 'float32' else 0
+    np.testing.assert_allclose(nll, float(true), rtol=TOLERANCE[dtype], atol=least)
+    np.testing.assert_allclose(grad[0, label], float(true_grad), rtol=TOLERANCE[dtype], atol=least)
 
 
 @needs_operator

@@ -100,8 +100,8 @@ def _terms(
     """Reduce the last axis of `pred`, (positions..., C)."""
     zero = F.slice_axis(F.contrib.arange_like(pred, axis=-1), axis=0, begin=0, end=1)  # (1,)
     if pred_type == 'logits':
-        # oneDNN's log 1 is -1.4e-6, which is nearly all of its error where p is nearly 1: measured on one
-        # class, it is taken out
+        # for p = 1 oneDNN returns 1.4e-6, which is nearly all of its error where p is nearly 1: measured on
+        # one class, it is taken out
         log_p, log_1 = F.log_softmax(pred, axis=-1), F.log_softmax(zero, axis=-1)
     else:
         log_p, log_1 = pred if pred_type == 'log_probs' else F.log(pred), zero
