@@ -255,6 +255,7 @@ EMPTY = {
     'images without width': ((2, 5, 3, 0), 1, 0),
     'no images': ((0, 5, 3, 2), 1, 0),
     'several batch axes': ((2, 5, 0, 3), 1, (-1, 0)),
+    'a batch axis of size 0 that is not the first': ((3, 0, 5), -1, 1),
 }
 
 
@@ -267,15 +268,14 @@ def test_samples_without_positions_have_a_loss_of_0(shape, axis, batch_axis, red
     kept = tuple(np.array(shape)[sorted(np.arange(len(shape))[np.atleast_1d(batch_axis)])])
     with modes.numpy_semantics():
         pred, label = mx.np.zeros(shape), mx.np.zeros(shape if 'sparse_label' in options else positions)
-        weights = (
-            [mx.np.ones(kept)] if modes.VERSION >= (1, 8) else []
-        )  # older ones broadcast no empty arrays
         pred.attach_grad()
-        with autograd.record():
-            loss = loss_fn(pred, label, *weights)
-        loss.backward()
-        np.testing.assert_array_equal(loss.asnumpy(), np.zeros(positions if reduction == 'none' else kept))
-        mx.nd.waitall()
+        for weights in ([], [mx.np.ones(kept)], [mx.np.ones(shape)], [mx.np.ones(positions)]):
+            with autograd.record():
+                loss = loss_fn(pred, label, *weights)
+            loss.backward()
+            expected = np.zeros(positions if reduction == 'none' else kept)
+            np.testing.assert_array_equal(loss.asnumpy(), expected)
+            mx.nd.waitall()
 
 
 # Dtypes and storage
