@@ -1,6 +1,7 @@
 """One compiled graph for each signature, shared by all losses and metrics of equal options."""
 
 from functools import lru_cache
+from threading import RLock
 from typing import Any, Callable, Dict, Tuple
 
 import mxnet as mx
@@ -37,10 +38,12 @@ class Graph:
         symbol = trace(compose, options, signature, inputs)
         self.cached_op = mx.nd.CachedOp(symbol, flags)
         self._order = [names.index(name) for name in symbol.list_inputs()]
+        self._lock = RLock()  # of static memory; two threads that call at the same time may wait for ever
 
     def __call__(self, *inputs: Array) -> Array:
         """Compute; `inputs` in the order of `names`."""
-        return self.cached_op(*[inputs[i] for i in self._order])
+        with self._lock:
+            return self.cached_op(*[inputs[i] for i in self._order])
 
 
 @lru_cache(maxsize=MAX_GRAPHS)
