@@ -38,7 +38,7 @@ class Graph:
         symbol = trace(compose, options, signature, inputs)
         self.cached_op = mx.nd.CachedOp(symbol, flags)
         self._order = [names.index(name) for name in symbol.list_inputs()]
-        self._lock = RLock()  # of static memory; two threads that call at the same time may wait for ever
+        self._lock = RLock()  # without it, threads that call at the same time were seen to wait for ever
 
     def __call__(self, *inputs: Array) -> Array:
         """Compute; `inputs` in the order of `names`."""

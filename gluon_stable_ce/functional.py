@@ -19,7 +19,6 @@ from typing import Any, NamedTuple, Optional, Sequence
 
 from ._array_api import Array, F, sum_of_none
 from .kernels import ClassTerms
-from .kernels.stock import weighted
 
 __all__ = [
     'Labels',
@@ -127,7 +126,7 @@ def combine(
     weight_of_label : (positions...), optional
         The class weight of each label.
     """
-    loss: Any = terms.nll if weight_of_label is None else weighted(F, terms.nll, weight_of_label)
+    loss: Any = terms.nll if weight_of_label is None else _weighted(F, terms.nll, weight_of_label)
     if label_smoothing == 1:  # 0 * inf would be NaN
         loss = terms.uniform_nll
     elif label_smoothing:
@@ -140,6 +139,11 @@ def combine(
         logsumexp = F.where(is_finite, logsumexp, F.BlockGrad(logsumexp))
         loss = loss + lse_square_scale * F.square(logsumexp)
     return loss
+
+
+def _weighted(F: F, term: Array, weight: Array) -> Array:
+    """Multiply; a weight of 0 removes the term, and both gradients are 0, also if it is infinite or NaN."""
+    return F.where(weight == 0, F.zeros_like(term), term) * weight
 
 
 def mask(F: F, values: Array, labels: Labels, invalid: float, ignored: float) -> Array:
@@ -239,7 +243,7 @@ def reduce_positions(
     sample_weight, weight_layout : optional
         As for `align_sample_weight`.
     is_empty : bool
-        Whether there are no positions. Then all losses are 0.
+        Whether there are no positions. Then all losses are 0, and `sample_weight` is not read.
     summed_axes : sequence of int
         Further class axes of the predictions, over which the losses are summed first.
 
@@ -254,9 +258,9 @@ def reduce_positions(
             expanded = _refuse_class_axis(F, expanded, pred, batch_axis)
     if summed_axes:
         expanded = F.sum(expanded, axis=tuple(summed_axes), keepdims=True)
-    if sample_weight is not None:
+    if sample_weight is not None and not is_empty:  # MXNet fails to broadcast some empty arrays
         weight = align_sample_weight(F, sample_weight, expanded, pred, axis, batch_axes, weight_layout, ndim)
-        expanded = weighted(F, expanded, weight)
+        expanded = _weighted(F, expanded, weight)
         loss = F.reshape_like(expanded, loss) if not summed_axes else expanded
     all_samples = ndim == 1 + len(batch_axes) and not (reduction == 'valid' and is_counted is not None)
     if reduction == 'none' or all_samples:  # each position is a sample

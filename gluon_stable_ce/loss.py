@@ -64,8 +64,6 @@ def compose_loss(
     """Compose the loss of each sample, of arrays or symbols; the signature is what is known of them."""
     given, given_label, dtype = pred, _array_api.as_classic(label), signature.compute_dtype
     pred, sample_weight, class_weight = map(_array_api.as_classic, (pred, sample_weight, class_weight))
-    if signature.is_empty:
-        sample_weight = None  # there is no loss to multiply, and MXNet fails to broadcast some empty arrays
     if sample_weight is not None and signature.dtype is not None:
         sample_weight = F.cast(sample_weight, dtype=dtype)
     if class_weight is not None:

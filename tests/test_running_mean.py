@@ -200,11 +200,12 @@ class TestQueue:
             except Exception as error:
                 errors.append(error)
 
-        workers = [threading.Thread(target=work, args=(thread,)) for thread in range(threads)]
+        workers = [threading.Thread(target=work, args=(thread,), daemon=True) for thread in range(threads)]
         for worker in workers:
             worker.start()
         for worker in workers:
-            worker.join()
+            worker.join(timeout=60)
+        assert not any(worker.is_alive() for worker in workers), 'MXNet waits for ever'
         alone = StableCrossEntropy(**options)
         for thread in range(threads):
             rng = np.random.RandomState(thread)

@@ -82,11 +82,6 @@ def same_positions(F: F, pred: Array, target: Array, axis: int) -> Array:
     return F.BlockGrad(F.pick(one_class, class_axis_removed(F, target, axis), axis=axis))
 
 
-def weighted(F: F, term: Array, weight: Array) -> Array:
-    """Multiply; a weight of 0 removes the term, and both gradients are 0, also if it is infinite or NaN."""
-    return F.where(weight == 0, F.zeros_like(term), term) * weight
-
-
 def _terms(
     F: F,
     pred: Array,
