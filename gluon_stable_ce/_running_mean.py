@@ -12,7 +12,7 @@ from typing import Any, Callable, Deque, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
-from ._array_api import Array, MXNetError
+from .array_api import Array, MXNetError
 
 _AHEAD = 2  # updates that the device may be behind
 _AT_ONCE = 32  # arrays that are read together

@@ -3,8 +3,8 @@
 from functools import lru_cache
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
-from . import _array_api
-from ._array_api import CPU, Array
+from . import array_api
+from .array_api import CPU, Array
 from .kernels import choose, kernel_for_thread
 
 LABEL_DTYPES = ('int8', 'uint8', 'int32', 'int64', 'float16', 'float32', 'float64')
@@ -72,12 +72,12 @@ def infer_signature(
     TypeError, ValueError
         If the inputs are no arrays, or do not fit each other. Symbols are not checked.
     """
-    if _array_api.is_symbol(pred):
-        dtype = _array_api.dtype_name(pred)
-        return Signature(_array_api.is_np_style(pred), dtype, kernel=choose(kernel, dtype))
+    if array_api.is_symbol(pred):
+        dtype = array_api.dtype_name(pred)
+        return Signature(array_api.is_np_style(pred), dtype, kernel=choose(kernel, dtype))
     weight = None if sample_weight is None else _describe(sample_weight)
     kernel = kernel_for_thread(kernel)
-    may_be_fused = kernel != 'stock' and _array_api.is_array(pred)
+    may_be_fused = kernel != 'stock' and array_api.is_array(pred)
     return _signature_of(
         _describe(pred),
         _describe(label),
@@ -116,14 +116,14 @@ def _signature_of(
         if described is not None:
             check_array_type(name, described[0])
     (kind, dtype, shape), (_, label_dtype, label_shape) = pred, label
-    dtype, label_dtype = _array_api.name_of(dtype), _array_api.name_of(label_dtype)
+    dtype, label_dtype = array_api.name_of(dtype), array_api.name_of(label_dtype)
     if dtype not in PRED_DTYPES:
         raise TypeError(f'pred: expected one of the dtypes {", ".join(PRED_DTYPES)}, got {dtype}')
     positions = check_shapes(shape, label_shape, str(label_dtype), axis, sparse_label)
     _check_axes('axis', summed_axes, shape, [axis])
     _check_axes('batch_axis', batch_axes, shape, [axis, *summed_axes])
     layout = None if weight is None else _weight_layout(weight[2], shape, positions, axis, batch_axes)
-    np_style = issubclass(kind, _array_api.NP_STYLE)
+    np_style = issubclass(kind, array_api.NP_STYLE)
     few_classes = shape[axis] <= _FEW and dtype in ('float32', 'float64') and label_dtype in (dtype, *_NARROW)
     is_empty = 0 in shape
     chosen = 'stock' if is_empty else choose(kernel, dtype, device_type)
@@ -143,9 +143,9 @@ def _signature_of(
 
 def check_array_type(name: str, kind: type) -> None:
     """Raise TypeError unless `kind` is a type of dense MXNet arrays."""
-    if not issubclass(kind, _array_api.ARRAY):
+    if not issubclass(kind, array_api.ARRAY):
         raise TypeError(f'{name}: expected an MXNet array, got {kind.__name__}')
-    if issubclass(kind, _array_api.SPARSE):
+    if issubclass(kind, array_api.SPARSE):
         raise TypeError(f'{name}: expected a dense array, got {kind.__name__}')
 
 

@@ -17,7 +17,7 @@ array([99.    ,  0.3133,     nan], dtype=float32)
 
 from typing import Any, NamedTuple, Optional, Sequence
 
-from ._array_api import Array, F, sum_of_none
+from .array_api import Array, F, sum_of_none
 from .kernels import ClassTerms
 
 __all__ = [

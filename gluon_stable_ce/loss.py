@@ -9,11 +9,14 @@ import mxnet as mx
 import numpy as np
 from mxnet import gluon
 
-from . import _array_api, functional
-from ._array_api import Array, F
-from ._class_weight import ClassWeight
-from ._graphs import INPUTS, STATIC, Graph, compiled, trace
-from ._options import (
+from . import array_api, functional
+from ._signature import Signature, check_array_type, infer_signature, on_one_context
+from .array_api import Array, F
+from .class_weight import ClassWeight
+from .graphs import INPUTS, STATIC, Graph, compiled, trace
+from .kernels import check_kernel, choose, class_terms
+from .metric import StableCrossEntropy
+from .options import (
     FLOAT32_MAX,
     INVALID_LABELS,
     REDUCTIONS,
@@ -23,9 +26,6 @@ from ._options import (
     check_ignore_label,
     check_number,
 )
-from ._signature import Signature, check_array_type, infer_signature, on_one_context
-from .kernels import check_kernel, choose, class_terms
-from .metric import StableCrossEntropy
 
 __all__ = ['StableSoftmaxCELoss', 'StableSoftmaxCrossEntropyLoss']
 
@@ -62,8 +62,8 @@ def compose_loss(
     class_weight: Optional[Array] = None,
 ) -> Array:
     """Compose the loss of each sample, of arrays or symbols; the signature is what is known of them."""
-    given, given_label, dtype = pred, _array_api.as_classic(label), signature.compute_dtype
-    pred, sample_weight, class_weight = map(_array_api.as_classic, (pred, sample_weight, class_weight))
+    given, given_label, dtype = pred, array_api.as_classic(label), signature.compute_dtype
+    pred, sample_weight, class_weight = map(array_api.as_classic, (pred, sample_weight, class_weight))
     if sample_weight is not None and signature.dtype is not None:
         sample_weight = F.cast(sample_weight, dtype=dtype)
     if class_weight is not None:
@@ -92,7 +92,7 @@ def compose_loss(
         and signature.label_ndim in (None, signature.ndim)
     ):
         loss = F.reshape_like(loss, given_label)  # it may have the class axis, of length 1
-    return _array_api.in_style_of(given, loss if options.weight is None else loss * options.weight)
+    return array_api.in_style_of(given, loss if options.weight is None else loss * options.weight)
 
 
 def _sparse_positions(F, options, signature, pred, label, class_weight):
@@ -342,14 +342,14 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         self, pred: Array, label: Array, sample_weight: Optional[Array] = None, *others: Array
     ) -> Array:
         """Compute the loss of arrays in a compiled graph; a symbol becomes part of the caller's graph."""
-        if _array_api.is_symbol(pred) or self._has_own_graph:
+        if array_api.is_symbol(pred) or self._has_own_graph:
             weight = () if sample_weight is None and not others else (sample_weight,)
             return super().forward(pred, label, *weight, *others)
         if others:
             raise TypeError(f'expected pred, label and sample_weight, got {3 + len(others)} inputs')
         try:
             return self._compute(pred, label, sample_weight)
-        except _array_api.MXNetError:  # it may be that of a graph whose inputs are on several contexts
+        except array_api.MXNetError:  # it may be that of a graph whose inputs are on several contexts
             moved = on_one_context(pred, label, sample_weight)
             if all(before is after for before, after in zip((pred, label, sample_weight), moved)):
                 raise
@@ -431,7 +431,7 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
 
     def _check_labels(self, pred, label):
         """Raise ValueError if there are invalid labels that count."""
-        pred, label, _ = map(_array_api.as_classic, on_one_context(pred, label, None))
+        pred, label, _ = map(array_api.as_classic, on_one_context(pred, label, None))
         options = self._options
         labels = functional.read_labels(mx.nd, label, pred, options.axis, options.ignore_label)
         is_invalid: Any = labels.is_valid == 0
@@ -503,7 +503,7 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
             sample_weight = all(layouts)
         np_style = mx.util.is_np_array()
         names = INPUTS[: 3 if sample_weight else 2]
-        inputs = {name: _array_api.variable(f'data{i}', np_style) for i, name in enumerate(names)}
+        inputs = {name: array_api.variable(f'data{i}', np_style) for i, name in enumerate(names)}
         params = {}
         if self.class_weight is not None:
             value = self.class_weight.value
@@ -551,7 +551,7 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         check_array_type('label', type(label))
         if not self._options.sparse_label:
             return label.size // label.shape[self._options.axis]
-        is_counted = functional.is_counted(mx.nd, _array_api.as_classic(label), self._options.ignore_label)
+        is_counted = functional.is_counted(mx.nd, array_api.as_classic(label), self._options.ignore_label)
         return label.size if is_counted is None else int(is_counted.sum().asscalar())
 
     def create_metric(self, **kwargs: Any) -> StableCrossEntropy:

@@ -9,13 +9,13 @@ import mxnet as mx
 import numpy as np
 from mxnet import autograd
 
-from . import _array_api, functional
-from ._array_api import Array, Arrays, F
-from ._graphs import STATIC, compiled
-from ._options import PRED_TYPES, check_choice, check_flag, check_ignore_label, check_number
+from . import array_api, functional
 from ._running_mean import ExactSums, RunningMean
 from ._signature import Signature, check_array_type, infer_signature
+from .array_api import Array, Arrays, F
+from .graphs import STATIC, compiled
 from .kernels import check_kernel, class_terms
+from .options import PRED_TYPES, check_choice, check_flag, check_ignore_label, check_number
 
 __all__ = ['StableBitsPerToken', 'StableCrossEntropy', 'StableLoss', 'StablePerplexity']
 
@@ -85,7 +85,7 @@ def compose_nll(
 ) -> Array:
     """Compose the NLL of each position, float64, with marks for ignored positions and invalid labels."""
     given, axis = pred, options.axis
-    pred, label = _array_api.as_classic(pred), _array_api.as_classic(label)
+    pred, label = array_api.as_classic(pred), array_api.as_classic(label)
     reduce = partial(
         class_terms,
         F,
@@ -113,7 +113,7 @@ def compose_nll(
     else:
         target = F.cast(label, dtype=signature.compute_dtype)
         nll = F.cast(reduce(target=target).nll, dtype='float64')
-    return _array_api.in_style_of(given, nll)
+    return array_api.in_style_of(given, nll)
 
 
 @mx.metric.register
@@ -311,11 +311,9 @@ class StableBitsPerToken(StableCrossEntropy):
 
 def _copied(array: Array) -> Array:
     """Return a copy, in a dtype that NumPy has."""
-    array = _array_api.as_classic(array)
+    array = array_api.as_classic(array)
     with autograd.pause():
-        return (
-            array.astype('float32') if _array_api.dtype_name(array) == 'bfloat16' else mx.nd.identity(array)
-        )
+        return array.astype('float32') if array_api.dtype_name(array) == 'bfloat16' else mx.nd.identity(array)
 
 
 def _as_list(name: str, arrays: Any) -> List[Array]:

@@ -10,7 +10,7 @@ from mxnet import gluon
 from mxnet.gluon.contrib.nn import Identity
 
 from gluon_stable_ce import StableSoftmaxCELoss
-from gluon_stable_ce._class_weight import as_weights
+from gluon_stable_ce.class_weight import as_weights
 
 pytestmark = pytest.mark.usefixtures('kernel')
 

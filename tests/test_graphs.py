@@ -17,8 +17,9 @@ import thread_worker
 from checks import assert_loss_is_reference
 from mxnet import autograd, gluon
 
-from gluon_stable_ce import StableCrossEntropy, StableSoftmaxCELoss, _graphs
-from gluon_stable_ce._graphs import compiled
+from gluon_stable_ce import StableCrossEntropy, StableSoftmaxCELoss
+from gluon_stable_ce import graphs as graphs_module
+from gluon_stable_ce.graphs import compiled
 
 pytestmark = pytest.mark.usefixtures('kernel')
 
@@ -86,9 +87,9 @@ def test_other_options_are_other_graphs(graphs, batch):
 
 @pytest.mark.slow
 def test_number_of_graphs_is_bounded(graphs, batch):
-    for ignore_label in range(_graphs.MAX_GRAPHS + 10):
+    for ignore_label in range(graphs_module.MAX_GRAPHS + 10):
         StableSoftmaxCELoss(ignore_label=-ignore_label - 1)(*batch)
-    assert graphs().currsize == graphs().maxsize == _graphs.MAX_GRAPHS
+    assert graphs().currsize == graphs().maxsize == graphs_module.MAX_GRAPHS
 
 
 def test_number_of_graphs_does_not_grow_with_the_number_of_classes(graphs, rng, ctx):

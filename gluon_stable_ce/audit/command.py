@@ -7,7 +7,7 @@ from typing import Any
 
 import mxnet as mx
 
-from .._options import check_number
+from ..options import check_number
 from .compute import audit
 from .files import read_files
 from .report import check_plot

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple, Optional
 import mxnet as mx
 import numpy as np
 
-from .._options import check_choice, check_number
 from .._running_mean import ExactSums
 from ..functional import read_labels
+from ..options import check_choice, check_number
 from .arrays import check_arrays, split_into_chunks
 from .report import Audit, Worst
 

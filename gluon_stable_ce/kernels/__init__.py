@@ -4,8 +4,8 @@ import os
 from threading import get_ident, main_thread
 from typing import Any, NamedTuple, Optional
 
-from .._array_api import CPU, Array, F
-from .._options import KERNELS, check_choice
+from ..array_api import CPU, Array, F
+from ..options import KERNELS, check_choice
 from . import fused, stock
 
 __all__ = ['ClassTerms', 'check_kernel', 'choose', 'class_terms', 'kernel_for_thread']

@@ -20,7 +20,7 @@ from typing import List, Optional, Tuple
 import mxnet as mx
 import numpy as np
 
-from .._array_api import Array, F
+from ..array_api import Array, F
 
 __all__ = ['BuildError', 'build', 'class_terms', 'find', 'load', 'why_unavailable', 'why_unsupported']
 

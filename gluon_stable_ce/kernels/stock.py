@@ -6,7 +6,7 @@ only this kernel needs it.
 
 from typing import Any, Optional, Tuple
 
-from .._array_api import Array, F
+from ..array_api import Array, F
 
 HALF = ('float16', 'bfloat16')
 Terms = Tuple[Array, Optional[Array], Optional[Array]]  # nll, logsumexp, uniform_nll

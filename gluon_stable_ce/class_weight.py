@@ -7,9 +7,9 @@ import mxnet as mx
 import numpy as np
 from mxnet import gluon
 
-from . import _array_api
-from ._array_api import Array, F
-from ._options import FLOAT32_MAX, as_numbers
+from . import array_api
+from .array_api import Array, F
+from .options import FLOAT32_MAX, as_numbers
 
 _LOCK = RLock()  # a constant is put on a device by the first call there, in whatever thread
 
@@ -48,7 +48,7 @@ class ClassWeight(gluon.HybridBlock):
 
 def as_weights(weights: Any) -> np.ndarray:
     """Check class weights and return them as float64, (C,)."""
-    given = weights.asnumpy() if _array_api.is_array(weights) else weights
+    given = weights.asnumpy() if array_api.is_array(weights) else weights
     values = as_numbers('class_weight', given)
     if values.ndim != 1 or not values.size or not np.all((values >= 0) & (values <= FLOAT32_MAX)):
         raise ValueError(
@@ -81,12 +81,12 @@ class _Everywhere(gluon.Constant):
         if ctx not in self._contexts():
             with _LOCK:
                 self._add(ctx)
-        return _array_api.in_mode(super().data(ctx))
+        return array_api.in_mode(super().data(ctx))
 
     def list_data(self) -> List[Array]:
         if not self._contexts():
             self.data()
-        return [_array_api.in_mode(array) for array in super().list_data()]
+        return [array_api.in_mode(array) for array in super().list_data()]
 
     def _add(self, ctx: Any) -> None:
         known = self._contexts()

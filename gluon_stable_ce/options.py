@@ -1,7 +1,7 @@
-"""Checks of options, and the values that they may have."""
+"""The options of losses and metrics, the values that they may have, and their checks."""
 
 from numbers import Integral, Real
-from typing import Any, Optional, Sequence
+from typing import Any, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -12,6 +12,23 @@ REDUCTIONS = ('mean', 'valid', 'sum', 'none')
 INVALID_LABELS = ('nan', 'raise', 'clip')
 KERNELS = ('auto', 'stock', 'fused')
 PRED_TYPES = ('probs', 'logits', 'log_probs')
+
+
+class Options(NamedTuple):
+    """The options of a loss. Those that a metric does not have are at their defaults."""
+
+    axis: int = -1
+    summed_axes: Tuple[int, ...] = ()  # further class axes of dense log-probabilities, over which is summed
+    batch_axes: Tuple[int, ...] = (0,)
+    sparse_label: bool = True
+    pred_type: str = 'logits'
+    weight: Optional[float] = None
+    ignore_label: Optional[int] = None
+    label_smoothing: float = 0.0
+    lse_square_scale: float = 0.0
+    reduction: str = 'mean'
+    invalid_label: str = 'nan'
+    kernel: str = 'auto'
 
 
 def check_number(

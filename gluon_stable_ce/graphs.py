@@ -6,8 +6,8 @@ from typing import Any, Callable, Dict, Tuple
 
 import mxnet as mx
 
-from ._array_api import Array, variable
 from ._signature import Signature
+from .array_api import Array, variable
 
 MAX_GRAPHS = 64  # those used last stay in memory
 Flags = Tuple[Tuple[str, Any], ...]

@@ -1,0 +1,56 @@
+"""A call of a loss or a metric as one value: its options, and what is known of its arrays.
+
+`plan` makes it. Everything below takes ``(F, call, ...)``, and a compiled graph belongs to one `Call`. A field is
+None where a symbol does not tell.
+"""
+
+from typing import NamedTuple, Optional, Tuple
+
+from .options import Options
+
+INPUTS = ('pred', 'label', 'sample_weight', 'class_weight')  # of a graph, in this order
+
+
+class Fill(NamedTuple):
+    """The terms of positions that have none of their own."""
+
+    invalid: float  # where the label is no class
+    ignored: float  # where the label is `ignore_label`
+
+
+LOSS_FILL = Fill(invalid=float('nan'), ignored=0.0)
+METRIC_FILL = Fill(invalid=-2.0, ignored=-1.0)  # marks: no NLL of a sparse label is negative
+
+
+class Call(NamedTuple):
+    """What a graph may rely on. It is hashable, and does not depend on the sizes of the axes."""
+
+    options: Options = Options()
+    fill: Fill = LOSS_FILL
+    inputs: Tuple[str, ...] = ('pred', 'label')  # those of INPUTS that are given
+    np_style: bool = False  # whether the inputs are of the NumPy-style API
+    dtype: Optional[str] = None  # of `pred`
+    ndim: Optional[int] = None  # of `pred`; None for symbols
+    label_dtype: Optional[str] = None
+    label_ndim: Optional[int] = None
+    weight_layout: Optional[str] = None  # of sample_weight: 'keepdims', 'pred', 'positions' or 'batch'
+    has_few_classes: bool = (
+        False  # so few that an array of them is cheap, and `dtype` holds every label exactly
+    )
+    is_empty: bool = False  # whether there are no positions, for which MXNet's static memory fails
+    kernel: str = 'stock'
+    is_guarded: bool = (
+        True  # whether the fused operator needs an operator in front of it that can add gradients
+    )
+
+    @property
+    def compute_dtype(self) -> str:
+        """In what the class axis is reduced."""
+        return 'float64' if self.dtype == 'float64' else 'float32'
+
+    @property
+    def label_compare_dtype(self) -> str:
+        """In what labels are compared: float64 holds all. AMP, which makes bfloat16, can't read that."""
+        if self.has_few_classes:
+            return self.compute_dtype
+        return 'float32' if self.dtype == 'bfloat16' else 'float64'
