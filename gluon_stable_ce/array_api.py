@@ -8,7 +8,7 @@ the way in, and the result is viewed back on the way out.
 from functools import lru_cache
 from string import ascii_lowercase
 from types import ModuleType
-from typing import Any, List, Optional, Sequence, Union
+from typing import Any, Dict, List, Optional, Sequence, Union
 
 import mxnet as mx
 import numpy as np
@@ -23,7 +23,6 @@ Arrays = Union[Array, List[Array]]
 
 ARRAY = ndarray.NDArray
 NP_STYLE = (numpy.ndarray, NumpySymbol)
-CPU = ('cpu', 'cpu_pinned', 'cpu_shared')  # DataLoader puts batches on the last two; for gluon they are one
 SPARSE = ndarray.sparse.BaseSparseNDArray
 
 
@@ -57,17 +56,27 @@ def in_mode(array: Array) -> Array:
     return array.as_np_ndarray() if is_np_array() else array.as_nd_ndarray()
 
 
-def sum_of_none(F: F, array: Array, kept_axes: Sequence[int], ndim: Any) -> Array:
-    """Sum a classic array of size 0 over its other axes. The classic sums fail for some of these shapes."""
-    axes = ascii_lowercase[:ndim]
-    kept = ''.join(axes[axis] for axis in sorted(axis % ndim for axis in kept_axes))
-    return F.np.einsum(f'{axes}->{kept}', array.as_np_ndarray()).as_nd_ndarray()
+def classic_mode() -> Any:
+    """Make a context in which MXNet makes classic arrays."""
+    return mx.util.np_array(False)
 
 
 def variable(name: str, np_style: bool) -> Array:
     """Make an input of a graph, a symbol of either API."""
     symbol_ = mx.sym.var(name)
     return symbol_.as_np_ndarray() if np_style else symbol_
+
+
+def save(path: str, arrays: Dict[str, Array]) -> None:
+    """Save arrays of the API that MXNet is set to."""
+    (mx.npx if is_np_array() else mx.nd).save(path, arrays)
+
+
+def sum_of_none(F: F, array: Array, kept_axes: Sequence[int], ndim: Any) -> Array:
+    """Sum a classic array of size 0 over its other axes. The classic sums fail for some of these shapes."""
+    axes = ascii_lowercase[:ndim]
+    kept = ''.join(axes[axis] for axis in sorted(axis % ndim for axis in kept_axes))
+    return F.np.einsum(f'{axes}->{kept}', array.as_np_ndarray()).as_nd_ndarray()
 
 
 def dtype_name(array: Array) -> Optional[str]:

@@ -1,7 +1,7 @@
 """A call of a loss or a metric as one value: its options, and what is known of its arrays.
 
-`plan` makes it. Everything below takes ``(F, call, ...)``, and a compiled graph belongs to one `Call`. A field is
-None where a symbol does not tell.
+`plan` makes it. Everything below takes ``(F, call, ...)``, and a compiled graph belongs to one `Call`.
+A field is None where a symbol does not tell.
 """
 
 from typing import NamedTuple, Optional, Tuple

@@ -1,6 +1,6 @@
 """Class weights as a constant of the loss's graph, on every device without being initialised."""
 
-from threading import RLock
+from threading import RLock, active_count
 from typing import Any, List
 
 import mxnet as mx
@@ -30,13 +30,10 @@ class ClassWeight(gluon.HybridBlock):
     def __repr__(self) -> str:
         return f'<{self.classes} weights>'
 
-    def check_classes(self, classes: int) -> None:
-        """Raise ValueError unless there is a weight for each of the classes of ``pred``."""
-        if classes != self.classes:
-            raise ValueError(
-                f'class_weight: expected one weight for each of the {classes} classes of pred, '
-                f'got {self.classes}'
-            )
+    def on(self, context: Any) -> Array:
+        """Return the weights on a device."""
+        weights = self.value.data(context)
+        return weights.detach() if active_count() > 1 else weights  # threads may share no recorded handle
 
     def cast(self, dtype: Any) -> None:
         """Stay in float32, as 0.1 would become 0.09998 in float16; the graph casts to what it computes in."""
@@ -69,11 +66,11 @@ class _Everywhere(gluon.Constant):
         return type(self), (self.name, self.value)
 
     def initialize(self, *args: Any, **kwargs: Any) -> None:
-        with mx.util.np_array(False):  # its value is a classic array
+        with array_api.classic_mode():  # its value is a classic array
             super().initialize(*args, **kwargs)
 
     def reset_ctx(self, ctx: Any) -> None:
-        with mx.util.np_array(False):
+        with array_api.classic_mode():
             super().reset_ctx(ctx)
 
     def data(self, ctx: Any = None) -> Array:

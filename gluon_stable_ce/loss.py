@@ -1,31 +1,21 @@
-"""The loss: its options, and its graph as a short composition of `functional`."""
+"""The loss as a Gluon block: its options, its calls and its export."""
 
 import inspect
-from numbers import Integral
-from threading import active_count
-from typing import Any, Dict, Iterable, NamedTuple, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Dict, Optional, Sequence, Tuple, Union
 
 import mxnet as mx
 import numpy as np
 from mxnet import gluon
 
-from . import array_api, functional
-from ._signature import Signature, check_array_type, infer_signature, on_one_context
+from . import array_api, graphs, kernels, labels
 from .array_api import Array, F
+from .call import INPUTS, Call
 from .class_weight import ClassWeight
-from .graphs import INPUTS, STATIC, Graph, compiled, trace
-from .kernels import check_kernel, choose, class_terms
+from .inputs import check_array_type, check_pred_dtype
 from .metric import StableCrossEntropy
-from .options import (
-    FLOAT32_MAX,
-    INVALID_LABELS,
-    REDUCTIONS,
-    as_numbers,
-    check_choice,
-    check_flag,
-    check_ignore_label,
-    check_number,
-)
+from .options import Options, as_numbers, check_loss_options
+from .pipeline import loss_of
+from .plan import plan
 
 __all__ = ['StableSoftmaxCELoss', 'StableSoftmaxCrossEntropyLoss']
 
@@ -33,112 +23,6 @@ __all__ = ['StableSoftmaxCELoss', 'StableSoftmaxCrossEntropyLoss']
 _Loss = gluon.loss.Loss
 _GLUON_OPTIONS = ('_axis', '_sparse_label', '_from_logits', '_weight', '_batch_axis')
 _FLAGS = ('static_alloc', 'static_shape', 'inline_limit', 'forward_bulk_size', 'backward_bulk_size')
-
-
-class LossOptions(NamedTuple):
-    """What the graph of a loss depends on, beside the signature of a call."""
-
-    axis: int
-    summed_axes: Tuple[int, ...]  # further class axes of dense log-probabilities, over which is summed
-    batch_axes: Tuple[int, ...]
-    sparse_label: bool
-    pred_type: str
-    weight: Optional[float]
-    ignore_label: Optional[int]
-    label_smoothing: float
-    lse_square_scale: float
-    reduction: str
-    invalid_label: str
-    kernel: str
-
-
-def compose_loss(
-    F: F,
-    options: LossOptions,
-    signature: Signature,
-    pred: Array,
-    label: Array,
-    sample_weight: Optional[Array] = None,
-    class_weight: Optional[Array] = None,
-) -> Array:
-    """Compose the loss of each sample, of arrays or symbols; the signature is what is known of them."""
-    given, given_label, dtype = pred, array_api.as_classic(label), signature.compute_dtype
-    pred, sample_weight, class_weight = map(array_api.as_classic, (pred, sample_weight, class_weight))
-    if sample_weight is not None and signature.dtype is not None:
-        sample_weight = F.cast(sample_weight, dtype=dtype)
-    if class_weight is not None:
-        class_weight = F.BlockGrad(F.cast(class_weight, dtype=dtype))  # (C,)
-        if signature.ndim is None:  # in a graph of symbols, another length than C is MXNet's shape error
-            class_weight = F.reshape_like(class_weight, F.contrib.arange_like(pred, axis=options.axis))
-    positions = _sparse_positions if options.sparse_label else _dense_positions
-    loss, is_counted = positions(F, options, signature, pred, given_label, class_weight)  # (positions...)
-    loss = functional.reduce_positions(
-        F,
-        loss,
-        pred,
-        is_counted,
-        axis=options.axis,
-        batch_axes=options.batch_axes,
-        reduction=options.reduction,
-        sample_weight=sample_weight,
-        weight_layout=signature.weight_layout,
-        ndim=signature.ndim,
-        is_empty=signature.is_empty,
-        summed_axes=options.summed_axes,
-    )
-    if (
-        options.reduction == 'none'
-        and options.sparse_label
-        and signature.label_ndim in (None, signature.ndim)
-    ):
-        loss = F.reshape_like(loss, given_label)  # it may have the class axis, of length 1
-    return array_api.in_style_of(given, loss if options.weight is None else loss * options.weight)
-
-
-def _sparse_positions(F, options, signature, pred, label, class_weight):
-    """Compose the loss of each position, and whether it counts."""
-    axis = options.axis
-    label = functional.align_label(F, label, pred, axis, signature.ndim, signature.label_ndim)
-    labels = functional.read_labels(
-        F,
-        label,
-        pred,
-        axis,
-        options.ignore_label,
-        options.invalid_label,
-        **signature.reading,
-    )
-    terms = _class_terms(
-        F, options, signature, pred, class_weight, index=labels.index, is_needed=labels.is_counted
-    )
-    weight_of_label = None if class_weight is None else F.take(class_weight, labels.index, mode='clip')
-    loss = functional.combine(F, terms, weight_of_label, options.label_smoothing, options.lse_square_scale)
-    return functional.mask(F, loss, labels, invalid=float('nan'), ignored=0.0), labels.is_counted
-
-
-def _dense_positions(F, options, signature, pred, label, class_weight):
-    """Compose the same of dense labels, which all count."""
-    if signature.dtype is not None:
-        label = F.cast(label, dtype=signature.compute_dtype)
-    terms = _class_terms(F, options, signature, pred, class_weight, target=label)
-    return functional.combine(F, terms, None, options.label_smoothing, options.lse_square_scale), None
-
-
-def _class_terms(F, options, signature, pred, class_weight, **labels):
-    return class_terms(
-        F,
-        signature.kernel,
-        pred,
-        options.axis,
-        pred_type=options.pred_type,
-        logsumexp=bool(options.lse_square_scale),
-        uniform=bool(options.label_smoothing),
-        class_weight=class_weight,
-        ndim=signature.ndim,
-        dtype=signature.dtype,
-        is_leaf=signature.is_leaf,
-        **labels,
-    )
 
 
 class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
@@ -297,46 +181,33 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
             'invalid_label': invalid_label,
             'kernel': kernel,
         }
-        self._options = self._read_options()
+        self._options  # noqa: B018, which checks them
         self.class_weight: Optional[ClassWeight] = None
         if class_weight is not None:
             with self.name_scope():
                 self.class_weight = ClassWeight(class_weight)
-        self._is_compiled, self._graph_flags = True, STATIC
+        self._is_compiled, self._graph_flags = True, graphs.STATIC
         self._op_hook: Optional[Tuple[Any, bool]] = None
-        # for `export`: the dtype of pred and the layout of sample_weight, of all calls so far
-        self._call_kinds: Set[Tuple[Optional[str], Optional[str]]] = set()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute. Those of gluon's options may be set later, as gluon reads them at each call."""
+        """Set an attribute. Gluon's options may be set later and in any order: the next call checks them."""
         super().__setattr__(name, value)
-        if name in _GLUON_OPTIONS and '_options' in self.__dict__:
-            self._options = self._read_options()
+        if name in _GLUON_OPTIONS:
+            self.__dict__.pop('_checked_options', None)
 
-    def _read_options(self) -> LossOptions:
-        """Check all options and return them as the graph needs them."""
-        given = self._keyword_options
-        sparse_label = check_flag('sparse_label', self._sparse_label)
-        pred_type = 'log_probs' if check_flag('from_logits', self._from_logits) else 'logits'
-        class_axis, *summed_axes = _as_axes('axis', self._axis)
-        options = LossOptions(
-            axis=class_axis,
-            summed_axes=tuple(summed_axes),
-            batch_axes=_as_axes('batch_axis', self._batch_axis),
-            sparse_label=sparse_label,
-            pred_type=pred_type,
-            weight=check_number('weight', self._weight, low=-FLOAT32_MAX, high=FLOAT32_MAX, optional=True),
-            ignore_label=check_ignore_label(given['ignore_label'], sparse_label),
-            label_smoothing=check_number('label_smoothing', given['label_smoothing'], low=0, high=1),
-            lse_square_scale=check_number(
-                'lse_square_scale', given['lse_square_scale'], low=0, high=FLOAT32_MAX
-            ),
-            reduction=check_choice('reduction', given['reduction'], REDUCTIONS),
-            invalid_label=check_choice('invalid_label', given['invalid_label'], INVALID_LABELS),
-            kernel=check_kernel(given['kernel'], sparse_label, pred_type),
-        )
-        _check_combination(options)
-        return options
+    @property
+    def _given_options(self) -> Dict[str, Any]:
+        """The options as they were given or set."""
+        return {**{name[1:]: getattr(self, name) for name in _GLUON_OPTIONS}, **self._keyword_options}
+
+    @property
+    def _options(self) -> Options:
+        """The checked options."""
+        checked = self.__dict__.get('_checked_options')
+        if checked is None:
+            checked = kernels.configured(check_loss_options(self._given_options))
+            self.__dict__['_checked_options'] = checked
+        return checked
 
     def forward(
         self, pred: Array, label: Array, sample_weight: Optional[Array] = None, *others: Array
@@ -347,74 +218,36 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
             return super().forward(pred, label, *weight, *others)
         if others:
             raise TypeError(f'expected pred, label and sample_weight, got {3 + len(others)} inputs')
-        try:
-            return self._compute(pred, label, sample_weight)
-        except array_api.MXNetError:  # it may be that of a graph whose inputs are on several contexts
-            moved = on_one_context(pred, label, sample_weight)
-            if all(before is after for before, after in zip((pred, label, sample_weight), moved)):
-                raise
-            return self._compute(*moved)
+        call, (pred, label, sample_weight) = self._plan(pred, label, sample_weight)
+        if call.is_empty or not self._is_compiled:
+            return loss_of(mx.nd, call, pred, label, sample_weight, self._class_weight_for(pred))
+        class_weight = None if self.class_weight is None else self.class_weight.on(pred.context)
+        return self._graph(call)(pred, label, sample_weight, class_weight)
 
-    def _signature_of(self, pred, label, sample_weight):
-        """Infer the signature of a call, and check its arrays."""
-        options = self._options
-        signature = infer_signature(
-            pred,
-            label,
-            sample_weight,
-            options.axis,
-            options.batch_axes,
-            options.sparse_label,
-            options.summed_axes,
-            options.kernel,
-        )
-        if self.class_weight is not None and signature.ndim is not None:
-            self.class_weight.check_classes(pred.shape[options.axis])
-        if options.invalid_label == 'raise' and signature.ndim is not None:
-            self._check_labels(pred, label)
-        return signature
+    def hybrid_forward(self, F: F, pred: Array, label: Array, sample_weight: Optional[Array] = None) -> Array:
+        """Build the loss from symbols. After ``hybridize(False)``, run it on arrays by single operators."""
+        call, (pred, label, sample_weight) = self._plan(pred, label, sample_weight)
+        return loss_of(F, call, pred, label, sample_weight, self._class_weight_for(pred))
 
-    def _compute(self, pred, label, sample_weight):
-        options, signature = self._options, self._signature_of(pred, label, sample_weight)
-        self._call_kinds.add((signature.dtype, signature.weight_layout))
-        if (
-            signature.dtype == 'bfloat16' and options.sparse_label
-        ):  # AMP's casts in a graph cannot read 64-bit labels
-            label = label.astype('float32')
-        if signature.is_empty or not self._is_compiled:
-            class_weight = None if self.class_weight is None else self.class_weight(pred)
-            return compose_loss(mx.nd, options, signature, pred, label, sample_weight, class_weight)
-        class_weight = None if self.class_weight is None else self.class_weight.value.data(pred.context)
-        if active_count() > 1:
-            label, class_weight = self._new_handle(label), self._new_handle(class_weight)
-        inputs = pred, label, sample_weight, class_weight
-        given = {name: array for name, array in zip(INPUTS, inputs) if array is not None}
-        return self._graph(signature, tuple(given))(*given.values())
+    def _plan(self, pred, label, sample_weight):
+        weights = None if self.class_weight is None else self.class_weight.classes
+        return plan(self._options, pred, label, sample_weight, weights)
 
-    def _new_handle(self, array: Optional[Array]) -> Optional[Array]:
-        """Return a new handle of an array that needs no gradient, so that threads may share the array.
+    def _class_weight_for(self, pred):
+        return None if self.class_weight is None else self.class_weight(pred)
 
-        Autograd marks the inputs of what it records. It crashes if another thread reads a handle meanwhile.
-        """
-        return (
-            array.detach()
-            if array is not None and self._options.sparse_label and array.grad is None
-            else array
-        )
-
-    def _graph(self, signature, names):
+    def _graph(self, call):
         if self._op_hook is None:
-            return compiled(compose_loss, self._options, signature, names, self._graph_flags)
-        graph = Graph(compose_loss, self._options, signature, names, ())
+            return graphs.compiled(loss_of, call, self._graph_flags)
+        graph = graphs.Graph(loss_of, call, ())
         graph.cached_op._register_op_hook(*self._op_hook)
         return graph
 
     def __repr__(self) -> str:
-        """Show the options that differ from their defaults, and the kernel in use."""
-        shown = {name[1:]: getattr(self, name) for name in _GLUON_OPTIONS}
-        shown.update(self._keyword_options, class_weight=self.class_weight)
-        # what float32 arrays on the CPU get
-        kernel = choose('stock' if self._options.kernel == 'stock' else 'auto', 'float32', 'cpu')
+        """Show the options that differ from their defaults, and the kernel of float32 arrays on the CPU."""
+        shown = {**self._given_options, 'class_weight': self.class_weight}
+        options = self._options
+        kernel = kernels.resolve(options if options.kernel == 'stock' else options._replace(kernel='auto'))
         del shown['kernel']
         parameters = inspect.signature(StableSoftmaxCrossEntropyLoss.__init__).parameters
         changed = [
@@ -428,27 +261,6 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
     def _has_own_graph(self) -> bool:
         """Whether a subclass has its own `hybrid_forward`, which decides what the inputs mean."""
         return type(self).hybrid_forward is not StableSoftmaxCrossEntropyLoss.hybrid_forward
-
-    def _check_labels(self, pred, label):
-        """Raise ValueError if there are invalid labels that count."""
-        pred, label, _ = map(array_api.as_classic, on_one_context(pred, label, None))
-        options = self._options
-        labels = functional.read_labels(mx.nd, label, pred, options.axis, options.ignore_label)
-        is_invalid: Any = labels.is_valid == 0
-        if labels.is_counted is not None:
-            is_invalid = is_invalid * labels.is_counted
-        count = int(is_invalid.sum().asscalar())
-        if count:
-            classes = pred.shape[options.axis]
-            raise ValueError(
-                f'label: expected integers in [0, {classes}), got {count} invalid ones among {label.size}'
-            )
-
-    def hybrid_forward(self, F: F, pred: Array, label: Array, sample_weight: Optional[Array] = None) -> Array:
-        """Compose the graph, of symbols or, with ``hybridize(False)``, operator by operator of arrays."""
-        signature = self._signature_of(pred, label, sample_weight)
-        class_weight = None if self.class_weight is None else self.class_weight(pred)
-        return compose_loss(F, self._options, signature, pred, label, sample_weight, class_weight)
 
     def hybridize(self, active: bool = True, *args: Any, **kwargs: Any) -> None:
         """Switch compiled graphs on or off. They have static memory by default.
@@ -472,14 +284,18 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         self._op_hook = (callback, monitor_all) if callback else None
 
     def export(
-        self, path: str, epoch: int = 0, remove_amp_cast: bool = True, *, sample_weight: Optional[bool] = None
+        self,
+        path: str,
+        epoch: int = 0,
+        remove_amp_cast: bool = True,
+        *,
+        sample_weight: bool = False,
+        dtype: Optional[str] = None,
     ) -> Tuple[str, str]:
         """Export the loss as a graph of stock operators, as ``HybridBlock.export`` does, at any time.
 
-        The inputs are ``data0`` (pred) and ``data1`` (label). With `sample_weight` there is a third one,
-        ``data2``. What is written does not depend on the order of earlier calls: of them it uses what all
-        have in common, the dtype of ``pred`` and the layout of ``sample_weight``. Without that, ``pred`` is
-        float32 if there are class weights, and ``sample_weight`` has a shape that a graph of symbols accepts.
+        The inputs are ``data0`` (pred) and ``data1`` (label). What is written depends on the options and the
+        arguments only, and not on earlier calls.
 
         Parameters
         ----------
@@ -487,9 +303,10 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
             The files are ``path-symbol.json`` and ``path-0000.params``.
         epoch : int
             The number in the name of the second file.
-        sample_weight : bool, optional
-            Whether there is a third input. By default there is one if all calls so far had one, and there was
-            a call.
+        sample_weight : bool, default False
+            Whether there is a third input, ``data2``, of a shape that a graph of symbols accepts.
+        dtype : 'float16', 'float32' or 'float64', optional
+            The dtype of ``pred``. Without it, ``pred`` is float32, or float64 if there are no class weights.
 
         Returns
         -------
@@ -498,10 +315,9 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         """
         if self._has_own_graph:
             return super().export(path, epoch, remove_amp_cast)
-        dtypes, layouts = zip(*(self._call_kinds or {(None, None)}))
-        if sample_weight is None:
-            sample_weight = all(layouts)
-        np_style = mx.util.is_np_array()
+        if dtype is not None:
+            check_pred_dtype('dtype', dtype)
+        np_style = array_api.is_np_array()
         names = INPUTS[: 3 if sample_weight else 2]
         inputs = {name: array_api.variable(f'data{i}', np_style) for i, name in enumerate(names)}
         params = {}
@@ -509,15 +325,10 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
             value = self.class_weight.value
             inputs['class_weight'] = value.var()
             params[f'arg:{value.name}'] = value.data(mx.cpu())
-        symbol = trace(
-            compose_loss,
-            self._options,
-            Signature(np_style, _common(dtypes), weight_layout=_common(layouts)),
-            inputs,
-        )
+        call = Call(self._options, inputs=tuple(inputs), np_style=np_style, dtype=dtype)
         symbol_file, params_file = f'{path}-symbol.json', f'{path}-{epoch:04d}.params'
-        symbol.save(symbol_file, remove_amp_cast=remove_amp_cast)
-        (mx.npx if np_style else mx.nd).save(params_file, params)
+        graphs.trace(loss_of, call, inputs).save(symbol_file, remove_amp_cast=remove_amp_cast)
+        array_api.save(params_file, params)
         return symbol_file, params_file
 
     def valid_count(self, label: Any) -> int:
@@ -551,7 +362,7 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         check_array_type('label', type(label))
         if not self._options.sparse_label:
             return label.size // label.shape[self._options.axis]
-        is_counted = functional.is_counted(mx.nd, array_api.as_classic(label), self._options.ignore_label)
+        is_counted = labels.is_counted(mx.nd, Call(self._options), array_api.as_classic(label))
         return label.size if is_counted is None else int(is_counted.sum().asscalar())
 
     def create_metric(self, **kwargs: Any) -> StableCrossEntropy:
@@ -575,47 +386,6 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
             sparse_label=options.sparse_label,
             kernel=self._keyword_options['kernel'],
             **kwargs,
-        )
-
-
-def _common(values: Iterable[Any]) -> Any:
-    """Return the value that all are, or None."""
-    first, *others = set(values)
-    return None if others else first
-
-
-def _as_axes(name: str, axes: Any) -> Tuple[int, ...]:
-    """Return one axis or several as a tuple; TypeError or ValueError if they are something else."""
-    axes = axes.tolist() if isinstance(axes, np.ndarray) else axes
-    axes = axes if isinstance(axes, (list, tuple)) else (axes,)
-    if not axes or len(set(axes)) < len(axes):
-        raise ValueError(f'{name}: expected one axis or several different ones, got {axes}')
-    return tuple(check_number(name, axis, Integral) for axis in axes)
-
-
-def _check_combination(options: LossOptions) -> None:
-    """Raise ValueError unless the options mean something together."""
-    if options.summed_axes and (options.sparse_label or options.pred_type == 'logits'):
-        raise ValueError(
-            'axis: expected one class axis unless sparse_label=False and from_logits=True, '
-            f'got {(options.axis, *options.summed_axes)}'
-        )
-    if options.summed_axes and (options.label_smoothing or options.reduction == 'none'):
-        raise ValueError("axis: expected one class axis with label_smoothing or reduction='none'")
-    shared = {options.axis, *options.summed_axes} & set(options.batch_axes)
-    if shared:
-        raise ValueError(
-            f'batch_axis: expected another axis than the class axis, got {shared.pop()} for both'
-        )
-    if options.pred_type == 'log_probs' and options.lse_square_scale:
-        raise ValueError(
-            'lse_square_scale: expected 0 with from_logits=True, as log-probabilities have a logsumexp of 0; '
-            f'got {options.lse_square_scale}'
-        )
-    if not options.sparse_label and options.invalid_label != 'nan':
-        raise ValueError(
-            "invalid_label: expected 'nan' with sparse_label=False, as a distribution has no label to check; "
-            f'got {options.invalid_label!r}'
         )
 
 

@@ -2,25 +2,24 @@
 
 import math
 from functools import partial
-from numbers import Integral
-from typing import Any, List, NamedTuple, Optional
+from typing import Any, List, Optional
 
 import mxnet as mx
 import numpy as np
 from mxnet import autograd
 
-from . import array_api, functional
+from . import array_api, graphs, kernels
 from ._running_mean import ExactSums, RunningMean
-from ._signature import Signature, check_array_type, infer_signature
-from .array_api import Array, Arrays, F
-from .graphs import STATIC, compiled
-from .kernels import check_kernel, class_terms
-from .options import PRED_TYPES, check_choice, check_flag, check_ignore_label, check_number
+from .array_api import Array, Arrays
+from .call import METRIC_FILL
+from .inputs import check_array_type
+from .options import check_metric_options
+from .pipeline import nll_of
+from .plan import plan
 
 __all__ = ['StableBitsPerToken', 'StableCrossEntropy', 'StableLoss', 'StablePerplexity']
 
 _EvalMetric = mx.metric.EvalMetric
-_IGNORED, _INVALID = -1.0, -2.0  # marks among NLLs of sparse labels, which are never negative
 
 
 @mx.metric.register
@@ -68,52 +67,6 @@ class StableLoss(RunningMean, mx.metric.Loss):
     def update(self, _: Any, preds: Arrays) -> None:
         """Take in an array of loss values of any shape, or a list of them, each on its own context."""
         self._push([_copied(array) for array in _as_list('preds', preds)])
-
-
-class MetricOptions(NamedTuple):
-    """What the graph of a metric depends on, beside the signature of a call."""
-
-    axis: int
-    pred_type: str
-    ignore_label: Optional[int]
-    sparse_label: bool
-    kernel: str
-
-
-def compose_nll(
-    F: F, options: MetricOptions, signature: Signature, pred: Array, label: Array, *_: Optional[Array]
-) -> Array:
-    """Compose the NLL of each position, float64, with marks for ignored positions and invalid labels."""
-    given, axis = pred, options.axis
-    pred, label = array_api.as_classic(pred), array_api.as_classic(label)
-    reduce = partial(
-        class_terms,
-        F,
-        signature.kernel,
-        pred,
-        axis,
-        pred_type=options.pred_type,
-        ndim=signature.ndim,
-        dtype=signature.dtype,
-        is_leaf=False,  # nothing is recorded
-    )
-    if options.sparse_label:
-        label = functional.align_label(F, label, pred, axis, signature.ndim, signature.label_ndim)
-        labels = functional.read_labels(
-            F,
-            label,
-            pred,
-            axis,
-            options.ignore_label,
-            **signature.reading,
-        )
-        terms = reduce(index=labels.index, is_needed=labels.is_counted)
-        nll = F.cast(terms.nll, dtype='float64')  # (positions...)
-        nll = functional.mask(F, nll, labels, invalid=_INVALID, ignored=_IGNORED)
-    else:
-        target = F.cast(label, dtype=signature.compute_dtype)
-        nll = F.cast(reduce(target=target).nll, dtype='float64')
-    return array_api.in_style_of(given, nll)
 
 
 @mx.metric.register
@@ -174,7 +127,7 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric):
 
     def __init__(
         self,
-        *eps: Any,
+        *args: Any,
         axis: int = -1,
         pred_type: str = 'probs',
         ignore_label: Optional[int] = None,
@@ -184,19 +137,20 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric):
         output_names: Optional[List[str]] = None,
         label_names: Optional[List[str]] = None,
     ) -> None:
-        if eps:
-            raise TypeError(f'eps: expected no epsilon, and keyword arguments only, got {eps}')
-        sparse_label = check_flag('sparse_label', sparse_label)
-        pred_type = check_choice('pred_type', pred_type, PRED_TYPES)
-        self._options = MetricOptions(
-            axis=check_number('axis', axis, Integral),
-            pred_type=pred_type,
-            ignore_label=check_ignore_label(ignore_label, sparse_label),
-            sparse_label=sparse_label,
-            kernel=check_kernel(kernel, sparse_label, pred_type),
+        if args:
+            raise TypeError(f'{type(self).__name__}: expected keyword arguments only, got {args}')
+        given = {
+            'axis': axis,
+            'pred_type': pred_type,
+            'ignore_label': ignore_label,
+            'sparse_label': sparse_label,
+            'kernel': kernel,
+        }
+        self._options = kernels.configured(check_metric_options(given))
+        kwargs = {name: getattr(self._options, name) for name in given if name != 'kernel'}
+        _EvalMetric.__init__(
+            self, name, output_names, label_names, has_global_stats=True, **kwargs, kernel=kernel
         )
-        kwargs = {**self._options._asdict(), 'kernel': kernel}
-        _EvalMetric.__init__(self, name, output_names, label_names, has_global_stats=True, **kwargs)
 
     def update(self, labels: Arrays, preds: Arrays) -> None:
         """Take in labels and predictions: an array each, or lists of arrays, each pair on its own context."""
@@ -208,24 +162,13 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric):
 
     def _nll(self, label: Any, pred: Any) -> Array:
         """Compute the NLL of each position; `label` is moved to the context of `pred`."""
-        options = self._options
         label = label.as_in_context(pred.context)
-        if (
-            options.sparse_label
-            and len(pred.shape) == 2
-            and len(label.shape) > 1
-            and label.size == pred.shape[0]
-        ):
+        rows = pred.shape[0] if self._options.sparse_label and len(pred.shape) == 2 else None
+        if len(label.shape) > 1 and label.size == rows:
             label = label.reshape((-1,))  # the rows of `pred` are the positions, as in mx.metric
-        signature = infer_signature(
-            pred, label, None, options.axis, (), options.sparse_label, kernel=options.kernel
-        )
-        if (
-            signature.dtype == 'bfloat16' and options.sparse_label
-        ):  # AMP's casts in a graph cannot read 64-bit labels
-            label = label.astype('float32')
         with autograd.pause():
-            return compiled(compose_nll, options, signature, ('pred', 'label'), STATIC)(pred, label)
+            call, inputs = plan(self._options, pred, label, fill=METRIC_FILL)
+            return graphs.compiled(nll_of, call, graphs.STATIC)(*inputs)
 
     def _sums_of(self, values: np.ndarray) -> ExactSums:
         if not self._options.sparse_label:
@@ -233,13 +176,13 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric):
         is_marked = values < 0
         if not is_marked.any():
             return ExactSums.of(values)
-        return ExactSums.of(values[~is_marked], invalid=int((values == _INVALID).sum()))
+        return ExactSums.of(values[~is_marked], invalid=int((values == METRIC_FILL.invalid).sum()))
 
     def _value_of(self, sums: ExactSums) -> float:
         if sums.invalid:
             raise ValueError(
-                f'labels: expected integers in [0, C), got {sums.invalid} invalid ones beside '
-                f'{sums.count} valid ones; if they are padding, set ignore_label; reset() clears them'
+                f'labels: expected integers in [0, C); invalid labels: {sums.invalid} of '
+                f'{sums.invalid + sums.count}. If they are padding, set ignore_label. reset() clears them'
             )
         return super()._value_of(sums)
 

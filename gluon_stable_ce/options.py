@@ -1,7 +1,7 @@
 """The options of losses and metrics, the values that they may have, and their checks."""
 
 from numbers import Integral, Real
-from typing import Any, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -15,7 +15,7 @@ PRED_TYPES = ('probs', 'logits', 'log_probs')
 
 
 class Options(NamedTuple):
-    """The options of a loss. Those that a metric does not have are at their defaults."""
+    """The checked options of a loss. Those that a metric does not have are at their defaults."""
 
     axis: int = -1
     summed_axes: Tuple[int, ...] = ()  # further class axes of dense log-probabilities, over which is summed
@@ -29,6 +29,83 @@ class Options(NamedTuple):
     reduction: str = 'mean'
     invalid_label: str = 'nan'
     kernel: str = 'auto'
+
+
+def check_loss_options(given: Dict[str, Any]) -> Options:
+    """Check the options of a loss, by the names of its arguments.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an option or a combination of options is meaningless.
+    """
+    sparse_label = check_flag('sparse_label', given['sparse_label'])
+    axis, *summed_axes = _as_axes('axis', given['axis'])
+    scale = given['lse_square_scale']
+    options = Options(
+        axis=axis,
+        summed_axes=tuple(summed_axes),
+        batch_axes=_as_axes('batch_axis', given['batch_axis']),
+        sparse_label=sparse_label,
+        pred_type='log_probs' if check_flag('from_logits', given['from_logits']) else 'logits',
+        weight=check_number('weight', given['weight'], low=-FLOAT32_MAX, high=FLOAT32_MAX, optional=True),
+        ignore_label=check_ignore_label(given['ignore_label'], sparse_label),
+        label_smoothing=check_number('label_smoothing', given['label_smoothing'], low=0, high=1),
+        lse_square_scale=check_number('lse_square_scale', scale, low=0, high=FLOAT32_MAX),
+        reduction=check_choice('reduction', given['reduction'], REDUCTIONS),
+        invalid_label=check_choice('invalid_label', given['invalid_label'], INVALID_LABELS),
+        kernel=check_choice('kernel', given['kernel'], KERNELS),
+    )
+    _check_combination(options)
+    return options
+
+
+def check_metric_options(given: Dict[str, Any]) -> Options:
+    """Check the options of a metric, by the names of its arguments; errors as `check_loss_options`."""
+    sparse_label = check_flag('sparse_label', given['sparse_label'])
+    return Options(
+        axis=check_number('axis', given['axis'], Integral),
+        batch_axes=(),
+        sparse_label=sparse_label,
+        pred_type=check_choice('pred_type', given['pred_type'], PRED_TYPES),
+        ignore_label=check_ignore_label(given['ignore_label'], sparse_label),
+        kernel=check_choice('kernel', given['kernel'], KERNELS),
+    )
+
+
+def _check_combination(options: Options) -> None:
+    """Raise ValueError unless the options mean something together."""
+    if options.summed_axes and (options.sparse_label or options.pred_type == 'logits'):
+        raise ValueError(
+            'axis: expected one class axis unless sparse_label=False and from_logits=True, '
+            f'got {(options.axis, *options.summed_axes)}'
+        )
+    if options.summed_axes and (options.label_smoothing or options.reduction == 'none'):
+        raise ValueError("axis: expected one class axis with label_smoothing or reduction='none'")
+    shared = {options.axis, *options.summed_axes} & set(options.batch_axes)
+    if shared:
+        raise ValueError(
+            f'batch_axis: expected an axis other than the class axis, got {shared.pop()} for both'
+        )
+    if options.pred_type == 'log_probs' and options.lse_square_scale:
+        raise ValueError(
+            'lse_square_scale: expected 0 with from_logits=True, as log-probabilities have a logsumexp of 0; '
+            f'got {options.lse_square_scale}'
+        )
+    if not options.sparse_label and options.invalid_label != 'nan':
+        raise ValueError(
+            "invalid_label: expected 'nan' with sparse_label=False, as a distribution has no label to check; "
+            f'got {options.invalid_label!r}'
+        )
+
+
+def _as_axes(name: str, axes: Any) -> Tuple[int, ...]:
+    """Return one axis or several as a tuple; TypeError or ValueError if they are something else."""
+    axes = axes.tolist() if isinstance(axes, np.ndarray) else axes
+    axes = axes if isinstance(axes, (list, tuple)) else (axes,)
+    if not axes or len(set(axes)) < len(axes):
+        raise ValueError(f'{name}: expected one axis or several different ones, got {axes}')
+    return tuple(check_number(name, axis, Integral) for axis in axes)
 
 
 def check_number(

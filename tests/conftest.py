@@ -8,7 +8,7 @@ import mxnet as mx
 import numpy as np
 import pytest
 
-from gluon_stable_ce.kernels import KERNEL_VARIABLE, fused
+from gluon_stable_ce.kernels import KERNEL_VARIABLE, library
 
 # Every run of the tests tries the same examples; `make fuzz` tries new ones.
 FUZZ_EXAMPLES = os.environ.get('FUZZ_EXAMPLES')
@@ -34,16 +34,16 @@ def ctx(request):
 
 
 # Older versions have one kernel, and test_fused.py says why. `make quick` tries the one that most calls get.
-KERNELS = ['stock', 'fused'] if fused.why_unsupported() is None else ['stock']
-if os.environ.get('QUICK') and fused.load():
+KERNELS = ['stock', 'fused'] if library.why_unsupported() is None else ['stock']
+if os.environ.get('QUICK') and library.load():
     KERNELS = ['fused']
 
 
 @pytest.fixture(scope='module', params=KERNELS)
 def kernel(request):
     """Each kernel, wherever it can be used, in graphs of symbols too."""
-    if request.param == 'fused' and not fused.load():
-        pytest.skip(fused.why_unavailable())
+    if request.param == 'fused' and not library.load():
+        pytest.skip(library.why_unavailable())
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(KERNEL_VARIABLE, request.param)
         yield request.param

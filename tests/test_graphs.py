@@ -1,4 +1,4 @@
-"""Compiled graphs: one for each signature, shared by losses of equal options, and nothing that one call leaves for the next."""
+"""Compiled graphs: one for each kind of call, shared by losses of equal options; no call affects the next."""
 
 import copy
 import json
@@ -47,14 +47,14 @@ def batch(rng):
     return nd.array(rng.normal(0, 1, (4, 3))), nd.array([0, 1, 2, 0])
 
 
-def test_one_graph_for_all_sizes_of_a_signature(graphs):
+def test_one_graph_for_all_sizes(graphs):
     loss_fn = StableSoftmaxCELoss()
     for rows, classes in ((4, 3), (4, 3), (7, 2), (1, 1)):
         loss_fn(nd.zeros((rows, classes)), nd.zeros(rows))
     assert graphs().misses == graphs().currsize == 1
 
 
-def test_one_graph_for_each_signature(graphs):
+def test_one_graph_for_each_kind_of_call(graphs):
     loss_fn, label = StableSoftmaxCELoss(), nd.zeros(4)
     for _ in range(2):
         loss_fn(nd.zeros((4, 3)), label)
@@ -282,18 +282,28 @@ def test_export_does_not_depend_on_the_order_of_calls(class_weight, sample_weigh
     assert files[0] == files[1] == files[2]
 
 
-@pytest.mark.parametrize(
-    ('weighted', 'inputs'),
-    [([], 2), ([False], 2), ([True], 3), ([True, True], 3), ([True, False], 2), ([False, True], 2)],
-    ids=str,
-)
-def test_export_has_a_sample_weight_if_all_calls_had_one(weighted, inputs, batch, tmp_path):
-    loss_fn = StableSoftmaxCELoss()
-    for is_weighted in weighted:
-        loss_fn(*batch, nd.ones(4)) if is_weighted else loss_fn(*batch)
-    graph, _ = exported_files(loss_fn, tmp_path / 'loss')
-    names = {node['name'] for node in graph['nodes'] if node['op'] == 'null'}
-    assert names == {f'data{i}' for i in range(inputs)}
+@pytest.mark.parametrize('sample_weight', [False, True], ids=['', 'sample-weight'])
+def test_export_has_the_inputs_that_it_is_asked_for(sample_weight, batch, tmp_path):
+    """Whatever the calls before it had."""
+    for calls in ([], [batch], [(*batch, nd.ones(4))]):
+        loss_fn = StableSoftmaxCELoss()
+        for arrays in calls:
+            loss_fn(*arrays)
+        graph, _ = exported_files(loss_fn, tmp_path / 'loss', sample_weight=sample_weight)
+        names = {node['name'] for node in graph['nodes'] if node['op'] == 'null'}
+        assert names == {'data0', 'data1'} | ({'data2'} if sample_weight else set())
+
+
+def test_export_of_a_dtype(tmp_path, rng):
+    """A graph with class weights, which are float32, has to know that pred is float64."""
+    loss_fn = StableSoftmaxCELoss(class_weight=[1, 2, 3], kernel='stock')
+    pred, label = nd.array(rng.normal(0, 1, (4, 3)), dtype='float64'), nd.array([0, 1, 2, 0])
+    loaded = modes.load_exported(loss_fn, 2, dtype='float64')
+    loss = loaded(pred, label)
+    assert loss.dtype == np.float64
+    np.testing.assert_allclose(loss.asnumpy(), loss_fn(pred, label).asnumpy(), rtol=1e-12)
+    with pytest.raises(TypeError, match='^dtype: expected one of the dtypes .*, got int8$'):
+        loss_fn.export(str(tmp_path / 'loss'), dtype='int8')
 
 
 def test_exported_graph_serves_any_number_of_classes(rng):

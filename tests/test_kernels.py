@@ -3,6 +3,7 @@
 import json
 
 import cases
+import label_cases
 import mxnet as mx
 import numpy as np
 import pytest
@@ -10,10 +11,12 @@ import reference
 from mxnet import autograd, gluon
 
 from gluon_stable_ce import StableCrossEntropy, StableSoftmaxCELoss
-from gluon_stable_ce.kernels import ClassTerms, choose, class_terms, fused
+from gluon_stable_ce.call import Call
+from gluon_stable_ce.kernels import ClassTerms, class_terms, library, resolve
+from gluon_stable_ce.options import Options
 
 nd = mx.nd
-IS_FUSED = pytest.mark.skipif(not fused.load(), reason='the fused kernel is not compiled')
+IS_FUSED = pytest.mark.skipif(not library.load(), reason='the fused kernel is not compiled')
 every_kernel = pytest.mark.parametrize('kernel', ['stock', pytest.param('fused', marks=IS_FUSED)])
 every_layout = pytest.mark.parametrize('layout', cases.params(cases.LAYOUTS))
 PRED_TYPES = ('logits', 'log_probs', 'probs')
@@ -23,23 +26,27 @@ RANK_KNOWN = pytest.mark.parametrize('is_rank_known', [True, False], ids=['rank-
 class Terms(gluon.HybridBlock):
     """The terms of `class_terms` in a graph of symbols."""
 
-    def __init__(self, kernel, has_target=False, **options):
+    def __init__(self, call):
         super().__init__()
-        self.kernel, self.has_target, self.options = kernel, has_target, options
+        self.call = call
 
-    def hybrid_forward(self, F, pred, of_class, *class_weight):
-        name = 'target' if self.has_target else 'index'
-        weight = class_weight[0] if class_weight else None
-        terms = class_terms(F, self.kernel, pred, **{name: of_class}, class_weight=weight, **self.options)
-        return [term for term in terms if term is not None]
+    def hybrid_forward(self, F, *inputs):
+        return [term for term in class_terms(F, self.call, *inputs) if term is not None]
 
 
-def compute(kernel, pred, of_class, class_weight=None, **options):
+def call_of(kernel, terms='nll', **given):
+    """A call whose terms are the NLL, or all three."""
+    facts = {name: given.pop(name) for name in ('ndim', 'dtype', 'label_ndim') if name in given}
+    scale = 1.0 if terms != 'nll' else 0.0
+    options = Options(lse_square_scale=scale, label_smoothing=scale, **given)
+    return Call(options, kernel=kernel, **facts)
+
+
+def compute(call, *inputs):
     """(terms in NumPy, gradient of their sum) of a compiled graph."""
-    inputs = [nd.array(array, dtype=array.dtype) for array in (pred, of_class)]
-    inputs += [] if class_weight is None else [nd.array(class_weight)]
+    inputs = [nd.array(array, dtype=np.asarray(array).dtype) for array in inputs]
     inputs[0].attach_grad()
-    block = Terms(kernel, **options)
+    block = Terms(call)
     block.hybridize()
     with autograd.record():
         terms = block(*inputs)
@@ -48,24 +55,24 @@ def compute(kernel, pred, of_class, class_weight=None, **options):
 
 
 def make(rng, layout, pred_type='logits', dense=False):
-    """Predictions of what `pred_type` says, and an index or a target."""
-    pred, of_class = cases.make(
+    """Predictions of what `pred_type` says, and sparse or dense labels."""
+    pred, label = cases.make(
         rng, layout.shape, layout.axis, not dense, from_logits=pred_type != 'logits', invalid=False
     )
-    return np.exp(pred) if pred_type == 'probs' else pred, of_class
+    return np.exp(pred) if pred_type == 'probs' else pred, label
 
 
-def expected_terms(layout, pred, of_class, pred_type='logits', dense=False, class_weight=None):
+def expected_terms(axis, pred, label, pred_type='logits', dense=False, class_weight=None):
     as_logits = np.log(pred.astype('float64')) if pred_type == 'probs' else pred
     positions = reference.read_positions(
         as_logits,
-        of_class,
-        layout.axis % pred.ndim,
+        label,
+        axis % pred.ndim,
         sparse_label=not dense,
         from_logits=pred_type != 'logits',
         class_weight=class_weight,
     )
-    target = positions.target if dense else (positions.target > 0).astype(float)
+    target = positions.target
     nll = np.where(target == 0, 0, -target * positions.log_p).sum(-1)
     return nll, positions.logsumexp, -(positions.uniform * positions.log_p).sum(-1)
 
@@ -75,27 +82,19 @@ def expected_terms(layout, pred, of_class, pred_type='logits', dense=False, clas
 @pytest.mark.parametrize(
     ('kernel', 'dense'),
     [
-        pytest.param('stock', False, id='stock-index'),
-        pytest.param('stock', True, id='stock-target'),
-        pytest.param('fused', False, id='fused-index', marks=IS_FUSED),
+        pytest.param('stock', False, id='stock-sparse'),
+        pytest.param('stock', True, id='stock-dense'),
+        pytest.param('fused', False, id='fused-sparse', marks=IS_FUSED),
     ],
 )
-@pytest.mark.parametrize('class_weight', [None, [1, 2, 0.5, 0.25, 3]], ids=['plain', 'class-weight'])
+@pytest.mark.parametrize('class_weight', [None, [1, 2, 0.5, 0, 3]], ids=['plain', 'class-weight'])
 def test_terms_of_logits(kernel, layout, is_rank_known, dense, class_weight, rng, ctx):
-    pred, of_class = make(rng, layout, dense=dense)
-    known = {'ndim': pred.ndim} if is_rank_known else {}
-    terms, _ = compute(
-        kernel,
-        pred,
-        of_class,
-        class_weight,
-        has_target=dense,
-        axis=layout.axis,
-        logsumexp=True,
-        uniform=True,
-        **known,
-    )
-    expected = expected_terms(layout, pred, of_class, dense=dense, class_weight=class_weight)
+    pred, label = make(rng, layout, dense=dense)
+    ndim = pred.ndim if is_rank_known else None
+    call = call_of(kernel, 'all', axis=layout.axis, sparse_label=not dense, ndim=ndim)
+    weights = [] if class_weight is None else [np.array(class_weight, 'float32')]
+    terms, _ = compute(call, pred, label, *weights)
+    expected = expected_terms(layout.axis, pred, label, dense=dense, class_weight=class_weight)
     for term, truth in zip(terms, expected):
         assert term.shape == truth.shape
         np.testing.assert_allclose(term, truth, **cases.CLOSE)
@@ -111,39 +110,38 @@ def test_terms_of_logits(kernel, layout, is_rank_known, dense, class_weight, rng
     ],
 )
 def test_nll_of_pred_types(kernel, layout, is_rank_known, pred_type, rng, ctx):
-    pred, index = make(rng, layout, pred_type)
-    known = {'ndim': pred.ndim} if is_rank_known else {}
-    (nll,), _ = compute(kernel, pred, index, axis=layout.axis, pred_type=pred_type, **known)
-    expected, _, _ = expected_terms(layout, pred, index, pred_type)
+    pred, label = make(rng, layout, pred_type)
+    ndim = pred.ndim if is_rank_known else None
+    (nll,), _ = compute(call_of(kernel, axis=layout.axis, pred_type=pred_type, ndim=ndim), pred, label)
+    expected, _, _ = expected_terms(layout.axis, pred, label, pred_type)
     assert nll.dtype == ('float64' if pred_type == 'probs' else 'float32')
     np.testing.assert_allclose(nll, expected, **cases.CLOSE)
 
 
 @every_kernel
+@RANK_KNOWN
+@pytest.mark.parametrize('dtype', label_cases.DTYPES)
+@pytest.mark.parametrize('invalid_label', ['nan', 'clip'])
+@pytest.mark.parametrize('ignore_label', [None, -1, 2], ids=str)
+def test_labels_are_read_by_one_rule(kernel, is_rank_known, dtype, invalid_label, ignore_label, ctx):
+    """Every dtype and every bad value: the term is filled in, with gradient 0, or is that of the class it names."""
+
+
+@every_kernel
 def test_terms_not_asked_for_are_none(kernel):
-    terms = class_terms(nd, kernel, nd.zeros((4, 3)), index=nd.zeros(4), ndim=2)
+    terms = class_terms(nd, call_of(kernel, ndim=2, label_ndim=1), nd.zeros((4, 3)), nd.zeros(4))
     assert isinstance(terms, ClassTerms)
     assert terms.nll.shape == (4,)
     assert terms.logsumexp is terms.uniform_nll is None
 
 
-def test_unknown_kernel_is_an_error():
-    with pytest.raises(
-        ValueError, match="^kernel: expected 'stock', or 'fused' for logits and an index, got 'fast'$"
-    ):
-        class_terms(nd, 'fast', nd.zeros((4, 3)), index=nd.zeros(4))
-
-
 @every_kernel
 def test_float16_is_cast(kernel, rng, ctx):
     pred = rng.normal(0, 3, (8, 3000)).astype('float16')
-    index = rng.randint(0, 3000, 8).astype('float32')
-    (nll, logsumexp), gradient = compute(
-        kernel, pred, index, ndim=2, dtype='float16', logsumexp=True, axis=-1
-    )
+    label = rng.randint(0, 3000, 8).astype('float32')
+    (nll, logsumexp, _), gradient = compute(call_of(kernel, 'all', ndim=2, dtype='float16'), pred, label)
     assert (nll.dtype, logsumexp.dtype, gradient.dtype) == (np.float32, np.float32, np.float16)
-    layout = cases.Layout(pred.shape, -1)
-    for term, truth in zip((nll, logsumexp), expected_terms(layout, pred, index)):
+    for term, truth in zip((nll, logsumexp), expected_terms(-1, pred, label)):
         np.testing.assert_allclose(term, truth, rtol=2e-6, atol=1e-4)  # a float32 sum of as many terms
 
 
@@ -151,8 +149,8 @@ def test_float16_is_cast(kernel, rng, ctx):
 @pytest.mark.parametrize('gap', [10.0, 20.0, 50.0])
 def test_nll_is_never_negative_and_its_gradient_goes_on(kernel, gap, ctx):
     """Where a kernel clamps at 0, the clamp lets the gradient through."""
-    pred, index = np.array([[gap, 0]], 'float32'), np.array([0], 'float32')
-    (nll,), gradient = compute(kernel, pred, index, ndim=2)
+    pred, label = np.array([[gap, 0]], 'float32'), np.array([0], 'float32')
+    (nll,), gradient = compute(call_of(kernel, ndim=2), pred, label)
     assert nll[0] >= 0
     p = 1 / (1 + np.exp(np.float64(gap)))
     if kernel == 'fused':
@@ -163,16 +161,15 @@ def test_nll_is_never_negative_and_its_gradient_goes_on(kernel, gap, ctx):
 
 
 def test_log_probs_above_zero_keep_their_gradient(ctx):
-    (nll,), gradient = compute(
-        'stock', np.array([[1e-6, -20]], 'float32'), np.array([0.0]), pred_type='log_probs', ndim=2
-    )
+    pred, label = np.array([[1e-6, -20]], 'float32'), np.array([0.0])
+    (nll,), gradient = compute(call_of('stock', pred_type='log_probs', ndim=2), pred, label)
     assert nll[0] == 0
     np.testing.assert_array_equal(gradient, [[-1, 0]])
 
 
 def test_targets_below_zero_are_not_clamped(ctx):
     pred, target = np.array([[0, 0]], 'float32'), np.array([[-1, 0.5]], 'float32')
-    (nll,), _ = compute('stock', pred, target, has_target=True, ndim=2)
+    (nll,), _ = compute(call_of('stock', sparse_label=False, ndim=2), pred, target)
     np.testing.assert_allclose(nll, [-0.5 * np.log(2)], **cases.CLOSE)
 
 
@@ -180,27 +177,36 @@ def test_targets_below_zero_are_not_clamped(ctx):
 @pytest.mark.parametrize('largest', [0, 88, 1e4, 1e30, -1e30])
 def test_logsumexp_of_huge_logits(kernel, largest, ctx):
     pred = np.array([[largest, largest, -np.inf]], 'float32')
-    (_, logsumexp), _ = compute(kernel, pred, np.array([0.0]), ndim=2, logsumexp=True)
+    (_, logsumexp, _), _ = compute(call_of(kernel, 'all', ndim=2), pred, np.array([0.0]))
     np.testing.assert_allclose(logsumexp, [pred[0, 0] + np.log(2)], rtol=2e-7, atol=1e-5)
 
 
 @every_kernel
 def test_uniform_nll_has_no_part_of_classes_of_weight_zero(kernel, ctx):
-    pred, weight = np.array([[0, 0, -np.inf]], 'float32'), [1, 3, 0]
-    (_, uniform), gradient = compute(kernel, pred, np.array([0.0]), weight, ndim=2, uniform=True)
+    pred, weight = np.array([[0, 0, -np.inf]], 'float32'), np.array([1, 3, 0], 'float32')
+    (_, _, uniform), gradient = compute(call_of(kernel, 'all', ndim=2), pred, np.array([0.0]), weight)
     np.testing.assert_allclose(uniform, [4 / 3 * np.log(2)], **cases.CLOSE)
     assert np.isfinite(gradient).all()
+
+
+@every_kernel
+@pytest.mark.parametrize('logit', [-np.inf, np.nan])
+def test_a_class_weight_of_zero_removes_the_label_term(kernel, logit, ctx):
+    pred, weight = np.array([[logit, 0, 1]], 'float32'), np.array([0, 1, 1], 'float32')
+    (nll,), gradient = compute(call_of(kernel, ndim=2), pred, np.array([0.0]), weight)
+    assert nll == 0
+    if np.isinf(logit):
+        np.testing.assert_array_equal(gradient, 0)
 
 
 @every_kernel
 @RANK_KNOWN
 @pytest.mark.parametrize('classes', [1, 2, 31, 252, 507])
 def test_odd_numbers_of_classes(kernel, is_rank_known, classes, rng, ctx):
-    layout = cases.Layout((3, classes, 5), 1)
-    pred, index = make(rng, layout)
-    known = {'ndim': 3} if is_rank_known else {}
-    terms, _ = compute(kernel, pred, index, axis=1, logsumexp=True, uniform=True, **known)
-    for term, truth in zip(terms, expected_terms(layout, pred, index)):
+    pred, label = make(rng, cases.Layout((3, classes, 5), 1))
+    call = call_of(kernel, 'all', axis=1, ndim=3 if is_rank_known else None)
+    terms, _ = compute(call, pred, label)
+    for term, truth in zip(terms, expected_terms(1, pred, label)):
         np.testing.assert_allclose(term, truth, **cases.CLOSE)
 
 
@@ -218,40 +224,43 @@ def in_graph(**options):
 
 @IS_FUSED
 @pytest.mark.parametrize(
-    ('kernel', 'dtype', 'device_type', 'chosen'),
+    ('kernel', 'facts', 'chosen'),
     [
-        ('stock', 'float32', 'cpu', 'stock'),
-        ('auto', 'float32', 'cpu', 'fused'),
-        ('auto', 'float16', 'cpu_pinned', 'fused'),
-        ('auto', 'float64', 'cpu_shared', 'fused'),
-        ('auto', 'bfloat16', 'cpu', 'stock'),
-        ('auto', 'float32', 'gpu', 'stock'),
-        ('auto', 'float32', None, 'stock'),
-        ('fused', 'float32', 'cpu', 'fused'),
-        ('fused', 'float32', None, 'fused'),
-        ('fused', None, None, 'fused'),
+        ('stock', {}, 'stock'),
+        ('auto', {}, 'fused'),
+        ('auto', {'dtype': 'float16', 'device_type': 'cpu_pinned'}, 'fused'),
+        ('auto', {'dtype': 'float64', 'device_type': 'cpu_shared'}, 'fused'),
+        ('auto', {'dtype': 'bfloat16'}, 'stock'),
+        ('auto', {'device_type': 'gpu'}, 'stock'),
+        ('auto', {'is_main_thread': False}, 'stock'),
+        ('auto', {'is_symbol': True}, 'stock'),
+        ('fused', {}, 'fused'),
+        ('fused', {'is_symbol': True}, 'fused'),
     ],
+    ids=str,
 )
-def test_choose(kernel, dtype, device_type, chosen):
-    assert choose(kernel, dtype, device_type) == chosen
+def test_resolve(kernel, facts, chosen):
+    assert resolve(Options(kernel=kernel), **facts) == chosen
 
 
 @pytest.mark.parametrize(
-    ('dtype', 'device_type', 'reason'),
-    [('bfloat16', 'cpu', 'computes float16, float32 and float64'), ('float32', 'gpu', 'pred is on a gpu')],
+    ('options', 'facts', 'reason'),
+    [
+        ({}, {'dtype': 'bfloat16'}, 'it computes float16, float32 and float64, and pred is bfloat16'),
+        ({}, {'device_type': 'gpu'}, 'it runs on the CPU, and pred is on a gpu'),
+        ({}, {'is_main_thread': False}, 'it is for the main thread only'),
+        ({'sparse_label': False}, {}, 'it computes sparse labels and logits only'),
+    ],
 )
-def test_fused_where_it_cannot_be_is_an_error(dtype, device_type, reason):
-    with pytest.raises(
-        ValueError, match=f"^kernel: expected 'auto' or 'stock', as the fused kernel .*{reason}"
-    ):
-        choose('fused', dtype, device_type)
+def test_fused_where_it_cannot_be_is_an_error(options, facts, reason):
+    message = f"^kernel: expected 'auto' or 'stock', as the fused kernel cannot be used: {reason}"
+    with pytest.raises(ValueError, match=message):
+        resolve(Options(kernel='fused', **options), **facts)
 
 
 def test_without_the_operator_auto_is_stock_and_fused_an_error(monkeypatch):
-    monkeypatch.setattr(fused, 'load', lambda: False)
-    with pytest.raises(ValueError, match="^kernel: expected 'stock', as the fused kernel .*; got 'fused'$"):
-        class_terms(nd, 'fused', nd.zeros((4, 3)), index=nd.zeros(4))
-    assert choose('auto', 'float32', 'cpu') == 'stock'
+    monkeypatch.setattr(library, 'load', lambda: False)
+    assert resolve(Options()) == 'stock'
     for make_it in (StableSoftmaxCELoss, StableCrossEntropy):
         with pytest.raises(ValueError, match='^kernel: .*fused kernel'):
             make_it(kernel='fused', **{'pred_type': 'logits'} if make_it is StableCrossEntropy else {})

@@ -48,41 +48,64 @@ def test_import_with_a_numpy_that_breaks_mxnet_says_so(tmp_path):
     )
 
 
-def imports_of(name):
-    with open(os.path.join(PACKAGE, name)) as file:
+# No module imports one that stands after it, not even inside a function.
+ORDER = """
+    version array_api options call graph_checks labels class_weight exact_sums distributed metric_queue
+    kernels.terms kernels.library kernels.stock kernels.fused kernels
+    pipeline inputs plan graphs metric loss
+    auditing.files auditing.arrays auditing.report auditing.computation auditing
+    patching __init__
+    kernels.build onnx commands commands.audit commands.build commands.run __main__
+""".split()
+
+
+def path_of(module):
+    path = os.path.join(PACKAGE, *module.split('.'))
+    return os.path.join(path, '__init__.py') if os.path.isdir(path) else f'{path}.py'
+
+
+def imports_of(module):
+    """The modules of the package that a module imports, in functions too."""
+    parents = ['gluon_stable_ce', *module.split('.')]
+    if not os.path.isdir(os.path.join(PACKAGE, *parents[1:])):
+        parents.pop()
+    with open(path_of(module)) as file:
         tree = ast.parse(file.read())
-    return {
-        (node.module or alias.name).lstrip('.')
-        for node in tree.body
-        if isinstance(node, ast.ImportFrom) and node.level
-        for alias in node.names
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            base = parents[: len(parents) + 1 - node.level] if node.level else []
+            base = [*base, *(node.module or '').split('.')] if node.module else base
+            if base[:1] == ['gluon_stable_ce']:
+                yield from (module_of([*base[1:], alias.name]) for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (
+                module_of(alias.name.split('.')[1:])
+                for alias in node.names
+                if alias.name == 'gluon_stable_ce'
+            )
+
+
+def module_of(names):
+    """The module that ``from a.b import c`` reads: a.b.c, or a.b if c is in it."""
+    while names and not os.path.exists(path_of('.'.join(names))):
+        names = names[:-1]
+    return '.'.join(names) or '__init__'
+
+
+def test_order_names_every_module():
+    found = {
+        os.path.relpath(os.path.join(folder, name), PACKAGE)
+        for folder, _, names in os.walk(PACKAGE)
+        for name in names
+        if name.endswith('.py')
     }
+    assert found == {os.path.relpath(path_of(module), PACKAGE) for module in ORDER}
 
 
-CORE = [
-    'array_api',
-    'options',
-    'kernels.stock',
-    'kernels.fused',
-    'kernels',
-    'functional',
-    '_signature',
-    'graphs',
-    'class_weight',
-    '_running_mean',
-    'metric',
-    'loss',
-]
-
-
-@pytest.mark.parametrize('module', CORE)
-def test_core_imports_nothing_higher(module):
-    """What is imported while a module is imported stands before it in CORE, so no periphery is."""
-    path = module.replace('.', '/') + ('/__init__' if module == 'kernels' else '') + '.py'
-    lower = set(CORE[: CORE.index(module)]) | {'stock', 'fused'}
-    assert {
-        name.split('.')[-1] if name != 'kernels.stock' else name for name in imports_of(path)
-    } <= lower | {name.split('.')[-1] for name in lower}
+@pytest.mark.parametrize('module', ORDER)
+def test_imports_nothing_higher(module):
+    higher = ORDER[ORDER.index(module) :]
+    assert not [name for name in imports_of(module) if name in higher]
 
 
 def test_array_api_is_known_in_one_file():

@@ -8,8 +8,9 @@ import mxnet as mx
 import numpy as np
 
 from .._running_mean import ExactSums
-from ..functional import read_labels
-from ..options import check_choice, check_number
+from ..call import Call
+from ..labels import read_labels
+from ..options import Options, check_choice, check_number
 from .arrays import check_arrays, split_into_chunks
 from .report import Audit, Worst
 
@@ -141,7 +142,8 @@ class _Tally:
     def _read_labels(self, labels):
         """Class index, and whether the label is valid and whether it counts, as NumPy arrays (n,)."""
         labels = mx.nd.array(labels, dtype='float64')
-        index, is_valid, is_counted = read_labels(mx.nd, labels, self.like, ignore_label=self.ignore_label)
+        call = Call(Options(ignore_label=self.ignore_label), ndim=2, label_ndim=1)
+        index, is_valid, is_counted = read_labels(mx.nd, call, labels, self.like)
         assert is_valid is not None  # nothing is clipped
         is_valid = is_valid.asnumpy() != 0
         is_counted = np.ones_like(is_valid) if is_counted is None else is_counted.asnumpy() != 0

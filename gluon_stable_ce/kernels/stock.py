@@ -6,45 +6,71 @@ only this kernel needs it.
 
 from typing import Any, Optional, Tuple
 
+from .. import graph_checks
 from ..array_api import Array, F
+from ..call import Call
+from ..labels import fill, read_labels
+from .terms import ClassTerms, weighted
 
 HALF = ('float16', 'bfloat16')
-Terms = Tuple[Array, Optional[Array], Optional[Array]]  # nll, logsumexp, uniform_nll
+Terms = Tuple[
+    Array, Optional[Array], Optional[Array]
+]  # those of ClassTerms, not weighted by the label's class
 
 
 def class_terms(
+    F: F, call: Call, pred: Array, label: Array, class_weight: Optional[Array] = None
+) -> ClassTerms:
+    """Reduce the class axis as `kernels.class_terms` describes."""
+    if class_weight is not None:
+        class_weight = _read_class_weight(F, call, pred, class_weight)  # (C,)
+    if not call.options.sparse_label:
+        target = label if call.dtype is None else F.cast(label, dtype=call.compute_dtype)
+        return ClassTerms(*_reduce(F, call, pred, None, target, class_weight))
+    labels = read_labels(F, call, label, pred)
+    nll, *others = _reduce(F, call, pred, labels.index, None, class_weight)
+    if class_weight is not None:
+        nll = weighted(F, nll, F.take(class_weight, labels.index, mode='clip'))
+    terms = (None if term is None else fill(F, call, labels, term) for term in (nll, *others))
+    return ClassTerms(*terms)
+
+
+def _read_class_weight(F: F, call: Call, pred: Array, class_weight: Array) -> Array:
+    class_weight = F.BlockGrad(F.cast(class_weight, dtype=call.compute_dtype))
+    if call.ndim is not None:
+        return class_weight
+    return graph_checks.with_length(F, class_weight, pred, call.options.axis)
+
+
+def _reduce(
     F: F,
+    call: Call,
     pred: Array,
-    axis: int,
     index: Optional[Array],
     target: Optional[Array],
-    pred_type: str,
-    logsumexp: bool,
-    uniform: bool,
     class_weight: Optional[Array],
-    ndim: Optional[int],
-    dtype: Optional[str],
 ) -> Terms:
-    """Reduce the class axis as `kernels.class_terms` describes."""
-    if index is not None and pred_type == 'probs':  # one number per position is enough
+    """Compute the terms of an index, (positions...), or of a target, of `pred`'s shape."""
+    axis, ndim = call.options.axis, call.ndim
+    if index is not None and call.options.pred_type == 'probs':  # one number per position is enough
         probs = F.cast(F.pick(pred, index, axis=axis), dtype='float64')  # (positions...)
         return _clamped(F, F.log(probs)), None, None
-    if dtype in HALF:  # unlike log_softmax's own `dtype`, a cast in front of it reaches the fast kernel
+    if call.dtype in HALF:  # unlike log_softmax's own `dtype`, a cast in front of it reaches the fast kernel
         pred = F.cast(pred, dtype='float32')
     if ndim is not None or axis == -1:
         pred = class_axis_last(F, pred, axis, ndim)  # (positions..., C)
         if target is not None:
             target = class_axis_last(F, target, axis, ndim)
-        return _terms(F, pred, index, target, pred_type, logsumexp, uniform, class_weight)
+        return _terms(F, call, pred, index, target, class_weight)
     if target is None:
         like = index  # (positions...)
     else:
-        like = same_positions(F, pred, target, axis)
+        like = graph_checks.positions_of(F, pred, class_axis_removed(F, target, axis), axis)
         target = class_axis_last(F, target, axis)
     pred = class_axis_last(F, pred, axis)  # some axes of the positions merged
     if index is not None:
         index = F.reshape_like(index, class_axis_removed(F, pred, -1))
-    nll, *others = _terms(F, pred, index, target, pred_type, logsumexp, uniform, class_weight)
+    nll, *others = _terms(F, call, pred, index, target, class_weight)
     return (
         F.reshape_like(nll, like),
         *(None if term is None else F.reshape_like(term, like) for term in others),
@@ -76,30 +102,18 @@ def class_axis_removed(F: F, pred: Array, axis: int) -> Array:
     return F.BlockGrad(F.squeeze(F.slice_axis(pred, axis=axis, begin=0, end=1), axis=axis))
 
 
-def same_positions(F: F, pred: Array, target: Array, axis: int) -> Array:
-    """Return an array of (positions...). `pick` refuses a `target` of others, which merged axes hide."""
-    one_class = F.BlockGrad(F.slice_axis(pred, axis=axis, begin=0, end=1))  # (..., 1 at `axis`, ...)
-    return F.BlockGrad(F.pick(one_class, class_axis_removed(F, target, axis), axis=axis))
-
-
 def _terms(
-    F: F,
-    pred: Array,
-    index: Optional[Array],
-    target: Optional[Array],
-    pred_type: str,
-    logsumexp: bool,
-    uniform: bool,
-    class_weight: Optional[Array],
+    F: F, call: Call, pred: Array, index: Optional[Array], target: Any, class_weight: Optional[Array]
 ) -> Terms:
     """Reduce the last axis of `pred`, (positions..., C)."""
+    options = call.options
     zero = F.slice_axis(F.contrib.arange_like(pred, axis=-1), axis=0, begin=0, end=1)  # (1,)
-    if pred_type == 'logits':
+    if options.pred_type == 'logits':
         # for p = 1 oneDNN returns 1.4e-6, which is nearly all of its error where p is nearly 1: measured on
         # one class, it is taken out
         log_p, log_1 = F.log_softmax(pred, axis=-1), F.log_softmax(zero, axis=-1)
     else:
-        log_p, log_1 = pred if pred_type == 'log_probs' else F.log(pred), zero
+        log_p, log_1 = pred if options.pred_type == 'log_probs' else F.log(pred), zero
     if index is None:
         if class_weight is not None:
             target = target * _at_each_position(F, class_weight, log_p)
@@ -108,8 +122,8 @@ def _terms(
         nll = _clamped(F, _log_p_at(F, log_p, index, log_1))
     return (
         nll,
-        _logsumexp(F, pred, log_p, log_1) if logsumexp else None,
-        _clamped(F, _uniform_log_p(F, log_p, log_1, class_weight)) if uniform else None,
+        _logsumexp(F, pred, log_p, log_1) if options.lse_square_scale else None,
+        _clamped(F, _uniform_log_p(F, log_p, log_1, class_weight)) if options.label_smoothing else None,
     )
 
 

@@ -1,4 +1,6 @@
-"""What is inferred of a call, which inputs are accepted, and which errors name what is wrong."""
+"""Which inputs are accepted, in which shapes, dtypes and contexts, and which errors name what is wrong."""
+
+from types import SimpleNamespace
 
 import cases
 import modes
@@ -9,15 +11,12 @@ from checks import assert_loss_is_reference, every_mode
 from mxnet.gluon.contrib.nn import Identity
 
 from gluon_stable_ce import StableSoftmaxCELoss
-from gluon_stable_ce._signature import Signature, infer_signature
-from gluon_stable_ce.functional import read_labels
+from gluon_stable_ce.inputs import on_context_of
 
 pytestmark = pytest.mark.usefixtures('kernel')
 
 nd = mx.nd
 LABEL_DTYPES = pytest.mark.parametrize('dtype', cases.LABEL_DTYPES)
-HOST = pytest.mark.parametrize('kind', ['cpu_shared', 'cpu_pinned'])
-CLASS_WEIGHT = pytest.mark.parametrize('class_weight', [None, [1, 2, 3]], ids=['plain', 'class-weight'])
 COMPILED = pytest.mark.parametrize('is_compiled', [True, False], ids=['compiled', 'eager'])
 
 
@@ -34,82 +33,6 @@ def exported(loss_fn, *arrays):
 
 
 IN_GRAPHS = pytest.mark.parametrize('in_graph', [nested, exported], ids=['nested', 'exported'])
-
-
-def test_infer_signature_of_arrays():
-    signature = infer_signature(
-        nd.zeros((4, 5, 3), dtype='float16'), nd.zeros((4, 5), dtype='int32'), nd.ones(4)
-    )
-    assert signature == Signature(
-        np_style=False,
-        dtype='float16',
-        ndim=3,
-        label_dtype='int32',
-        label_ndim=2,
-        weight_layout='batch',
-        few_classes=False,
-        kernel='stock',
-    )
-    assert hash(signature) == hash(Signature(*signature))
-    assert (signature.compute_dtype, signature.label_compare_dtype) == ('float32', 'float64')
-
-
-def test_infer_signature_of_symbols_is_empty():
-    assert infer_signature(mx.sym.var('pred'), mx.sym.var('label')) == Signature()
-    pred = mx.sym.var('pred', dtype='float16')
-    assert infer_signature(pred, mx.sym.var('label')) == Signature(dtype='float16')
-
-
-def test_infer_signature_of_np_arrays():
-    with modes.numpy_semantics():
-        assert infer_signature(mx.np.zeros((4, 3)), mx.np.zeros(4)).np_style
-
-
-def test_infer_signature_does_not_depend_on_sizes():
-    """So one graph serves all of them."""
-    assert infer_signature(nd.zeros((4, 3)), nd.zeros(4)) == infer_signature(nd.zeros((7, 2)), nd.zeros(7))
-
-
-@pytest.mark.parametrize(
-    ('dtype', 'label_dtype', 'classes', 'expected'),
-    [
-        ('float32', 'float32', 2048, True),
-        ('float32', 'float32', 2049, False),
-        ('float32', 'int8', 10, True),
-        ('float32', 'int32', 10, False),
-        ('float16', 'float32', 10, False),
-        ('float64', 'float64', 10, True),
-        ('float32', 'float64', 10, False),
-    ],
-)
-def test_infer_signature_few_classes(dtype, label_dtype, classes, expected):
-    """Only if comparing labels in the dtype of pred tells all of them apart."""
-    pred, label = nd.zeros((4, classes), dtype=dtype), nd.zeros(4, dtype=label_dtype)
-    assert infer_signature(pred, label).few_classes is expected
-
-
-@pytest.mark.parametrize(
-    ('shape', 'layout'),
-    [
-        ((3,), 'batch'),
-        ((1,), 'batch'),
-        ((3, 2, 4), 'positions'),
-        ((3, 1, 2, 4), 'keepdims'),
-        ((1, 1, 1, 4), 'keepdims'),
-        ((3, 5, 2, 4), 'pred'),
-        ((1, 5, 1, 1), 'pred'),
-    ],
-    ids=str,
-)
-def test_infer_signature_weight_layout(shape, layout):
-    pred, label = nd.zeros((3, 5, 2, 4)), nd.zeros((3, 2, 4))
-    assert infer_signature(pred, label, nd.ones(shape), axis=1).weight_layout == layout
-
-
-def test_infer_signature_weight_layout_of_several_batch_axes():
-    pred, label = nd.zeros((3, 5, 2, 4)), nd.zeros((3, 2, 4))
-    signature = infer_signature(pred, label, nd.ones((3, 4)), axis=1, batch_axes=(-1, 0))
-    assert signature.weight_layout == 'batch'
 
 
 @pytest.mark.parametrize(
@@ -205,29 +128,24 @@ def test_type_errors_name_argument_and_type(args, message):
         StableSoftmaxCELoss()(*args)
 
 
-@CLASS_WEIGHT
-@pytest.mark.parametrize('moved', ['label', 'sample_weight'])
-def test_arrays_on_two_devices_are_an_error_and_harm_no_later_call(class_weight, moved):
-    loss_fn = StableSoftmaxCELoss(class_weight=class_weight)
-    inputs = {'pred': nd.zeros((4, 3)), 'label': nd.zeros(4), 'sample_weight': nd.ones(4)}
-    elsewhere = {**inputs, moved: inputs[moved].as_in_context(mx.cpu(1))}
-    for _ in range(2):  # without a graph and with one
-        message = rf'^{moved}: expected an array on cpu\(0\) like pred, got one on cpu\(1\)$'
-        with pytest.raises(ValueError, match=message):
-            loss_fn(*elsewhere.values())
-        assert loss_fn(*inputs.values()).shape == (4,)
+def test_arrays_on_another_device_are_an_error():
+    with pytest.raises(
+        ValueError, match=r'^label: expected an array on gpu\(1\) like pred, got one on cpu\(0\); move '
+    ):
+        on_context_of(SimpleNamespace(context=mx.gpu(1)), 'label', nd.zeros(4))
 
 
-@HOST
+@pytest.mark.parametrize('context', ['cpu_shared(0)', 'cpu_pinned(0)', 'cpu(1)'])
 @COMPILED
 @pytest.mark.parametrize('invalid_label', ['nan', 'raise', 'clip'])
-def test_labels_and_weights_in_pinned_and_shared_memory_are_accepted(kind, is_compiled, invalid_label):
-    """DataLoader's workers hand over batches there."""
+def test_all_memory_of_the_cpu_is_one_place(context, is_compiled, invalid_label):
+    """DataLoader's workers hand over batches in shared memory; gluon reads labels on any CPU."""
     pred, label, weight = nd.array([[1, 2, 3]] * 4), nd.array([0, 1, 2, 0]), nd.array([1, 2, 3, 4])
     loss_fn = StableSoftmaxCELoss(class_weight=[1, 2, 3], invalid_label=invalid_label)
     loss_fn.hybridize(is_compiled)
     expected = loss_fn(pred, label, weight).asnumpy()
-    place = mx.Context(kind, 0)
+    kind, index = context[:-1].split('(')
+    place = mx.Context(kind, int(index))
     loss = loss_fn(pred, label.as_in_context(place), weight.as_in_context(place))
     assert loss.context == pred.context
     np.testing.assert_array_equal(loss.asnumpy(), expected)
@@ -255,15 +173,6 @@ INVALID = {
 def test_invalid_labels_of_each_dtype_are_nan(dtype, ctx):
     label = nd.array(INVALID[dtype], dtype=dtype)
     np.testing.assert_array_equal(StableSoftmaxCELoss()(nd.zeros((len(label), 3)), label).asnumpy(), np.nan)
-
-
-@pytest.mark.parametrize('dtype', ['int32', 'int64', 'float64'])
-def test_labels_above_what_float32_counts(dtype, ctx):
-    classes = 2**24 + 2
-    label = nd.array([0, classes - 1, classes], dtype=dtype)
-    labels = read_labels(nd, label, nd.zeros((1, classes)))
-    np.testing.assert_array_equal(labels.is_valid.asnumpy(), [1, 1, 0])
-    assert labels.index.asnumpy()[1] == classes - 1
 
 
 @every_mode

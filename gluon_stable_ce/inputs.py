@@ -1,0 +1,144 @@
+"""Whether the arrays of a call are right: checks that raise an error with the argument's name; contexts."""
+
+from typing import Any, List, Optional, Tuple
+
+import mxnet as mx
+
+from . import array_api
+from .array_api import Array
+from .call import Call
+from .labels import read_labels
+
+LABEL_DTYPES = ('int8', 'uint8', 'int32', 'int64', 'float16', 'float32', 'float64')
+PRED_DTYPES = ('float16', 'bfloat16', 'float32', 'float64')
+MANTISSA = {'float16': 11, 'float32': 24}  # bits, counting the hidden one: integers up to 2**bits are exact
+Shape = Tuple[int, ...]
+
+
+def check_array_type(name: str, kind: type) -> None:
+    """Raise TypeError unless `kind` is a type of dense MXNet arrays."""
+    if not issubclass(kind, array_api.ARRAY):
+        raise TypeError(f'{name}: expected an MXNet array, got {kind.__name__}')
+    if issubclass(kind, array_api.SPARSE):
+        raise TypeError(f'{name}: expected a dense array, got {kind.__name__}')
+
+
+def check_pred_dtype(name: str, dtype: Optional[str]) -> None:
+    """Raise TypeError unless predictions may have this dtype."""
+    if dtype not in PRED_DTYPES:
+        raise TypeError(f'{name}: expected one of the dtypes {", ".join(PRED_DTYPES)}, got {dtype}')
+
+
+def check_shapes(
+    shape: Shape, label_shape: Shape, label_dtype: Optional[str], axis: int, sparse_label: bool = True
+) -> Shape:
+    """Return the positions' shape; raise TypeError or ValueError unless a label fits `shape`, pred's."""
+    ndim = len(shape)
+    if ndim < 2 or not -ndim <= axis < ndim or not shape[axis]:
+        raise ValueError(
+            f'pred: expected at least 2 axes, with the classes on axis {axis}, got shape {shape}'
+        )
+    axis %= ndim
+    positions = shape[:axis] + shape[axis + 1 :]
+    if not sparse_label:
+        if label_shape != shape:
+            hint = '; class indices need sparse_label=True' if label_shape == positions else ''
+            raise ValueError(
+                f'label: expected shape {shape} like pred with sparse_label=False, got {label_shape}{hint}'
+            )
+        return positions
+    if label_shape not in (positions, shape[:axis] + (1,) + shape[axis + 1 :]):
+        hint = '; one-hot labels and distributions need sparse_label=False' if label_shape == shape else ''
+        raise ValueError(
+            f'label: expected shape {positions} for pred of shape {shape} with the classes on axis {axis}, '
+            f'got {label_shape}{hint}'
+        )
+    if label_dtype not in LABEL_DTYPES:
+        raise TypeError(f'label: expected one of the dtypes {", ".join(LABEL_DTYPES)}, got {label_dtype}')
+    largest = 2 ** MANTISSA.get(str(label_dtype), 53)
+    if shape[axis] > largest:
+        raise TypeError(
+            f'label: expected a dtype that can name {shape[axis]} classes, got {label_dtype}, '
+            f'exact up to {largest} only'
+        )
+    return positions
+
+
+def check_axes(name: str, axes: Tuple[int, ...], shape: Shape, class_axes: List[int]) -> None:
+    """Raise ValueError unless these are different axes of `shape`, and none is a class axis."""
+    ndim = len(shape)
+    known = {axis % ndim for axis in axes if -ndim <= axis < ndim}
+    if len(known - {axis % ndim for axis in class_axes}) < len(axes):
+        raise ValueError(
+            f'{name}: expected axes of pred, of shape {shape}, other than the class axis '
+            f'{", ".join(map(str, class_axes))}, got {", ".join(map(str, axes))}'
+        )
+
+
+def check_class_weights(weights: int, classes: int) -> None:
+    """Raise ValueError unless there is a weight for each of the classes of ``pred``."""
+    if weights != classes:
+        raise ValueError(
+            f'class_weight: expected one weight for each of the {classes} classes of pred, got {weights}'
+        )
+
+
+def weight_layout(got: Shape, shape: Shape, positions: Shape, axis: int, batch_axes: Tuple[int, ...]) -> str:
+    """Name the layout of a sample_weight of shape `got`; ValueError if it has none.
+
+    Returns
+    -------
+    'keepdims', what broadcasts to `shape`, pred's, with 1 at `axis`; 'pred', what broadcasts to `shape`;
+    'positions', `shape` without `axis`; or 'batch', the batch axes alone
+    """
+    ndim = len(shape)
+    keepdims = tuple(1 if i == axis % ndim else size for i, size in enumerate(shape))
+    batch = tuple(shape[i] for i in sorted(axis % ndim for axis in batch_axes))
+    for layout, full in (('keepdims', keepdims), ('pred', shape), ('positions', positions)):
+        if len(got) == len(full) and all(size in (1, whole) for size, whole in zip(got, full)):
+            return layout
+    if got in (batch, (1,) * len(batch)):
+        return 'batch'
+    raise ValueError(
+        f'sample_weight: expected one weight per sample {batch}, one per label {positions}, '
+        f'or a shape that broadcasts to {keepdims}, or to {shape} for the mean over the classes, got {got}'
+    )
+
+
+def check_labels(call: Call, pred: Array, label: Array) -> None:
+    """Raise ValueError if there are invalid labels that count. This waits for the labels."""
+    pred, label = array_api.as_classic(pred), array_api.as_classic(label)
+    labels = read_labels(mx.nd, call, label, pred)
+    is_invalid: Any = labels.is_valid == 0
+    if labels.is_counted is not None:
+        is_invalid = is_invalid * labels.is_counted
+    count = int(is_invalid.sum().asscalar())
+    if count:
+        classes = pred.shape[call.options.axis]
+        raise ValueError(
+            f'label: expected integers in [0, {classes}); invalid labels: {count} of {label.size}'
+        )
+
+
+def on_context_of(pred: Array, name: str, array: Array) -> Array:
+    """Return an array on the context of `pred`. All memory of the CPU is one place, as it is for gluon.
+
+    Raises
+    ------
+    ValueError
+        If the array is on another device.
+    """
+    context, wanted = array.context, pred.context
+    if context == wanted:
+        return array
+    if not (is_cpu(context) and is_cpu(wanted)):
+        raise ValueError(
+            f'{name}: expected an array on {wanted} like pred, got one on {context}; '
+            f'move it with {name}.as_in_context(pred.context)'
+        )
+    return array.as_in_context(wanted)
+
+
+def is_cpu(context: Any) -> bool:
+    """Whether a context is memory of the CPU; DataLoader puts batches on cpu_pinned and cpu_shared."""
+    return context.device_type.startswith('cpu')

@@ -1,0 +1,18 @@
+"""The terms of a loss or a metric: the class axis reduced to one number per position."""
+
+from typing import NamedTuple, Optional
+
+from ..array_api import Array, F
+
+
+class ClassTerms(NamedTuple):
+    """Terms, (positions...), in nats, weighted by class and filled in. None for what was not asked for."""
+
+    nll: Array  # -w_y log p_y, or -sum_j w_j target_j log p_j
+    logsumexp: Optional[Array] = None  # log sum_j exp z_j
+    uniform_nll: Optional[Array] = None  # -1/C sum_j w_j log p_j
+
+
+def weighted(F: F, term: Array, weight: Array) -> Array:
+    """Multiply; a weight of 0 removes the term, and both gradients are 0, also if it is infinite or NaN."""
+    return F.where(weight == 0, F.zeros_like(term), term) * weight

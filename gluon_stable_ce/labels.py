@@ -1,0 +1,79 @@
+"""Sparse labels: which are valid, which count, what class they name, and what stands where they name none.
+
+This file states the rule, in operators of MXNet. The fused operator applies the same rule in C++.
+"""
+
+from typing import NamedTuple, Optional
+
+from . import graph_checks
+from .array_api import Array, F
+from .call import Call
+
+
+class Labels(NamedTuple):
+    """The meaning of sparse labels, (positions...) each. Conditions are 1 or 0; None if always true."""
+
+    index: Array  # the class, in [0, C) and never NaN
+    is_valid: Optional[Array]
+    is_counted: Optional[Array]
+
+
+def read_labels(F: F, call: Call, label: Array, pred: Array) -> Labels:
+    """Decide which labels are valid, which count, and what class they name.
+
+    A label outside [0, C), NaN or not an integer is invalid. With ``invalid_label='clip'`` no label is: it
+    names the nearest class, a fraction the class of its integer part, and NaN the class 0. A label that is
+    `ignore_label` does not count, whether it is valid or not.
+
+    Parameters
+    ----------
+    label : (positions...), or with the class axis of length 1; any dtype that can name the classes
+    pred : (..., C at the class axis, ...)
+        Only its shape is read.
+    """
+    label = align_label(F, call, label, pred)  # (positions...)
+    counted = is_counted(F, call, label)
+    label = F.BlockGrad(_comparable(F, call, label))  # its gradient is 0
+    if call.has_few_classes and call.options.invalid_label != 'clip':
+        index = F.take(F.contrib.arange_like(pred, axis=call.options.axis), label, mode='clip')
+        return Labels(index, index == label, counted)
+    classes = _number_of_classes(F, call, pred)  # (1,)
+    if call.options.invalid_label == 'clip':
+        nearest = F.broadcast_minimum(F.floor(F.maximum(label, 0)), classes - 1)
+        return Labels(F.where(label == label, nearest, F.zeros_like(label)), None, counted)
+    is_valid = F.broadcast_mod(F.floor(label), classes) == label  # neither NaN nor inf is
+    return Labels(F.where(is_valid, label, F.zeros_like(label)), is_valid, counted)
+
+
+def align_label(F: F, call: Call, label: Array, pred: Array) -> Array:
+    """Give a label, which may have the class axis with length 1, the shape of the positions."""
+    axis = call.options.axis
+    if call.ndim is None:
+        return F.reshape_like(label, graph_checks.positions_of(F, pred, label, axis))
+    return F.squeeze(label, axis=axis) if call.label_ndim == call.ndim else label
+
+
+def is_counted(F: F, call: Call, label: Array) -> Optional[Array]:
+    """Compute which positions count: 1 where the label is not `ignore_label`, else 0; None if all count."""
+    ignore_label = call.options.ignore_label
+    return None if ignore_label is None else _comparable(F, call, label) != ignore_label
+
+
+def fill(F: F, call: Call, labels: Labels, terms: Array) -> Array:
+    """Put what `call.fill` says at the positions that are invalid, and at those that are ignored."""
+    for condition, value in ((labels.is_valid, call.fill.invalid), (labels.is_counted, call.fill.ignored)):
+        if condition is not None:
+            terms = F.where(condition, terms, F.ones_like(terms) * value)
+    return terms
+
+
+def _comparable(F: F, call: Call, label: Array) -> Array:
+    dtype = call.label_compare_dtype
+    return label if call.label_dtype == dtype else F.cast(label, dtype=dtype)
+
+
+def _number_of_classes(F: F, call: Call, pred: Array) -> Array:
+    """(1,), C."""
+    axis = call.options.axis
+    classes = F.slice_axis(F.shape_array(pred), axis=0, begin=axis, end=(axis + 1) or None)
+    return F.cast(classes, dtype=call.label_compare_dtype)

@@ -1,0 +1,160 @@
+"""What is decided of a call before anything is computed: `plan`."""
+
+from functools import lru_cache
+from threading import active_count
+from typing import Any, Optional, Tuple
+
+from mxnet import autograd
+
+from . import array_api, inputs, kernels
+from .call import INPUTS, LOSS_FILL, Call, Fill
+from .kernels import fused
+from .options import Options
+
+FEW = 2048  # classes
+FLOAT32_INTEGERS = 2**24  # float32 holds all integers up to this one
+NARROW = ('int8', 'uint8', 'float16', 'float32')  # labels that float32 holds as they are
+
+Inputs = Tuple[Any, Any, Any]  # pred, label, sample_weight
+Description = Tuple[type, Any, Any]  # type, dtype, shape
+
+
+def plan(
+    options: Options,
+    pred: Any,
+    label: Any,
+    sample_weight: Any = None,
+    class_weights: Optional[int] = None,
+    fill: Fill = LOSS_FILL,
+) -> Tuple[Call, Inputs]:
+    """Check the arrays of a call, put them on one context, and choose its kernel.
+
+    Parameters
+    ----------
+    pred, label, sample_weight : arrays or symbols
+    class_weights : int, optional
+        How many class weights there are.
+
+    Returns
+    -------
+    Call, (pred, label, sample_weight)
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the inputs are no arrays, or do not fit each other. Symbols are not checked.
+    """
+    if array_api.is_symbol(pred):
+        return _plan_symbols(options, pred, sample_weight, class_weights, fill), (pred, label, sample_weight)
+    call = _plan_arrays(
+        options,
+        fill,
+        _describe(pred),
+        _describe(label),
+        None if sample_weight is None else _describe(sample_weight),
+        class_weights,
+        *_describe_use(options, pred),
+    )
+    label = inputs.on_context_of(pred, 'label', label)
+    if sample_weight is not None:
+        sample_weight = inputs.on_context_of(pred, 'sample_weight', sample_weight)
+    if options.invalid_label == 'raise':
+        inputs.check_labels(call, pred, label)
+    return call, (pred, _detached(call, label), sample_weight)
+
+
+def _plan_symbols(options, pred, sample_weight, class_weights, fill):
+    dtype = array_api.dtype_name(pred)
+    return Call(
+        options,
+        fill,
+        _names(sample_weight is not None, class_weights is not None),
+        np_style=array_api.is_np_style(pred),
+        dtype=dtype,
+        kernel=kernels.resolve(options, dtype, is_symbol=True),
+    )
+
+
+def _describe(array: Any) -> Description:
+    try:
+        return type(array), array.dtype, array.shape
+    except AttributeError:
+        return type(array), None, None
+
+
+def _describe_use(options: Options, pred: Any) -> Tuple[str, bool, bool]:
+    """Return what decides on the fused kernel: device, whether this is the main thread, and the guard."""
+    if options.kernel == 'stock' or not array_api.is_array(pred):
+        return 'cpu', True, True
+    is_guarded = autograd.is_recording() and not fused.is_gradient_read(pred)
+    return pred.context.device_type, kernels.is_main_thread(), is_guarded
+
+
+@lru_cache(maxsize=1024)  # most calls look like one before
+def _plan_arrays(
+    options: Options,
+    fill: Fill,
+    pred: Description,
+    label: Description,
+    sample_weight: Optional[Description],
+    class_weights: Optional[int],
+    device_type: str,
+    is_main_thread: bool,
+    is_guarded: bool,
+) -> Call:
+    for name, described in zip(INPUTS, (pred, label, sample_weight)):
+        if described is not None:
+            inputs.check_array_type(name, described[0])
+    (kind, dtype, shape), (_, label_dtype, label_shape) = pred, label
+    dtype, label_dtype = array_api.name_of(dtype), array_api.name_of(label_dtype)
+    inputs.check_pred_dtype('pred', dtype)
+    positions = inputs.check_shapes(shape, label_shape, label_dtype, options.axis, options.sparse_label)
+    class_axes = [options.axis, *options.summed_axes]
+    inputs.check_axes('axis', options.summed_axes, shape, class_axes[:1])
+    inputs.check_axes('batch_axis', options.batch_axes, shape, class_axes)
+    if class_weights is not None:
+        inputs.check_class_weights(class_weights, shape[options.axis])
+    layout = None
+    if sample_weight is not None:
+        layout = inputs.weight_layout(sample_weight[2], shape, positions, options.axis, options.batch_axes)
+    is_empty = 0 in shape
+    is_stock = is_empty or kernels.resolve(options, dtype, device_type, False, is_main_thread) == 'stock'
+    return Call(
+        options,
+        fill,
+        _names(sample_weight is not None, class_weights is not None),
+        np_style=issubclass(kind, array_api.NP_STYLE),
+        dtype=dtype,
+        ndim=len(shape),
+        label_dtype=label_dtype,
+        label_ndim=len(label_shape),
+        weight_layout=layout,
+        has_few_classes=_has_few_classes(options, dtype, label_dtype, shape),
+        is_empty=is_empty,
+        kernel='stock' if is_stock else 'fused',
+        is_guarded=is_stock or is_guarded,
+    )
+
+
+def _has_few_classes(options, dtype, label_dtype, shape):
+    is_narrow = label_dtype in (dtype, *NARROW) and abs(options.ignore_label or 0) <= FLOAT32_INTEGERS
+    return shape[options.axis] <= FEW and dtype in ('float32', 'float64') and is_narrow
+
+
+def _names(has_sample_weight, has_class_weight):
+    return tuple(
+        name for name, is_given in zip(INPUTS, (True, True, has_sample_weight, has_class_weight)) if is_given
+    )
+
+
+def _detached(call, label):
+    """Return a sparse label as the kernel may read it."""
+    if not call.options.sparse_label:
+        return label
+    if call.dtype == 'bfloat16':  # AMP's casts in a graph cannot read 64-bit labels
+        return label.astype('float32')
+    if active_count() > 1 or (call.kernel == 'fused' and autograd.is_recording()):
+        # A new handle, without gradient: the fused operator would overwrite one. Autograd marks the inputs of
+        # what it records, and crashes if another thread reads the handle meanwhile.
+        return label.detach()
+    return label

@@ -1,0 +1,98 @@
+"""What is decided of a call before anything is computed."""
+
+import modes
+import mxnet as mx
+import pytest
+
+from gluon_stable_ce.call import LOSS_FILL, Call
+from gluon_stable_ce.options import Options
+from gluon_stable_ce.plan import plan
+
+nd = mx.nd
+STOCK = Options(kernel='stock')
+
+
+def call_of(pred, label, sample_weight=None, **options):
+    """The call that is planned for these inputs."""
+    return plan(STOCK._replace(**options), pred, label, sample_weight)[0]
+
+
+def test_plan_of_arrays():
+    call = call_of(nd.zeros((4, 5, 3), dtype='float16'), nd.zeros((4, 5), dtype='int32'), nd.ones(4))
+    assert call == Call(
+        options=STOCK,
+        fill=LOSS_FILL,
+        inputs=('pred', 'label', 'sample_weight'),
+        np_style=False,
+        dtype='float16',
+        ndim=3,
+        label_dtype='int32',
+        label_ndim=2,
+        weight_layout='batch',
+        has_few_classes=False,
+        is_empty=False,
+        kernel='stock',
+        is_guarded=True,
+    )
+    assert hash(call) == hash(Call(*call))
+    assert (call.compute_dtype, call.label_compare_dtype) == ('float32', 'float64')
+
+
+def test_plan_of_symbols_knows_little():
+    pred, label = mx.sym.var('pred'), mx.sym.var('label')
+    assert call_of(pred, label) == Call(STOCK)
+    assert call_of(mx.sym.var('pred', dtype='float16'), label) == Call(STOCK, dtype='float16')
+
+
+def test_plan_of_np_arrays():
+    with modes.numpy_semantics():
+        assert call_of(mx.np.zeros((4, 3)), mx.np.zeros(4)).np_style
+
+
+def test_plan_does_not_depend_on_sizes():
+    """So one graph serves all of them."""
+    assert call_of(nd.zeros((4, 3)), nd.zeros(4)) == call_of(nd.zeros((7, 2)), nd.zeros(7))
+
+
+@pytest.mark.parametrize(
+    ('dtype', 'label_dtype', 'classes', 'ignore_label', 'expected'),
+    [
+        ('float32', 'float32', 2048, None, True),
+        ('float32', 'float32', 2049, None, False),
+        ('float32', 'int8', 10, -1, True),
+        ('float32', 'int32', 10, None, False),
+        ('float32', 'float32', 10, 2**24, True),
+        ('float32', 'float32', 10, 2**24 + 1, False),
+        ('float16', 'float32', 10, None, False),
+        ('float64', 'float64', 10, None, True),
+        ('float32', 'float64', 10, None, False),
+    ],
+)
+def test_plan_has_few_classes(dtype, label_dtype, classes, ignore_label, expected):
+    """Only if comparing labels in the dtype of pred tells all of them apart."""
+    pred, label = nd.zeros((4, classes), dtype=dtype), nd.zeros(4, dtype=label_dtype)
+    assert call_of(pred, label, ignore_label=ignore_label).has_few_classes is expected
+
+
+@pytest.mark.parametrize(
+    ('shape', 'layout'),
+    [
+        ((3,), 'batch'),
+        ((1,), 'batch'),
+        ((3, 2, 4), 'positions'),
+        ((3, 1, 2, 4), 'keepdims'),
+        ((1, 1, 1, 4), 'keepdims'),
+        ((3, 5, 2, 4), 'pred'),
+        ((1, 5, 1, 1), 'pred'),
+    ],
+    ids=str,
+)
+def test_plan_weight_layout(shape, layout):
+    pred, label = nd.zeros((3, 5, 2, 4)), nd.zeros((3, 2, 4))
+    assert call_of(pred, label, nd.ones(shape), axis=1).weight_layout == layout
+
+
+def test_plan_weight_layout_of_several_batch_axes():
+    pred, label = nd.zeros((3, 5, 2, 4)), nd.zeros((3, 2, 4))
+    call = call_of(pred, label, nd.ones((3, 4)), axis=1, batch_axes=(-1, 0))
+    assert call.weight_layout == 'batch'
