@@ -1,0 +1,169 @@
+/*
+ * Exponentials and logarithms without a call or a branch, so that loops over them become vector code.
+ *
+ * T is float or double. What there is once per logit is computed in T, and what there is once per position in
+ * double: there T is what will become of the result, and says how many terms of a series are needed.
+ */
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#define INLINE inline __attribute__((always_inline)) static
+
+namespace {
+
+const double kLn2 = 0.693147180559945309417, kLog2E = 1.442695040888963407360;
+
+template <typename T> struct Format;
+template <> struct Format<float> {
+  typedef int32_t Int;
+  static const int exp_degree = 8, atanh_degree = 8;  // of series in double
+  static const int mantissa = 23, bias = 127;
+  static const int far = 4096;  // from here on, n log(2) is rounded too much
+};
+template <> struct Format<double> {
+  typedef int64_t Int;
+  static const int exp_degree = 13, atanh_degree = 16;
+  static const int mantissa = 52, bias = 1023;
+  static const int far = 16;
+};
+template <typename T> using Int = typename Format<T>::Int;
+
+template <typename To, typename From> INLINE To bits(From from) {
+  To to;
+  memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// x + magic has round(x) in its last bits
+INLINE float magic(float) { return 12582912.f; }
+INLINE double magic(double) { return 6755399441055744.; }
+template <typename T> INLINE Int<T> last_bits(T sum) { return bits<Int<T>>(sum) - bits<Int<T>>(magic(sum)); }
+
+// 2^n. Valid range: [-bias, bias], where 2^-bias is 0.
+template <typename T> INLINE T power_of_2(Int<T> n) {
+  return bits<T>((n + Format<T>::bias) << Format<T>::mantissa);
+}
+
+// exp(r) - 1. Valid range: |r| <= log(2) / 2. Max error of exp(r), relative: 8e-8 (float), 2e-16 (double).
+INLINE float expm1_reduced(float r) {  // Cephes' polynomial
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  return p * r * r + r;
+}
+constexpr double factorial(int n) { return n < 2 ? 1 : n * factorial(n - 1); }
+template <int k, int last> struct ExpSeries {  // 1/k! + r/(k + 1)! + ... + r^(last - k)/last!
+  INLINE double at(double r) { return ExpSeries<k + 1, last>::at(r) * r + 1 / factorial(k); }
+};
+template <int last> struct ExpSeries<last, last> {
+  INLINE double at(double) { return 1 / factorial(last); }
+};
+template <int degree> INLINE double expm1_reduced(double r) {
+  return ExpSeries<2, degree>::at(r) * r * r + r;
+}
+INLINE double expm1_reduced(double r) { return expm1_reduced<Format<double>::exp_degree>(r); }
+
+// x - n log(2), with log(2) as two numbers. The first is so short that n times it is exact up to n = 2^15.
+INLINE float reduce(float x, float n) { return (x - n * 0.693359375f) - n * -2.12194440054690583e-4f; }
+INLINE double reduce(double x, double n) {
+  return (x - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10;
+}
+
+// exp(x) = 2^n (expm1 + 1)
+template <typename T> struct Reduced {
+  Int<T> n;
+  T expm1;
+};
+template <typename T> INLINE Reduced<T> reduced(T x) {
+  const T sum = x * T(kLog2E) + magic(x);
+  return {last_bits(sum), expm1_reduced(reduce(x, sum - magic(x)))};
+}
+template <typename T> INLINE Reduced<double> reduced_for(double x) {
+  const double sum = x * kLog2E + magic(x);
+  return {last_bits(sum), expm1_reduced<Format<T>::exp_degree>(reduce(x, sum - magic(x)))};
+}
+
+// exp(x). Valid range: up to 700; 0 below -709. Max error, relative: EXP_ERRORS.
+template <typename T> INLINE double exp_of(double x) {
+  x = x < -1023 * kLn2 ? -1023 * kLn2 : x;
+  const Reduced<double> e = reduced_for<T>(x);
+  return (e.expm1 + 1) * power_of_2<double>(e.n);
+}
+
+// exp(x) - 1. Valid range: up to 700. Max error, relative: EXPM1_ERRORS.
+template <typename T> INLINE double expm1_of(double x) {
+  x = x < -100 ? -100 : x;
+  const Reduced<double> e = reduced_for<T>(x);
+  return e.expm1 * power_of_2<double>(e.n) + (power_of_2<double>(e.n) - 1);
+}
+
+template <int k, int last> struct AtanhSeries {  // 1/(2k + 1) + q/(2k + 3) + ... + q^(last - k)/(2 last + 1)
+  INLINE double at(double q) { return AtanhSeries<k + 1, last>::at(q) * q + 1. / (2 * k + 1); }
+};
+template <int last> struct AtanhSeries<last, last> {
+  INLINE double at(double) { return 1. / (2 * last + 1); }
+};
+// 2 atanh(s) = log((1 + s) / (1 - s)). Valid range: [0, 1/3].
+template <typename T> INLINE double two_atanh(double s) {
+  const double q = s * s;
+  return 2 * (AtanhSeries<1, Format<T>::atanh_degree>::at(q) * q * s + s);
+}
+
+// log(1 + x). Valid range: [0, 1]. Max error, relative: LOG1P_ERRORS.
+template <typename T> INLINE double log1p_of(double x) { return two_atanh<T>(x / (2 + x)); }
+
+// log(x). Valid range: 0, normal x > 0 and NaN. Max error: LOG_ERRORS.
+template <typename T> INLINE double log_of(double x) {
+  const int64_t b = bits<int64_t>(x);
+  const double m = bits<double>((b & 0xfffffffffffff) | 0x3ff0000000000000);                   // [1, 2)
+  const double n = bits<double>((b >> 52) | 0x4330000000000000) - (4503599627370496. + 1023);  // x = 2^n m
+  const double result = n * kLn2 + two_atanh<T>((m - 1) / (m + 1));
+  return x > 0 ? result : x == 0 ? -INFINITY : x;
+}
+
+// What exponentials are divided by before they are added: exp(shift) 2^k.
+template <typename T> struct Reference {
+  T shift;
+  Int<T> k;
+};
+template <typename T> INLINE bool is_inside(T largest) { return std::fabs(largest) < Format<T>::far; }
+template <typename T> INLINE T shift_of(T largest) {
+  return is_inside(largest) || largest == -INFINITY ? T(0) : largest;
+}
+template <typename T> INLINE Int<T> exponent_of(T largest) {
+  return last_bits((is_inside(largest) ? largest : T(0)) * T(kLog2E) + magic(largest));
+}
+template <typename T> INLINE Reference<T> reference_of(T largest) {
+  return {shift_of(largest), exponent_of(largest)};
+}
+template <typename T> INLINE double log_reference_of(Reference<T> ref) {
+  return double(ref.shift) + kLn2 * double(ref.k);
+}
+
+// exp(x) / reference. Valid range: x up to the logit that the reference is of, -inf and NaN. Exactly 0 where
+// the result is below T's normal numbers. Max error, relative: SCALED_ERRORS.
+template <typename T> INLINE T scaled_exp(T x, Reference<T> ref) {
+  const T lowest = T(kLn2) * T(ref.k - Format<T>::bias);
+  x -= ref.shift;
+  x = x < lowest ? lowest : x;
+  const Reduced<T> e = reduced(x);
+  return (e.expm1 + 1) * power_of_2<T>(e.n - ref.k);
+}
+
+// The same times q, down to the least number that there is
+template <typename T> INLINE T scaled_exp_times(T x, Reference<T> ref, T q) {
+  const T lowest = T(kLn2) * T(ref.k - 2 * Format<T>::bias + 2);
+  x -= ref.shift;
+  x = x < lowest ? lowest : x;
+  const Reduced<T> e = reduced(x);
+  const Int<T> n = e.n - ref.k, half = n >> 1;
+  return (e.expm1 * q + q) * power_of_2<T>(half) * power_of_2<T>(n - half);
+}
+
+}  // namespace
