@@ -9,7 +9,8 @@ import numpy as np
 from mxnet import autograd
 
 from . import array_api, graphs, kernels
-from ._running_mean import ExactSums, RunningMean
+from .exact_sums import ExactSums
+from .metric_queue import RunningMean
 from .array_api import Array, Arrays
 from .call import METRIC_FILL
 from .inputs import check_array_type
