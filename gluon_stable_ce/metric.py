@@ -10,11 +10,12 @@ import numpy as np
 from mxnet import autograd
 
 from . import array_api, functional
-from ._running_mean import ExactSums, RunningMean
 from ._signature import Signature, check_array_type, infer_signature
 from .array_api import Array, Arrays, F
+from .exact_sums import ExactSums
 from .graphs import STATIC, compiled
 from .kernels import check_kernel, class_terms
+from .metric_queue import RunningMean
 from .options import PRED_TYPES, check_choice, check_flag, check_ignore_label, check_number
 
 __all__ = ['StableBitsPerToken', 'StableCrossEntropy', 'StableLoss', 'StablePerplexity']
