@@ -14,10 +14,10 @@ except AttributeError as error:  # MXNet 1.x reads np.bool, which NumPy 1.24 rem
 if not _mxnet.__version__.startswith('1.'):
     raise ImportError(f'gluon_stable_ce needs MXNet 1.6 to 1.9, this is {_mxnet.__version__}')
 
-from .audit import Audit, audit
+from .auditing import Audit, audit
 from .loss import StableSoftmaxCELoss, StableSoftmaxCrossEntropyLoss
 from .metric import StableBitsPerToken, StableCrossEntropy, StableLoss, StablePerplexity
-from .patch import patch, unpatch
+from .patching import patch, unpatch
 
 __all__ = [
     'Audit',

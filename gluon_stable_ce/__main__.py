@@ -2,24 +2,17 @@
 
 import argparse
 import sys
-from importlib import import_module
 
 from . import __version__
+from .commands import audit, build, run
 
-# name: (the module with its `add_arguments(parser)` and `run(args)`, summary)
 COMMANDS = {
     'audit': (
-        'gluon_stable_ce.audit',
+        audit,
         'Compute the exact cross entropy of given predictions, and how far an epsilon changes it.',
     ),
-    'build': (
-        'gluon_stable_ce.kernels.fused',
-        'Compile the fused kernel, test it, and print its speed on this machine.',
-    ),
-    'run': (
-        'gluon_stable_ce.patch',
-        "Run a script or a module with this loss and these metrics in the place of MXNet's own.",
-    ),
+    'build': (build, 'Compile the fused kernel and test it.'),
+    'run': (run, "Run a script or a module with this loss and these metrics in the place of MXNet's own."),
 }
 
 
@@ -31,8 +24,7 @@ def main(argv=None):
     )
     parser.add_argument('--version', action='version', version=__version__)
     subparsers = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
-    for name, (module_name, summary) in COMMANDS.items():
-        module = import_module(module_name)  # not `from . import`: `gluon_stable_ce.audit` is also a function
+    for name, (module, summary) in COMMANDS.items():
         command = subparsers.add_parser(name, help=summary, description=summary)
         module.add_arguments(command)
         command.set_defaults(run=module.run)

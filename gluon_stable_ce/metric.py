@@ -9,11 +9,11 @@ import numpy as np
 from mxnet import autograd
 
 from . import array_api, graphs, kernels
-from .exact_sums import ExactSums
-from .metric_queue import RunningMean
 from .array_api import Array, Arrays
 from .call import METRIC_FILL
+from .exact_sums import ExactSums
 from .inputs import check_array_type
+from .metric_queue import RunningMean
 from .options import check_metric_options
 from .pipeline import nll_of
 from .plan import plan

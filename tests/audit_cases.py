@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 
-from gluon_stable_ce.audit import add_arguments, run
+from gluon_stable_ce.commands.audit import add_arguments, run
 
 
 def distributions(*shape, seed=0, dtype='float32', sharpness=12):

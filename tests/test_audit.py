@@ -11,7 +11,8 @@ from audit_cases import as_pred_type, distributions, labels_for, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gluon_stable_ce.audit import Audit, arrays, audit
+from gluon_stable_ce import Audit, audit
+from gluon_stable_ce.auditing import arrays
 
 
 def true_nll(row, label, pred_type):

@@ -14,9 +14,9 @@ import pytest
 from audit_cases import command, distributions, labels_for, strict_json
 
 import gluon_stable_ce
-from gluon_stable_ce.audit import audit
-from gluon_stable_ce.audit import command as command_module
-from gluon_stable_ce.audit.files import read_files
+from gluon_stable_ce import audit
+from gluon_stable_ce.auditing.files import read_files
+from gluon_stable_ce.commands import audit as command_module
 
 ROOT = os.path.dirname(os.path.dirname(gluon_stable_ce.__file__))
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from audit_cases import distributions, labels_for, same, strict_json
 
-from gluon_stable_ce.audit import audit
-from gluon_stable_ce.audit.report import check_plot
+from gluon_stable_ce import audit
+from gluon_stable_ce.auditing.report import check_plot
 
 
 @pytest.fixture

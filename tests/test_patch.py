@@ -19,8 +19,15 @@ from mxnet import autograd, gluon
 from mxnet.gluon.contrib import estimator
 from mxnet.gluon.loss import SoftmaxCELoss as ImportedBefore
 
-from gluon_stable_ce import StableCrossEntropy, StableLoss, StablePerplexity, StableSoftmaxCrossEntropyLoss
-from gluon_stable_ce.patch import Patch, patch, unpatch
+from gluon_stable_ce import (
+    StableCrossEntropy,
+    StableLoss,
+    StablePerplexity,
+    StableSoftmaxCrossEntropyLoss,
+    patch,
+    unpatch,
+)
+from gluon_stable_ce.patching import Patch
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SCRIPTS = os.path.join(HERE, 'scripts')

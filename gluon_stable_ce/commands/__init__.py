@@ -1,1 +1,1 @@
-"""The commands of ``python -m gluon_stable_ce``: each has `add_arguments(parser)` and `run(args)`."""
+"""The commands of ``python -m gluon_stable_ce``, each with `add_arguments(parser)` and `run(args)`."""

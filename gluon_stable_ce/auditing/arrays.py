@@ -14,24 +14,7 @@ _CHUNK = 2**20  # predictions in a chunk: 8 MB in float64
 def check_arrays(pred: Any, label: Any, axis: int) -> Tuple[np.ndarray, np.ndarray]:
     """Return predictions and labels as NumPy arrays, once their types, dtypes and shapes are checked.
 
-    Parameters
-    ----------
-    pred : (N, ..., C at `axis`, ...) float16, float32 or float64
-        A NumPy array, which is not copied, or a dense MXNet array, which is copied to the host.
-    label : (N, ...) or with 1 at `axis`, integers or floats
-        Class indices.
-    axis : int
-        Class axis of `pred`.
-
-    Returns
-    -------
-    pred, label : numpy.ndarray
-        `pred` in its shape, and `label` in `pred`'s shape without `axis`.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If one of them is no dense array, or has a dtype or a shape that does not fit.
+    `label` gets `pred`'s shape without `axis`. TypeError or ValueError says what does not fit.
 
     Examples
     --------
@@ -78,22 +61,8 @@ def split_into_chunks(
     A chunk is a part of the first axis of `label`, and at least one step along it. In C order with the
     classes last, a step is one row of C predictions. Otherwise it is all predictions of one index.
 
-    Parameters
-    ----------
-    pred : (N, ..., C at `axis`, ...)
-    label : (N, ...)
-        As `check_arrays` returns them.
-    axis : int
-        Class axis of `pred`.
-    progress : bool, default False
-        Show a progress bar if stderr is a terminal and tqdm is installed.
-
-    Yields
-    ------
-    start : int
-        Flat index in `label` of the first position of the chunk.
-    rows : (n, C), `pred`'s dtype
-    labels : (n,) float64
+    Yields the flat index in `label` of the first position, rows (n, C), and labels (n,) float64. With
+    `progress`, a bar is shown if stderr is a terminal and tqdm is installed.
 
     Examples
     --------

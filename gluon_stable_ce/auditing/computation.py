@@ -1,21 +1,17 @@
 """Compute exact sums over given predictions, and what MXNet's own metrics report for the same ones."""
 
-import math
 from numbers import Integral
 from typing import Any, NamedTuple, Optional
 
-import mxnet as mx
 import numpy as np
 
-from .._running_mean import ExactSums
-from ..call import Call
-from ..labels import read_labels
-from ..options import Options, check_choice, check_number
+from ..exact_sums import ExactSums
+from ..options import PRED_TYPES, check_choice, check_ignore_label, check_number
 from .arrays import check_arrays, split_into_chunks
 from .report import Audit, Worst
 
 _FLOOR = 1e-10  # of mx.metric.Perplexity
-_WORST, _SPREAD = 1000, 10000  # how many samples a plot is drawn from: the worst, and others spread evenly
+_WORST, _SPREAD = 1000, 10000  # how many samples a picture has: the worst, and of evenly spaced ranks
 
 
 def audit(
@@ -39,7 +35,7 @@ def audit(
         A NumPy array, memory maps included, or an MXNet array. A memory map is read in chunks of about a
         million predictions. A chunk has at least one row of all classes. If the classes are not on the last
         axis, it has at least all predictions of one index of the first axis, or of the second if the classes
-        are on the first.
+        are on the first. 4 bytes for each sample stay in memory, for the picture.
     label : `pred`'s shape without `axis`, or with 1 there; integers or floats
         Class indices. A label outside [0, C), NaN or a fraction is invalid, and does not count.
     pred_type : 'probs', 'logits' or 'log_probs'
@@ -67,43 +63,46 @@ def audit(
     TypeError, ValueError
         If arrays, shapes, dtypes or options do not fit; the message says what was expected and what came.
 
-    Notes ----- *Numerics*: the NLL is computed in float64 from the input as it was rounded. It is summed
-    exactly, so that chunks change nothing. The stock values are computed term by term in `pred`'s dtype, as
-    MXNet does. MXNet also adds up each update in that dtype. Here all samples are one update, summed exactly
-    and rounded once. In float32 and float64 the batch size changes only the last digits. In float16 a batch
-    that adds up to more than 65504 gives inf, and smaller batches may not. A row sums to 1 if it does so
-    within 1e-3, or in float16 within 1e-2.
+    Notes
+    -----
+    *Numerics*: the NLL is computed in float64 from the input as it was rounded. It is summed exactly, so that
+    chunks change nothing.
+
+    The stock values are computed term by term in `pred`'s dtype, as MXNet does. MXNet also adds up each
+    update in that dtype. Here all samples are one update, summed exactly and rounded once. In float32 and
+    float64 the batch size changes only the last digits. In float16 a batch that adds up to more than 65504
+    gives inf, and smaller batches may not.
+
+    A row sums to 1 if it does so within 1e-3, or in float16 within 1e-2.
 
     Examples
     --------
     >>> import numpy as np
-    >>> from gluon_stable_ce.audit import audit
+    >>> from gluon_stable_ce import audit
     >>> found = audit(np.array([[-99.0, 0.0], [0.0, -99.0]]), np.array([0, 0]), pred_type='log_probs')
     >>> found.nll, round(found.stock_cross_entropy, 2), found.under_eps, found.under_eps_share
     (49.5, 13.82, 1, 1.0)
     """
-    check_choice('pred_type', pred_type, ('probs', 'logits', 'log_probs'))
+    check_choice('pred_type', pred_type, PRED_TYPES)
     check_number('axis', axis, Integral)
-    check_number('ignore_label', ignore_label, Integral, optional=True)
+    check_ignore_label(ignore_label, sparse_label=True)
     check_number('eps', eps, low=0, high=1)
     check_number('worst', worst, Integral, low=0)
     pred, label = check_arrays(pred, label, axis)
-    axis = int(axis) % pred.ndim
-    tally = _Tally(pred, label, axis, pred_type, ignore_label, float(eps), max(worst, _WORST))
+    tally = _Tally(pred, label, axis, pred_type, ignore_label, float(eps), worst)
     with np.errstate(all='ignore'):  # infinite values and NaN are counted
         for start, rows, labels in split_into_chunks(pred, label, axis, progress):
             tally.add(start, rows, labels)
-        return tally.report(worst)
+        return tally.report()
 
 
 class _Samples(NamedTuple):
     """Samples that count, one array of shape (n,) for each field."""
 
     nll: np.ndarray  # exact, float64, nats
-    stock_nll: np.ndarray  # with the eps, float64, nats
     p: np.ndarray  # float64
     label: np.ndarray  # int64
-    place: np.ndarray  # int64, flat index of the position
+    position: np.ndarray  # int64, flat index in the labels
 
     def select(self, which):
         return _Samples(*(field[which] for field in self))
@@ -121,33 +120,24 @@ class _Tally:
         self.positions, self.classes = label.shape, pred.shape[axis]
         self.dtype = np.dtype(pred.dtype.name)  # in the machine's byte order
         self.tolerance = 1e-2 if self.dtype == 'float16' else 1e-3
-        self.like = mx.nd.zeros((1, self.classes), dtype='float64')
-        self.exact, self.under, self.stock, self.floored = ExactSums(), ExactSums(), ExactSums(), ExactSums()
+        self.exact, self.under, self.stock, self.floored = [ExactSums()] * 4
         self.ignored = self.invalid = self.bad_rows = 0
-        self.worst = self.spread = _Samples(*(np.zeros(0, kind) for kind in ('f8', 'f8', 'f8', 'i8', 'i8')))
+        self.worst = _Samples(*(np.zeros(0, dtype) for dtype in ('f8', 'f8', 'i8', 'i8')))
+        self.nlls = [np.zeros(0, 'float32')]  # of all samples: a picture needs no float64
 
     def add(self, start, rows, labels):
-        """Add a chunk: predictions (n, C), labels (n,), and the flat index of the first of them."""
-        index, is_valid, is_counted = self._read_labels(labels)  # (n,) each
+        """Add a chunk: predictions (n, C), labels (n,) float64, and the flat index of the first of them."""
+        is_valid = (labels >= 0) & (labels < self.classes) & (labels == np.floor(labels))  # NaN is not
+        is_counted = labels != self.ignore_label  # all, if it is None
         self.ignored += int((~is_counted).sum())
         self.invalid += int((is_counted & ~is_valid).sum())
         if self.pred_type != 'logits':
             self.bad_rows += int((is_counted & ~self._sum_to_1(rows)).sum())
         chosen = is_counted & is_valid
-        rows = rows if chosen.all() else rows[chosen]  # (m, C)
-        nll, p = _nll_and_p(rows, index[chosen], self.pred_type)  # (m,) each
-        stock_nll = self._add_sums(nll, p.astype(self.dtype))
-        self._add_samples(_Samples(nll, stock_nll, p, index[chosen], start + np.flatnonzero(chosen)))
-
-    def _read_labels(self, labels):
-        """Class index, and whether the label is valid and whether it counts, as NumPy arrays (n,)."""
-        labels = mx.nd.array(labels, dtype='float64')
-        call = Call(Options(ignore_label=self.ignore_label), ndim=2, label_ndim=1)
-        index, is_valid, is_counted = read_labels(mx.nd, call, labels, self.like)
-        assert is_valid is not None  # nothing is clipped
-        is_valid = is_valid.asnumpy() != 0
-        is_counted = np.ones_like(is_valid) if is_counted is None else is_counted.asnumpy() != 0
-        return index.asnumpy().astype('int64'), is_valid, is_counted
+        rows, index = rows if chosen.all() else rows[chosen], labels[chosen].astype('int64')  # (m, C), (m,)
+        nll, p = _nll_and_p(rows, index, self.pred_type)  # (m,) each
+        self._add_sums(nll, p.astype(self.dtype))
+        self._add_samples(_Samples(nll, p, index, start + np.flatnonzero(chosen)))
 
     def _sum_to_1(self, rows):
         """Whether each row, (n, C), is a distribution."""
@@ -155,25 +145,27 @@ class _Tally:
         return np.abs(p.sum(axis=-1, dtype='float64') - 1) <= self.tolerance
 
     def _add_sums(self, nll, p):
-        """Add exact NLLs, (m,), and those of both stock metrics from `p`, (m,); return the first."""
-        stock_nll = (-np.log(p + self.eps)).astype('float64')
+        """Add exact NLLs, (m,), and those of both stock metrics from `p`, (m,)."""
         self.exact += ExactSums.of(nll)
-        self.under += ExactSums.of(nll[nll > (-math.log(self.eps) if self.eps else np.inf)])
-        self.stock += ExactSums.of(stock_nll)
+        self.under += ExactSums.of(nll[nll > -np.log(self.eps)])
+        self.stock += ExactSums.of(self._stock_nll(p))
         self.floored += ExactSums.of(-np.log(np.maximum(self.dtype.type(_FLOOR), p)).astype('float64'))
-        return stock_nll
+
+    def _stock_nll(self, p):
+        """What mx.metric.CrossEntropy adds up, in the dtype of `p`, (m,)."""
+        return -np.log(p + self.eps).astype('float64')
 
     def _add_samples(self, samples):
-        """Keep the worst samples, and some that are spread evenly over all."""
-        # multiples of 2**32 over the golden ratio are spread evenly, whatever the period of the data
-        is_spread = samples.place * 2654435769 % 2**32 < 2**32 * _SPREAD / math.prod(self.positions)
-        self.spread = _concatenate(self.spread, samples.select(is_spread))
+        """Keep the worst samples, and the NLL of all."""
+        self.nlls.append(samples.nll.astype('float32'))
         if len(self.worst.nll) == self.size:
-            samples = samples.select(samples.difficulty() > self.worst.difficulty()[-1])
-        self.worst = _sort(_concatenate(self.worst, samples)).select(slice(self.size))
+            samples = samples.select(samples.difficulty() > self.worst.difficulty().min(initial=np.inf))
+        merged = _Samples(*map(np.concatenate, zip(self.worst, samples)))
+        # the worst first, and of equal ones the first to come
+        self.worst = merged.select(np.argsort(-merged.difficulty(), kind='stable')[: self.size])
 
-    def report(self, worst):
-        """Return the result of all chunks, which lists the `worst` samples."""
+    def report(self):
+        """Return the result of all chunks."""
         nll = self.exact.over(self.exact.count)
         return Audit(
             pred_type=self.pred_type,
@@ -192,7 +184,7 @@ class _Tally:
             nan=self.exact.nan,
             bad_rows=None if self.pred_type == 'logits' else self.bad_rows,
             row_tolerance=self.tolerance,
-            worst=tuple(map(self._describe, *self.worst.select(slice(worst)))),
+            worst=tuple(map(self._describe, *self.worst)),
             _curve=self._curve(),
         )
 
@@ -207,19 +199,20 @@ class _Tally:
             return 1.0
         return self.under.total / self.exact.total if self.under.count else 0.0
 
-    def _describe(self, nll, stock_nll, p, label, place):
-        index = tuple(int(i) for i in np.unravel_index(place, self.positions))
+    def _describe(self, nll, p, label, position):
+        index = tuple(int(i) for i in np.unravel_index(position, self.positions))
         return Worst(index, int(label), float(p), float(nll))
 
     def _curve(self):
-        """Rank, exact and stock NLL, (3, points): of the worst samples and of the spread ones after them."""
-        if not self.exact.count:
-            return np.ones((3, 0))
-        size, difficulty = len(self.worst.nll), self.worst.difficulty()
-        rest = _sort(self.spread.select(self.spread.difficulty() <= difficulty[-1]))
-        rank = size + np.arange(1, len(rest.nll) + 1) / max(1, len(rest.nll)) * (self.exact.count - size)
-        worst = [np.arange(1, size + 1), difficulty, self.worst.stock_nll]
-        return np.concatenate([worst, [rank, rest.difficulty(), rest.stock_nll]], axis=1)
+        """Rank, exact and stock NLL, (3, points), of the worst samples and of evenly spaced ranks."""
+        nll = np.concatenate(self.nlls)
+        nll.sort()  # NaN comes last
+        count = len(nll)
+        spread = np.arange(count, 0, -(count // _SPREAD + 1))
+        rank = np.union1d(np.arange(1, min(count, _WORST) + 1), spread)
+        exact = nll[count - rank].astype('float64')
+        stock = self._stock_nll(np.exp(-exact).astype(self.dtype))
+        return np.stack([rank, np.where(np.isnan(exact), np.inf, exact), stock])
 
 
 def _nll_and_p(rows, index, pred_type):
@@ -240,12 +233,3 @@ def _nll_of_logits(rows, at_label):
     terms = np.exp(rows, out=rows)
     terms[at_label] = 0  # the label's term is apart from the sum, so that an NLL near 0 keeps its digits
     return np.log1p(terms.sum(axis=-1) + np.expm1(logit)) - logit
-
-
-def _concatenate(first, second):
-    return _Samples(*map(np.concatenate, zip(first, second)))
-
-
-def _sort(samples):
-    """The worst first, and of equal ones the first to come."""
-    return samples.select(np.argsort(-samples.difficulty(), kind='stable'))

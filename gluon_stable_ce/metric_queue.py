@@ -1,137 +1,33 @@
-"""What all metrics share: a mean with exact sums, of values that the device may still be computing."""
+"""What all metrics share: the mean of values that the device may still be computing."""
 
 import copy
 import inspect
-import math
-import re
 from collections import deque
-from fractions import Fraction
+from dataclasses import astuple, replace
 from itertools import zip_longest
 from threading import RLock
 from typing import Any, Callable, Deque, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
+from . import distributed
 from .array_api import Array, MXNetError
+from .exact_sums import ExactSums
 
 _AHEAD = 2  # updates that the device may be behind
 _AT_ONCE = 32  # arrays that are read together
 _WINDOWS = ('local', 'global')
-
-_UNIT = 1126  # every finite float64 is an integer of 53 bits times 2**-1126 or more
-_CHUNK = 2**16  # values that a cache holds
-_HUGE = 2.0**900  # from here on values are scaled down first, so that nothing overflows
-
-
-def exact_sum(values):
-    """Sum finite float64 `values`, (N,), without any rounding: an integer, in units of 2**-1126."""
-    return sum(_sum_of_chunk(values[start : start + _CHUNK]) for start in range(0, len(values), _CHUNK))
-
-
-def _sum_of_chunk(rest):
-    """Sum a few values.
-
-    Their leading bits, down to one place, add up in float64 without rounding; then those below, and so on.
-    See Rump, Ogita and Oishi, "Accurate Floating-Point Summation", 2008.
-    """
-    total, largest = 0, np.abs(rest).max()
-    if largest >= _HUGE:
-        huge = np.abs(rest) >= _HUGE
-        return (exact_sum(rest[huge] / _HUGE) << 900) + exact_sum(rest[~huge])
-    while largest:
-        top = 2.0 ** (math.frexp(largest)[1] + len(rest).bit_length() + 1)
-        leading = rest + top - top  # multiples of the ulp of top, whose sum is less than it
-        mantissa, exponent = math.frexp(leading.sum())
-        total += int(math.ldexp(mantissa, 53)) << exponent - 53 + _UNIT
-        rest = rest - leading
-        largest = np.abs(rest).max()
-    return total
-
-
-class ExactSums:
-    """Sums of the values that a metric is the mean of: integers only, which add up exactly and in any order.
-
-    Attributes
-    ----------
-    total : sum of the finite values in units of 2**-1126
-    count : how many values, finite or not
-    infinite, minus_infinite, nan : how many of them are not finite
-    invalid : how many labels had no value
-    """
-
-    FIELDS = ('total', 'count', 'infinite', 'minus_infinite', 'nan', 'invalid')
-    __slots__ = FIELDS
-
-    def __init__(self, total=0, count=0, infinite=0, minus_infinite=0, nan=0, invalid=0):
-        self.total, self.count, self.invalid = total, count, invalid
-        self.infinite, self.minus_infinite, self.nan = infinite, minus_infinite, nan
-
-    @classmethod
-    def of(cls, values, invalid=0):
-        """Sum float64 `values`, (N,)."""
-        finite = np.isfinite(values)
-        if finite.all():
-            return cls(total=exact_sum(values), count=len(values), invalid=invalid)
-        return cls(
-            total=exact_sum(values[finite]),
-            count=len(values),
-            infinite=int((values == np.inf).sum()),
-            minus_infinite=int((values == -np.inf).sum()),
-            nan=int(np.isnan(values).sum()),
-            invalid=invalid,
-        )
-
-    def as_dict(self):
-        """Return JSON values by name; the total in hexadecimal, as other readers take no such number."""
-        return {name: f'{value:x}' if name == 'total' else value for name, value in zip(self.FIELDS, self)}
-
-    @classmethod
-    def from_dict(cls, fields):
-        """Return the sums that `as_dict` was made from; ValueError if it was made from none."""
-        try:
-            total, *counts = (fields[name] for name in cls.FIELDS)
-            is_sums = (
-                isinstance(total, str)
-                and re.fullmatch('-?[0-9a-f]+', total)
-                and all(type(count) is int and count >= 0 for count in counts)
-                and sum(counts[1:4]) <= counts[0]  # of the values, as many are not finite
-                and (counts[0] or not int(total, 16))
-            )
-        except (TypeError, KeyError):
-            is_sums = False
-        if not is_sums:
-            raise ValueError(f'state: expected sums with {", ".join(cls.FIELDS)}, got {fields!r:.200}')
-        return cls(int(total, 16), *counts)
-
-    def __iter__(self):
-        return (getattr(self, name) for name in self.FIELDS)
-
-    def __add__(self, other):
-        return ExactSums(*map(int.__add__, self, other))
-
-    def over(self, count):
-        """Divide the sum of all values by the integer `count`, with one rounding."""
-        if self.nan or not count or (self.infinite and self.minus_infinite):
-            return float('nan')
-        if self.infinite or self.minus_infinite:
-            return float('inf') if self.infinite else float('-inf')
-        try:
-            if isinstance(count, float):  # of a subclass that counts by itself
-                return float(Fraction(self.total, 2**_UNIT) / Fraction(count))
-            return self.total / (count << _UNIT)
-        except OverflowError:
-            return float('inf') if self.total > 0 else float('-inf')
 
 
 def _count_property(window: str, doc: str) -> Any:
     """Make a property of how many values there are. Subclasses that count by themselves set it."""
 
     def set_count(metric, value):
+        # float32 or a fraction at times: gluoncv's RPNL1LossMetric counts a sum of weights divided by 4
         value = float(value)
         with metric._lock:
-            sums = copy.copy(metric._window(window)) if value else ExactSums(metric._window(window).total)
-            sums.count = int(value) if value.is_integer() else value
-            metric._sums[window] = sums
+            sums = metric._window(window) if value else ExactSums(metric._window(window).total)
+            metric._sums[window] = replace(sums, count=int(value) if value.is_integer() else value)
 
     return property(lambda metric: metric._window(window).count, set_count, doc=doc)
 
@@ -143,8 +39,7 @@ def _sum_property(window: str, doc: str) -> Any:
         with metric._lock:
             before = metric._window(window)
             sums = ExactSums.of(np.array([float(value)]), before.invalid)
-            sums.count = before.count
-            metric._sums[window] = sums
+            metric._sums[window] = replace(sums, count=before.count)
 
     return property(lambda metric: metric._window(window).over(1), set_sum, doc=doc)
 
@@ -171,18 +66,16 @@ class RunningMean:
         cls.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Make a metric that holds nothing, before any `reset`, which a subclass may replace."""
+        """Make a metric that holds nothing, whatever the `reset` of a subclass does."""
         metric = super().__new__(cls)
         metric._lock = RLock()
-        metric._computing, metric._computed = deque(), deque()
-        metric._sums = {window: ExactSums() for window in _WINDOWS}
+        RunningMean.reset(metric)
         return metric
 
     def reset(self) -> None:
         """Forget everything."""
         with self._lock:
-            self._computing.clear()
-            self._computed.clear()
+            self._computing, self._computed = deque(), deque()
             self._sums = {window: ExactSums() for window in _WINDOWS}
 
     def reset_local(self) -> None:
@@ -248,8 +141,7 @@ class RunningMean:
         if got != self._identity():
             raise ValueError(f'state: expected that of a metric with {self._identity()}, got {got}')
         with self._lock:
-            self._computing.clear()
-            self._computed.clear()
+            RunningMean.reset(self)
             self._sums = sums
 
     def all_reduce(self, store: Any) -> Any:
@@ -265,15 +157,11 @@ class RunningMean:
         store : mxnet.kvstore.KVStore, the module horovod.mxnet, or a store with their methods
             See `gluon_stable_ce.distributed.all_reduce`.
         """
-        from .distributed import all_reduce  # only metrics of many workers need it
-
-        local = [self._window(window) for window in _WINDOWS]
-        numbers = all_reduce(store, [number for sums in local for number in sums])
-        size = len(ExactSums.FIELDS)
+        local = [number for window in _WINDOWS for number in astuple(self._window(window))]
+        numbers = distributed.all_reduce(store, local)
+        half = len(numbers) // 2
         whole = copy.copy(self)
-        whole._sums = {
-            window: ExactSums(*numbers[i * size : (i + 1) * size]) for i, window in enumerate(_WINDOWS)
-        }
+        whole._sums = {'local': ExactSums(*numbers[:half]), 'global': ExactSums(*numbers[half:])}
         return whole
 
     def _identity(self) -> Dict[str, Any]:
@@ -286,40 +174,35 @@ class RunningMean:
         with self._lock:
             self._computing.extend(zip_longest(arrays, again))
             while len(self._computing) > _AHEAD * max(1, len(arrays)):
-                array, _ = self._computing.popleft()
-                try:
-                    array.wait_to_read()
-                except MXNetError:
-                    self._compute_again()
-                    raise
-                self._computed.append(array)
+                self._wait_for_oldest()
             if len(self._computed) > _AT_ONCE:
-                self._read(self._computed)
+                self._read()
 
     def _drain(self) -> None:
         """Take all that is queued into the sums. Raise an error of the device once all else is counted."""
-        failed = None
-        while self._computing:
-            array, _ = self._computing.popleft()
-            try:
-                array.wait_to_read()
-                self._computed.append(array)
-            except MXNetError as error:
-                failed = error
-                self._compute_again()
-        self._read(self._computed)
-        if failed is not None:
-            raise failed
+        try:
+            while self._computing:
+                self._wait_for_oldest()
+        except MXNetError:
+            self._drain()
+            raise
+        self._read()
 
-    def _compute_again(self) -> None:
-        """Compute what was queued behind an error again: MXNet may have skipped it silently."""
-        self._computing = deque((again() if again else array, again) for array, again in self._computing)
+    def _wait_for_oldest(self) -> None:
+        """Wait for the oldest array that may be in computation. An error of the device drops it."""
+        array, _ = self._computing.popleft()
+        try:
+            array.wait_to_read()
+        except MXNetError:  # what was queued behind it may have been skipped silently
+            self._computing = deque((again() if again else array, again) for array, again in self._computing)
+            raise
+        self._computed.append(array)
 
-    def _read(self, arrays: Deque[Array]) -> None:
-        """Take computed arrays into the sums."""
-        if arrays:
-            values = np.concatenate([array.asnumpy().ravel() for array in arrays])
-            arrays.clear()
+    def _read(self) -> None:
+        """Take the computed arrays into the sums."""
+        if self._computed:
+            values = np.concatenate([array.asnumpy().ravel() for array in self._computed])
+            self._computed.clear()
             sums = self._sums_of(values.astype('float64', copy=False))
             self._sums = {window: before + sums for window, before in self._sums.items()}
 

@@ -1,4 +1,4 @@
-"""What all metrics share: exact sums, a queue that is read when the device is ready, windows, merge and state."""
+"""What all metrics share: a queue that is read when the device is ready, windows, merge and state."""
 
 import copy
 import json
@@ -8,14 +8,14 @@ import subprocess
 import sys
 import textwrap
 import threading
-from fractions import Fraction
 
 import mxnet as mx
 import numpy as np
 import pytest
 
 from gluon_stable_ce import StableCrossEntropy, StableLoss
-from gluon_stable_ce._running_mean import _AHEAD, _AT_ONCE, ExactSums, exact_sum
+from gluon_stable_ce.exact_sums import ExactSums
+from gluon_stable_ce.metric_queue import _AHEAD, _AT_ONCE
 
 nd = mx.nd
 inf, nan = math.inf, math.nan
@@ -54,72 +54,6 @@ class Failing:
         raise mx.MXNetError('out of memory')
 
     asnumpy = wait_to_read
-
-
-class TestExactSums:
-    def terms(self, name):
-        rng = np.random.RandomState(0)
-        bits = rng.randint(0, 2**63, 1000, dtype='int64').view('float64')
-        largest = np.full(1000, np.finfo('float64').max)
-        special = [5e-324, -1.7e308, 0.0, -0.0, 2.0**53 + 2]
-        mixed = np.concatenate([rng.normal(0, 1, 1000) * 10.0 ** rng.randint(-300, 300, 1000), special])
-        return {
-            'mixed': mixed,
-            'any-bits': bits[np.isfinite(bits)],
-            'largest': -largest,
-            'largest-and-mixed': np.concatenate([largest, mixed]),
-            'none': mixed[:0],
-            'one': mixed[:1],
-        }[name]
-
-    @pytest.mark.parametrize('name', ['mixed', 'any-bits', 'largest', 'largest-and-mixed', 'none', 'one'])
-    def test_sum_is_that_of_fractions(self, name):
-        terms = self.terms(name)
-        assert Fraction(exact_sum(terms), 2**1126) == sum(map(Fraction, terms.tolist()))
-
-    @pytest.mark.slow
-    def test_sum_of_ten_million_is_fsum(self, rng):
-        """math.fsum rounds once, as the quotient here does."""
-        values = np.concatenate([rng.rand(5 * 10**6) * 1e-6, rng.rand(5 * 10**6) * 100])
-        rng.shuffle(values)
-        assert ExactSums.of(values).over(1) == math.fsum(values)
-
-    def test_addition_is_concatenation(self, rng):
-        values = np.concatenate([rng.normal(0, 1, 50), [inf, -inf, nan]])
-        together = ExactSums.of(values[:20], invalid=2) + ExactSums.of(values[20:], invalid=1)
-        assert together.as_dict() == ExactSums.of(values, invalid=3).as_dict()
-
-    def test_dict_is_json_and_back(self, rng):
-        sums = ExactSums.of(np.append(rng.normal(0, 1e300, 50), [nan, inf]), invalid=3)
-        fields = json.loads(json.dumps(sums.as_dict(), allow_nan=False))
-        assert ExactSums.from_dict(fields).as_dict() == sums.as_dict()
-
-    @pytest.mark.parametrize(
-        'change', [{'total': 1}, {'total': 'x'}, {'count': 1.0}, {'count': True}, {'nan': None}], ids=str
-    )
-    def test_from_dict_rejects_malformed(self, change):
-        with pytest.raises(ValueError, match='^state: expected sums '):
-            ExactSums.from_dict({**ExactSums().as_dict(), **change})
-
-    @pytest.mark.parametrize(
-        ('values', 'mean'),
-        [
-            ([inf, 1], inf),
-            ([-inf, 1], -inf),
-            ([inf, -inf], nan),
-            ([nan, inf], nan),
-            ([], nan),
-            ([1.7e308, 1.7e308], 1.7e308),
-            ([0.1] * 10, 0.1),
-        ],
-        ids=str,
-    )
-    def test_mean(self, values, mean):
-        np.testing.assert_array_equal(ExactSums.of(np.array(values, 'float64')).over(len(values)), mean)
-
-    @pytest.mark.parametrize(('sign', 'expected'), [(1, inf), (-1, -inf)])
-    def test_a_sum_above_all_floats_is_infinite(self, sign, expected):
-        assert ExactSums.of(np.full(2, sign * 1.7e308)).over(1) == expected
 
 
 class TestQueue:

@@ -5,15 +5,13 @@ import json
 import sys
 from typing import Any
 
-import mxnet as mx
+from ..auditing import audit
+from ..auditing.files import read_files
+from ..auditing.report import check_plot
+from ..options import PRED_TYPES, check_number
 
-from ..options import check_number
-from .compute import audit
-from .files import read_files
-from .report import check_plot
-
-_EXPECTED = (OSError, ValueError, TypeError, ImportError, MemoryError, mx.MXNetError)
-_EXAMPLE = """\
+_EXPECTED = (OSError, ValueError, TypeError, ImportError, MemoryError)
+_EPILOG = """\
 example:
   python -c "import numpy; numpy.savez('predictions.npz', pred=[[1e-43, 1], [.5, .5]], label=[0, 1])"
   python -m gluon_stable_ce audit predictions.npz --max-error 0.01
@@ -21,7 +19,8 @@ example:
 memory:
   .npy files are memory-mapped and read in chunks of about a million predictions. A chunk has at least one row
   of all classes. If the classes are not on the last axis, it has at least all predictions of one index of the
-  first axis, or of the second if the classes are on the first. .npz, .params and .nd files are read whole.
+  first axis, or of the second if the classes are on the first. An .npz file is read whole. 4 bytes for each
+  sample stay in memory, for the picture.
 
 exit code:
   1 if mx.metric.CrossEntropy is off by more than --max-error, or cannot be compared with the exact value
@@ -31,77 +30,32 @@ exit code:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of the command, an example and the exit codes to an ``argparse`` parser.
-
-    Examples
-    --------
-    >>> import argparse
-    >>> parser = argparse.ArgumentParser()
-    >>> add_arguments(parser)
-    >>> parser.parse_args(['predictions.npz', '--axis', '1']).axis
-    1
-    """
-    parser.epilog = _EXAMPLE
+    """Declare the arguments of the command ``audit``."""
+    parser.epilog = _EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add(
         'files',
         nargs='+',
         metavar='FILE',
-        help='one .npz with the keys pred and label; or two .npy, predictions, then labels; or one .params '
-        'or .nd of mx.nd.save, a dict with those keys or a list of two',
+        help='one .npz with the keys pred and label; or two .npy, predictions, then labels',
     )
-    add(
-        '--pred-type',
-        default='probs',
-        choices=('probs', 'logits', 'log_probs'),
-        help='what the predictions are',
-    )
+    add('--pred-type', default='probs', choices=PRED_TYPES, help='what the predictions are')
     add('--axis', type=int, default=-1, help='class axis of the predictions')
     add('--ignore-label', type=int, help='label that does not count')
     add('--eps', type=float, default=1e-12, help='the eps of mx.metric.CrossEntropy')
     add('--plot', metavar='FILE', help="draw each sample's NLL, stock and exact; needs matplotlib")
-    add(
-        '--json',
-        action='store_true',
-        help="print JSON; what is not finite is a string: 'inf', '-inf' or 'nan'",
-    )
+    add('--json', action='store_true', help="print JSON; not finite numbers are 'inf', '-inf' or 'nan'")
     add(
         '--max-error',
         type=float,
         metavar='R',
-        help='exit 1 if mx.metric.CrossEntropy is off by more than R, relative',
+        help='exit 1 if the relative error of the stock metric is above R',
     )
 
 
 def run(args: Any) -> int:
-    """Run the command and return its exit code.
-
-    Parameters
-    ----------
-    args : argparse.Namespace
-        Of a parser that `add_arguments` has filled.
-
-    Returns
-    -------
-    int
-        0; or 1 if the stock cross entropy is off by more than ``--max-error``, or cannot be compared with the
-        exact one; or 2, with one line on stderr, if files or arguments are bad, or if no sample counts.
-
-    Examples
-    --------
-    >>> import argparse, os, tempfile
-    >>> import numpy as np
-    >>> parser = argparse.ArgumentParser()
-    >>> add_arguments(parser)
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     path = os.path.join(folder, 'predictions.npz')
-    ...     np.savez(path, pred=[[0.5, 0.5]], label=[1])
-    ...     run(parser.parse_args([path]))  # doctest: +ELLIPSIS
-    samples counted                                 1
-    ...
-    0
-    """
+    """Run the command and return its exit code, which the epilog of the help explains."""
     try:
         return _run(args)
     except _EXPECTED as error:

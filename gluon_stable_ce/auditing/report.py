@@ -46,7 +46,7 @@ class Audit:
     Examples
     --------
     >>> import numpy as np
-    >>> from gluon_stable_ce.audit import audit
+    >>> from gluon_stable_ce import audit
     >>> found = audit(np.array([[1.0, 0.0], [0.5, 0.5]]), np.array([1, 0]))
     >>> found.zero, found.nll, round(found.stock_cross_entropy, 4), found.error
     (1, inf, 14.1621, inf)
@@ -118,8 +118,7 @@ class Audit:
     def plot(self, path: Any = None) -> Any:
         """Draw each sample's NLL, exact and stock, over its rank from the worst on.
 
-        It is drawn from the 1000 worst samples and about 10000 that are spread evenly over all. The ranks of
-        the latter are estimates.
+        It is drawn from the 1000 worst samples, and from up to 10000 whose ranks are evenly spaced.
 
         Parameters
         ----------

@@ -1,0 +1,112 @@
+"""Sums without any rounding: their order, and how they are split, change nothing.
+
+Metrics, the audit and the sums over workers are made of them.
+"""
+
+import math
+import re
+from dataclasses import asdict, astuple, dataclass
+from fractions import Fraction
+from operator import add
+
+import numpy as np
+
+_UNIT = 1126  # every finite float64 is an integer of 53 bits times 2**-1126 or more
+_CHUNK = 2**16  # values that a cache holds
+_HUGE = 2.0**900  # from here on values are scaled down first, so that nothing overflows
+
+
+def exact_sum(values):
+    """Sum finite float64 `values`, (N,), without any rounding: an integer, in units of 2**-1126."""
+    return sum(_sum_of_chunk(values[start : start + _CHUNK]) for start in range(0, len(values), _CHUNK))
+
+
+def _sum_of_chunk(rest):
+    """Sum a few values.
+
+    Their leading bits, down to one place, add up in float64 without rounding; then those below, and so on.
+    See Rump, Ogita and Oishi, "Accurate Floating-Point Summation", 2008.
+    """
+    total, largest = 0, np.abs(rest).max()
+    if largest >= _HUGE:
+        huge = np.abs(rest) >= _HUGE
+        return (exact_sum(rest[huge] / _HUGE) << 900) + exact_sum(rest[~huge])
+    while largest:
+        top = 2.0 ** (math.frexp(largest)[1] + len(rest).bit_length() + 1)
+        leading = rest + top - top  # multiples of the ulp of top, whose sum is less than it
+        mantissa, exponent = math.frexp(leading.sum())
+        total += int(math.ldexp(mantissa, 53)) << exponent - 53 + _UNIT
+        rest = rest - leading
+        largest = np.abs(rest).max()
+    return total
+
+
+@dataclass(frozen=True)
+class ExactSums:
+    """Sums of the values that a metric is the mean of: integers, which add up exactly and in any order.
+
+    Attributes
+    ----------
+    total : sum of the finite values in units of 2**-1126
+    count : how many values, finite or not
+    infinite, minus_infinite, nan : how many of them are not finite
+    invalid : how many labels had no value
+    """
+
+    total: int = 0
+    count: int = 0  # or a float, where a subclass of a metric counts by itself
+    infinite: int = 0
+    minus_infinite: int = 0
+    nan: int = 0
+    invalid: int = 0
+
+    @classmethod
+    def of(cls, values, invalid=0):
+        """Sum float64 `values`, (N,)."""
+        is_finite = np.isfinite(values)
+        others = values[~is_finite]
+        return cls(
+            total=exact_sum(values[is_finite] if len(others) else values),
+            count=len(values),
+            infinite=int((others == np.inf).sum()),
+            minus_infinite=int((others == -np.inf).sum()),
+            nan=int(np.isnan(others).sum()),
+            invalid=invalid,
+        )
+
+    def as_dict(self):
+        """Return JSON values by name; the total in hexadecimal, as other readers take no such number."""
+        return {**asdict(self), 'total': f'{self.total:x}'}
+
+    @classmethod
+    def from_dict(cls, state):
+        """Return the sums that `as_dict` was made from; ValueError if it was made from none."""
+        names = [*cls.__dataclass_fields__]
+        try:
+            total, *counts = (state[name] for name in names)
+            is_sums = (
+                isinstance(total, str)
+                and re.fullmatch('-?[0-9a-f]+', total)
+                and all(type(count) is int and count >= 0 for count in counts)
+                and sum(counts[1:4]) <= counts[0]  # of the values, as many are not finite
+                and (counts[0] or not int(total, 16))
+            )
+        except (TypeError, KeyError):
+            is_sums = False
+        if not is_sums:
+            raise ValueError(f'state: expected sums with {", ".join(names)}, got {state!r:.200}')
+        return cls(int(total, 16), *counts)
+
+    def __add__(self, other):
+        return ExactSums(*map(add, astuple(self), astuple(other)))
+
+    def over(self, count):
+        """Divide the sum of all values by `count`, with one rounding."""
+        if self.nan or not count or (self.infinite and self.minus_infinite):
+            return float('nan')
+        if self.infinite or self.minus_infinite:
+            return float('inf') if self.infinite else float('-inf')
+        try:
+            return float(self.total / (Fraction(count) * 2**_UNIT))
+        except OverflowError:
+            return float('inf') if self.total > 0 else float('-inf')
