@@ -18,6 +18,7 @@ from .auditing import Audit, audit
 from .loss import StableSoftmaxCELoss, StableSoftmaxCrossEntropyLoss
 from .metric import StableBitsPerToken, StableCrossEntropy, StableLoss, StablePerplexity
 from .patching import patch, unpatch
+from .version import __version__
 
 __all__ = [
     'Audit',
@@ -27,8 +28,8 @@ __all__ = [
     'StablePerplexity',
     'StableSoftmaxCELoss',
     'StableSoftmaxCrossEntropyLoss',
+    '__version__',
     'audit',
     'patch',
     'unpatch',
 ]
-__version__ = '0.2.0'
