@@ -27,6 +27,7 @@ FUZZ = settings(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 
+
 @st.composite
 def calls(draw):
     """A mode, a problem for it, and a head gradient."""

@@ -118,7 +118,11 @@ def test_values_computed_by_hand(kernel, options, pred, label, loss, gradient, m
     [
         ([2, 0], [2 * NLL[0], 0], [[-1.5, 1.5], [0, 0]]),
         ([[2], [3]], [2 * NLL[0], 3 * NLL[1]], [[-1.5, 1.5], [0.75, -0.75]]),
-        ([[1, 3], [0, 1]], [2 * NLL[0], NLL[1] / 2], [[-1.5, 1.5], [0.125, -0.125]]),  # means over the classes
+        (
+            [[1, 3], [0, 1]],
+            [2 * NLL[0], NLL[1] / 2],
+            [[-1.5, 1.5], [0.125, -0.125]],
+        ),  # means over the classes
     ],
     ids=['batch', 'gluon', 'pred'],
 )
