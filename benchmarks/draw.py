@@ -1,37 +1,37 @@
 """Draw the benchmark's picture: one panel for each problem, with the machine's limit as a line."""
 
-import cases
+import problems
 from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, which people with any colour vision can tell apart.
 COLORS = {
-    cases.OURS_STOCK: '#56B4E9',
-    cases.OURS_FUSED: '#0072B2',
-    cases.HYBRIDIZED: '#D55E00',
-    cases.STATIC: '#E69F00',
-    cases.EAGER: '#A0522D',
-    cases.OUTPUT: '#999999',
-    cases.SUM: '#555555',
-    cases.TORCH: '#009E73',
+    problems.OURS_STOCK: '#56B4E9',
+    problems.OURS_FUSED: '#0072B2',
+    problems.HYBRIDIZED: '#D55E00',
+    problems.STATIC: '#E69F00',
+    problems.EAGER: '#A0522D',
+    problems.OUTPUT: '#999999',
+    problems.SUM: '#555555',
+    problems.TORCH: '#009E73',
 }
 COLUMNS = 2
-OPTIONAL = (cases.OURS_FUSED, cases.TORCH)  # which may not be installed
+OPTIONAL = (problems.OURS_FUSED, problems.TORCH)  # which may not be installed
 SMALL_GREY = {'va': 'center', 'fontsize': 8, 'color': '#666666', 'style': 'italic'}
 
 
 def draw(results, path):
     """Write the picture: times as multiples of the machine's limit, with milliseconds as numbers."""
-    problems = results['cases']
-    rows = -(-len(problems) // COLUMNS)
+    cases = results['cases']
+    rows = -(-len(cases) // COLUMNS)
     figure = Figure(figsize=(10, 2.15 * rows + 0.9), layout='constrained', facecolor='white')
     panels = figure.subplots(rows, COLUMNS, sharex=True, sharey=True, squeeze=False).ravel()
-    for axes, (name, case) in zip(panels, problems.items()):
+    for axes, (name, case) in zip(panels, cases.items()):
         draw_problem(axes, name, case)
-    for axes in panels[len(problems) :]:
+    for axes in panels[len(cases) :]:
         axes.remove()
     panels[0].invert_yaxis()  # shared
     panels[0].set_xscale('log')
-    panels[0].set_xlim(0.3, 6 * largest_multiple(problems))  # room for the numbers
+    panels[0].set_xlim(0.3, 6 * largest_multiple(cases))  # room for the numbers
     about = results['machine']
     figure.suptitle(
         "The loss, forward + backward, in ms. A bar shows how many times the machine's limit that is, "
@@ -48,11 +48,11 @@ def three_digits(number):
     return f'{number:.0f}' if number >= 1000 else f'{number:.3g}'
 
 
-def largest_multiple(problems):
+def largest_multiple(cases):
     """Return the time of the slowest contender, in multiples of the machine's limit."""
     return max(
         row['both']['median'] / case['limit']['both']
-        for case in problems.values()
+        for case in cases.values()
         for row in case['rows'].values()
     )
 

@@ -45,7 +45,7 @@ def medians(calls, seconds=1.0, least=7, most=3000, less=None):
 
 def time_of(steps, kind, effort):
     """Return the times of one kind of step of all contenders, without the operator that makes the logits."""
-    from cases import OPERATOR
+    from problems import OPERATOR
 
     return medians({name: getattr(step, kind) for name, step in steps.items()}, **effort, less=OPERATOR)
 
@@ -105,10 +105,10 @@ def in_fresh_process(python, what, *args):
 
 def peak_memory(case, contender, in_torch):
     """Return the peak resident set of three steps in bytes, less what the process holds before them."""
-    import cases
+    import problems
 
-    make = cases.make_torch if in_torch else cases.make
-    make(cases.small(case), contender).both()  # loads libraries' code
+    make = problems.make_torch if in_torch else problems.make
+    make(problems.small(case), contender).both()  # loads libraries' code
     steps = make(case, contender)
     with open('/proc/self/clear_refs', 'w') as file:
         file.write('5')  # resets the peak
@@ -125,21 +125,21 @@ def _status(field):
 
 def measure_torch(case, effort):
     """Return the times and errors of PyTorch, which runs in this process."""
-    import cases
+    import problems
     import torch
 
-    steps = {name: cases.make_torch(case, name) for name in (cases.TORCH, cases.OPERATOR)}
+    steps = {name: problems.make_torch(case, name) for name in (problems.TORCH, problems.OPERATOR)}
     return {
-        **{kind: time_of(steps, kind, effort)[cases.TORCH] for kind in ('forward', 'both')},
+        **{kind: time_of(steps, kind, effort)[problems.TORCH] for kind in ('forward', 'both')},
         'version': torch.__version__,
-        **errors(steps[cases.TORCH].losses(), cases.truth(case)),
+        **errors(steps[problems.TORCH].losses(), problems.truth(case)),
     }
 
 
 def main(what, index, *args):
-    import cases
+    import problems
 
-    case = cases.CASES[int(index)]
+    case = problems.CASES[int(index)]
     if what == 'memory':
         print(json.dumps(peak_memory(case, args[0], args[1] == 'torch')))
     elif what == 'torch':

@@ -11,10 +11,10 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-import cases
 import draw
 import measure
 import mxnet as mx
+import problems
 from tqdm import tqdm
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -49,13 +49,13 @@ def main():
 def run(torch, only='', memory=True, effort=FULL):
     """Measure what has `only` in its name: the loss alone, training steps, metrics."""
     results = {'machine': machine(), 'cases': {}, 'nets': {}, 'metrics': {}}
-    chosen = [index for index, case in enumerate(cases.CASES) if only in case.name]
-    nets = [net for net in cases.NETS if only in net.name]
-    metrics = [name for name in cases.UPDATES if only in name]
+    chosen = [index for index, case in enumerate(problems.CASES) if only in case.name]
+    nets = [net for net in problems.NETS if only in net.name]
+    metrics = [name for name in problems.UPDATES if only in name]
     total = STEPS_OF_A_CASE * len(chosen) + len(nets) + len(metrics)
     with tqdm(total=total, unit='step', disable=None) as progress:
         for index in chosen:
-            name = cases.CASES[index].name
+            name = problems.CASES[index].name
             results['cases'][name] = run_case(index, torch, results['machine'], memory, effort, progress)
         for net in nets:
             results['nets'][net.name] = advance(progress, net.name, partial(run_net, net, effort))
@@ -63,7 +63,7 @@ def run(torch, only='', memory=True, effort=FULL):
             measured = advance(progress, name, partial(run_metric, name, effort))
             results['metrics'][name] = {
                 'rows': measured,
-                'limit': (cases.bytes_read(name) or 0) / results['machine']['bandwidth'],
+                'limit': (problems.bytes_read(name) or 0) / results['machine']['bandwidth'],
             }
     return results
 
@@ -90,25 +90,25 @@ def machine():
 
 def run_case(index, torch, about, memory, effort, progress):
     """Measure times, errors and memory of all contenders."""
-    case, step = cases.CASES[index], partial(advance, progress)
+    case, step = problems.CASES[index], partial(advance, progress)
     rows = run_mxnet(case, effort, step)
     rows.update(step(f'{case.name}, PyTorch', partial(run_torch, index, torch, effort)))
     used = step(f'{case.name}, memory', partial(memory_of, index, list(rows) if memory else [], torch))
     for name, size in used.items():
         rows[name]['memory'] = size
-    sizes = [pred.nbytes for pred, *_ in cases.data(case)]
+    sizes = [pred.nbytes for pred, *_ in problems.data(case)]
     seconds = sum(sizes) / about['bandwidth']
     return {'rows': rows, 'gradient': max(sizes), 'limit': {'forward': seconds, 'both': 3 * seconds}}
 
 
 def run_mxnet(case, effort, step):
     """Return the rows of the contenders that run in this process, with errors against float64."""
-    batches = cases.inputs(case)
-    steps = {name: cases.make(case, name, batches) for name in [cases.OPERATOR, *cases.CONTENDERS]}
+    batches = problems.inputs(case)
+    steps = {name: problems.make(case, name, batches) for name in [problems.OPERATOR, *problems.CONTENDERS]}
     steps = {name: one for name, one in steps.items() if one}
     forward = step(f'{case.name}, forward', partial(measure.time_of, steps, 'forward', effort))
     both = step(f'{case.name}, forward + backward', partial(measure.time_of, steps, 'both', effort))
-    truth = cases.truth(case)
+    truth = problems.truth(case)
     rows = {}
     for name in forward:
         losses = steps[name].losses
@@ -121,15 +121,15 @@ def run_torch(index, torch, effort):
     """Return PyTorch's row, if there is a PyTorch."""
     if not torch:
         return {}
-    return {cases.TORCH: measure.in_fresh_process(torch, 'torch', index, json.dumps(effort))}
+    return {problems.TORCH: measure.in_fresh_process(torch, 'torch', index, json.dumps(effort))}
 
 
 def memory_of(index, names, torch):
     """Return each contender's peak memory in bytes, less that of the operator alone, two at a time."""
-    kinds = {name: 'torch' if name == cases.TORCH else 'mxnet' for name in names}
+    kinds = {name: 'torch' if name == problems.TORCH else 'mxnet' for name in names}
     wanted = [
         *((name, kind) for name, kind in kinds.items()),
-        *((cases.OPERATOR, kind) for kind in set(kinds.values())),
+        *((problems.OPERATOR, kind) for kind in set(kinds.values())),
     ]
 
     def peak(one):
@@ -138,18 +138,18 @@ def memory_of(index, names, torch):
 
     with ThreadPoolExecutor(2) as pool:
         peaks = dict(zip(wanted, pool.map(peak, wanted)))
-    return {name: max(peaks[name, kind] - peaks[cases.OPERATOR, kind], 0) for name, kind in kinds.items()}
+    return {name: max(peaks[name, kind] - peaks[problems.OPERATOR, kind], 0) for name, kind in kinds.items()}
 
 
 def run_net(net, effort):
     """Return the times of a whole training step."""
-    steps = {name: cases.make_net(net, name) for name in cases.NET_CONTENDERS}
+    steps = {name: problems.make_net(net, name) for name in problems.NET_CONTENDERS}
     return measure.medians({name: step for name, step in steps.items() if step}, **effort)
 
 
 def run_metric(name, effort):
     """Return the times of a metric's update, and of an epoch per update."""
-    return measure.epochs(cases.make_metrics(name), cases.UPDATES[name], **effort)
+    return measure.epochs(problems.make_metrics(name), problems.UPDATES[name], **effort)
 
 
 def markdown(results):
@@ -205,18 +205,18 @@ def table(head, rows):
 
 def case_cells(name, case):
     """Yield the cells of each contender, and those of the machine's limit."""
-    base = case['rows'][cases.HYBRIDIZED]['both']['median']
+    base = case['rows'][problems.HYBRIDIZED]['both']['median']
     for contender, row in case['rows'].items():
         times = _time(row['forward']), _time(row['both']), _ratio(row['both']['median'] / base)
         memory = f'{row["memory"] / 2**20:.0f}' if 'memory' in row else ''
         yield (name, contender, *times, memory, _error(row, 'absolute'), _error(row, 'relative'))
     limits = [f'{case["limit"][kind] * 1e3:.3g}' for kind in ('forward', 'both')]
-    yield (name, f'*{cases.LIMIT}*', *limits, _ratio(case['limit']['both'] / base), '', '', '')
+    yield (name, f'*{problems.LIMIT}*', *limits, _ratio(case['limit']['both'] / base), '', '', '')
 
 
 def net_cells(name, rows):
     """Yield the cells of each loss."""
-    base = rows[cases.HYBRIDIZED]['median']
+    base = rows[problems.HYBRIDIZED]['median']
     for contender, row in rows.items():
         yield (name, contender, _time(row), _ratio(row['median'] / base))
 
@@ -224,20 +224,20 @@ def net_cells(name, rows):
 def metric_cells(name, metric):
     """Yield the cells of each contender, and those of the machine's limit."""
     rows = metric['rows']
-    base = rows.get(cases.STOCK) or rows[cases.OURS_STOCK]
+    base = rows.get(problems.STOCK) or rows[problems.OURS_STOCK]
     for contender, row in rows.items():
         update, epoch = ((f'{row[k] * 1e6:.1f}', _ratio(row[k] / base[k])) for k in ('update', 'epoch'))
         yield (name, contender, *update, *epoch)
     if metric['limit']:
         ratio = _ratio(metric['limit'] / base['epoch'])
-        yield (name, f'*{cases.LIMIT}*', '', '', f'{metric["limit"] * 1e6:.1f}', ratio)
+        yield (name, f'*{problems.LIMIT}*', '', '', f'{metric["limit"] * 1e6:.1f}', ratio)
 
 
 def bounds_table(results):
     """Return the table of bounds; what was not measured, as without PyTorch, is left out."""
     found = quantities(results)
     rows = []
-    for bound in cases.BOUNDS:
+    for bound in problems.BOUNDS:
         ours, other = found.get((bound.what, bound.ours)), found.get((bound.what, bound.other))
         if ours is not None and other:
             verdict = '' if ours <= bound.at_most * other else ', not met'
@@ -250,13 +250,13 @@ def quantities(results):
     """Return all that a bound may be about, by (what, contender)."""
     found = {}
     for name, case in results['cases'].items():
-        found[name, cases.LIMIT] = case['limit']['both']
-        found[f'{name}, peak memory', cases.GRADIENT] = case['gradient']
+        found[name, problems.LIMIT] = case['limit']['both']
+        found[f'{name}, peak memory', problems.GRADIENT] = case['gradient']
         for contender, row in case['rows'].items():
             found[name, contender] = row['both']['median']
             found[f'{name}, peak memory', contender] = row.get('memory')
     for name, metric in results['metrics'].items():
-        found[f'{name}, epoch', cases.LIMIT] = metric['limit']
+        found[f'{name}, epoch', problems.LIMIT] = metric['limit']
         for contender, row in metric['rows'].items():
             found.update({(f'{name}, {kind}', contender): row[kind] for kind in ('update', 'epoch')})
     return found

@@ -1,4 +1,4 @@
-"""The one source of what tests run on: shapes and axes, options, data, and tolerances with their reasons."""
+"""The one source of what tests run on: shapes and axes, options and data."""
 
 from typing import NamedTuple, Optional
 
@@ -7,42 +7,9 @@ import pytest
 import reference
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from tolerances import LOSS
 
-
-class Tolerance(NamedTuple):
-    """Allowed errors of one logarithm, as `reference.error_bounds` takes them."""
-
-    absolute: float
-    relative: float
-
-
-# oneDNN's log_softmax is off by up to 5e-6, whatever the value, and by as much where p is nearly 1. The rest is float32's rounding of
-# logits, differences and sums of up to a hundred terms, each 6e-8 of what is rounded.
-FLOAT32 = Tolerance(absolute=1e-5, relative=2e-6)
-# 2**-53 times the number of roundings, which is below a thousand.
-FLOAT64 = Tolerance(absolute=1e-12, relative=1e-12)
-TOLERANCES = {'float16': FLOAT32, 'float32': FLOAT32, 'float64': FLOAT64}  # float16 is computed in float32
-# The fused kernel is off by 3e-7 of the value, and with label smoothing by 1e-8 where the largest logit is not the label's. The rest
-# is the rounding of weights, smoothing and sums.
-FUSED, FUSED_SMOOTHING = Tolerance(absolute=1e-37, relative=1e-6), Tolerance(absolute=1e-8, relative=1e-6)
-
-
-def tolerance_of(kernel, dtype, settings):
-    """The tolerance of a loss or a metric with these settings, where `kernel` computes whatever it can."""
-    if dtype == 'float64' or not is_fused(kernel, settings):
-        return TOLERANCES[str(dtype)]
-    return FUSED_SMOOTHING if settings.get('label_smoothing') else FUSED
-
-
-def is_fused(kernel, settings):
-    """Whether the fused kernel computes."""
-    return kernel == 'fused' and settings.get('sparse_label', True) and not settings.get('from_logits')
-
-
-# A gradient with respect to float16 logits is rounded to float16: to 11 bits, and to multiples of its least number.
-FLOAT16_GRADIENT = Tolerance(absolute=2**-24, relative=2**-10)
-# For whole tests in float32, without `error_bounds`: sums of a few terms of the above, weighted with up to 3.
-CLOSE = {'rtol': 5e-6, 'atol': 2e-5}
+CLOSE = {'rtol': LOSS.relative, 'atol': LOSS.absolute}
 
 
 class Layout(NamedTuple):

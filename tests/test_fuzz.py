@@ -11,6 +11,8 @@ import mxnet as mx
 import numpy as np
 import pytest
 import reference
+import tolerances
+from checks import expected_within
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -25,21 +27,12 @@ FUZZ = settings(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 
-# What MXNet's own kernel cannot do, and what is therefore not drawn, or not compared.
-KNOWN_LIMITS = {
-    'a graph of symbols does not know the dtype of its inputs': 'so float16 is not cast, class weights do not become float64, and a '
-    'sample_weight or a dense label has to have the dtype of pred: `problems(symbolic=True)` draws none of these',
-    'oneDNN hides a NaN that is not at the label': 'the loss may be finite; `_is_unclear` leaves out such a position, '
-    'and only its gradient has to be not finite',
-    'a row of only -inf logits has no probabilities': 'its loss is NaN where the label asks for one; `_is_unclear` leaves out the rest',
-    'the gradient of log_softmax is NaN where its output is': 'also times 0, so also where a position is ignored: the reference is NaN there',
-}
-
 
 @st.composite
 def calls(draw):
     """A mode, a problem for it, and a head gradient."""
     mode = draw(st.sampled_from(modes.ALL))
+    # a graph does not know the dtype of its inputs, so float16 is not cast, and weights have to have the dtype of pred
     symbolic = mode in SYMBOLIC
     dtypes = ('float32', 'float64') if symbolic else ('float32', 'float16', 'float64')
     problem = draw(
@@ -96,7 +89,7 @@ def test_metric_is_the_reference(kernel, problem, pred_type, ignore_label, in_np
     settings = {**options, 'batch_axis': problem.settings['batch_axis'], 'from_logits': pred_type != 'logits'}
     if _is_unclear(kernel, cases.Problem(pred, label, None, settings)).any():
         return
-    tolerance = cases.tolerance_of(kernel, pred.dtype, settings)
+    tolerance = tolerances.of(kernel, pred.dtype, settings)
     with np.errstate(divide='ignore'):
         log_p = np.log(pred.astype('float64')) if pred_type == 'probs' else pred
     bound, _ = reference.error_bounds(log_p, label, reduction='none', **tolerance._asdict(), **settings)
@@ -124,14 +117,9 @@ def test_losses_on_one_prediction_add_up(kernel, problem, grad_req, losses, is_l
             total = [loss_fn(pred, label) for _ in range(losses)]
         mx.autograd.backward(total)
     times = losses * (2 if grad_req == 'add' else 1)
-    _, expected = reference.loss_and_gradient(*problem[:3], **problem.settings)
-    tolerance = cases.tolerance_of(kernel, problem.pred.dtype, problem.settings)
-    _, bound = reference.error_bounds(*problem[:3], **problem.settings, **tolerance._asdict())
-    bound = bound + tolerance.relative * np.abs(expected)
+    _, (expected, bound) = expected_within(kernel, problem.arrays, problem.settings)
     if problem.pred.dtype == np.float16:  # each sum is rounded
-        bound = bound + times * (
-            cases.FLOAT16_GRADIENT.absolute + cases.FLOAT16_GRADIENT.relative * np.abs(expected)
-        )
+        bound = bound + (times - 1) * tolerances.FLOAT16_GRADIENT.bound(expected)
     cases.assert_within(leaf.grad.asnumpy(), times * expected, times * bound, skipped=np.isnan(expected))
 
 
@@ -141,13 +129,9 @@ def _read(problem):
 
 
 def _check_loss(kernel, problem, positions, loss):
-    pred, settings = problem.pred, problem.settings
-    assert loss.dtype == (np.float64 if pred.dtype == np.float64 else np.float32)
-    expected, _ = reference.loss_and_gradient(*problem[:3], **settings)
+    assert loss.dtype == (np.float64 if problem.pred.dtype == np.float64 else np.float32)
+    (expected, bound), _ = expected_within(kernel, problem.arrays, problem.settings)
     assert loss.shape == expected.shape
-    bound, _ = reference.error_bounds(
-        *problem[:3], **settings, **cases.tolerance_of(kernel, pred.dtype, settings)._asdict()
-    )
     is_unclear = _add_up(problem, _is_unclear(kernel, problem)).reshape(loss.shape) > 0
     cases.assert_within(loss, expected, bound, skipped=is_unclear)
     if (positions.target >= 0).all() and (
@@ -157,20 +141,16 @@ def _check_loss(kernel, problem, positions, loss):
 
 
 def _check_gradient(kernel, problem, positions, head, gradient):
+    """The reference is NaN where the loss has no gradient, also at ignored positions, as 0 times NaN is NaN to MXNet."""
     pred, settings = problem.pred, problem.settings
     assert gradient.dtype == pred.dtype
     loss, _ = reference.loss_and_gradient(*problem[:3], **settings)
     head = None if head is None else np.resize(head, loss.shape)
-    _, expected = reference.loss_and_gradient(*problem[:3], head, **settings)
-    tolerance = cases.tolerance_of(kernel, pred.dtype, settings)
-    _, bound = reference.error_bounds(*problem[:3], head, **settings, **tolerance._asdict())
-    bound = bound + tolerance.relative * np.abs(expected)
-    if pred.dtype == np.float16:
-        bound = bound + cases.FLOAT16_GRADIENT.absolute + cases.FLOAT16_GRADIENT.relative * np.abs(expected)
+    _, (expected, bound) = expected_within(kernel, problem.arrays, settings, head)
     cases.assert_within(gradient, expected, bound, skipped=np.isnan(expected))
     is_removed = ~(positions.is_valid & positions.is_counted) | (_weight_of(problem) == 0)
     is_removed = np.expand_dims(is_removed, problem.axis)
-    if not cases.is_fused(kernel, settings):
+    if not tolerances.is_fused(kernel, settings):
         is_removed = is_removed & ~np.isnan(expected)
     assert not np.where(is_removed, gradient, 0).any()
     if not settings.get('from_logits') and (head is None or head.all()):
@@ -179,13 +159,17 @@ def _check_gradient(kernel, problem, positions, head, gradient):
 
 
 def _is_unclear(kernel, problem):
-    """The positions, (positions...), about whose loss nothing is claimed; see KNOWN_LIMITS."""
+    """The positions, (positions...), about whose loss nothing is claimed.
+
+    A row of only -inf logits has no probabilities: where the label asks for one, its loss is NaN. oneDNN hides a NaN that is
+    not at the label: then only the gradient has to be not finite.
+    """
     logits = np.moveaxis(problem.pred, problem.axis, -1)  # (positions..., C)
     positions = _read(problem)
     asked_for = positions.target != 0
     if problem.settings.get('from_logits'):
         return np.zeros(positions.is_valid.shape, bool)
-    hides_nan = not cases.is_fused(kernel, problem.settings)
+    hides_nan = not tolerances.is_fused(kernel, problem.settings)
     is_broken = (np.isnan(logits).any(-1) & hides_nan) | (logits == -np.inf).all(-1)
     is_clear = (np.isnan(logits) & asked_for).any(-1) | ((logits == -np.inf).all(-1) & asked_for.any(-1))
     is_clear |= ~positions.is_counted | ~positions.is_valid | (_weight_of(problem) == 0)

@@ -1,16 +1,155 @@
-"""How sparse labels are read: which are valid, which count, what class they name, and what is filled in."""
+"""Which labels name a class, and what the loss and the metric make of those that do not: with both kernels, in every dtype."""
 
 import cases
+import modes
 import mxnet as mx
 import numpy as np
 import pytest
+import reference
+import tolerances
+from checks import assert_loss_is_reference, every_mode
+from tolerances import assert_close
 
+from gluon_stable_ce import StableCrossEntropy, StableSoftmaxCELoss
 from gluon_stable_ce.call import METRIC_FILL, Call
 from gluon_stable_ce.labels import Labels, align_label, fill, is_counted, read_labels
 from gluon_stable_ce.options import Options
 
-nd = mx.nd
-nan, inf = float('nan'), float('inf')
+nd, inf, nan = mx.nd, float('inf'), float('nan')
+C = 3
+BAD = [nan, inf, -inf, 2.5, -0.5, 1 + 1e-9, 1e30, -1e-30, -1, C, 127, 200, 3e9, 2**31 - 1, 2**32 + 1]
+BAD += [-(2**40), 2**53 + 1, 2**62]
+MANY = 2**24 + 2  # more classes than float32 can count
+
+
+def bad_labels(dtype):
+    """Those of BAD that a dtype can hold, and that are no class in it."""
+    if dtype[0] in 'iu':
+        info = np.iinfo(dtype)
+        return [label for label in BAD if isinstance(label, int) and info.min <= label <= info.max]
+    with np.errstate(over='ignore'):
+        rounded = [float(np.array(label).astype(dtype)) for label in BAD]
+    return [label for label in rounded if label not in range(C)]
+
+
+@pytest.fixture(params=cases.LABEL_DTYPES)
+def labels(request):
+    """Every class, and every bad label of a dtype."""
+    return np.array([0, *bad_labels(request.param), 1, 2]).astype(request.param)
+
+
+@pytest.fixture
+def pred(labels, rng):
+    return rng.normal(0, 1, (len(labels), C)).astype('float32')
+
+
+@every_mode
+@pytest.mark.parametrize('options', [{}, {'invalid_label': 'clip'}, {'ignore_label': 1}], ids=str)
+def test_loss(kernel, mode, options, labels, pred):
+    """NaN with a gradient of 0, or as the nearest class, or 0 with a gradient of 0."""
+    assert_loss_is_reference(options, pred, labels, mode=mode, kernel=kernel)
+
+
+def test_loss_metric_and_check_agree(kernel, labels, pred):
+    bad = len(labels) - C
+    label, pred = nd.array(labels, dtype=labels.dtype), nd.array(pred)
+    metric = StableCrossEntropy(pred_type='logits')
+    metric.update(label, pred)
+    assert bad > 0
+    assert np.isnan(StableSoftmaxCELoss()(pred, label).asnumpy()).sum() == bad
+    with pytest.raises(ValueError, match=f'invalid labels: {bad} of {len(labels)}. If they are padding'):
+        metric.get()
+    with pytest.raises(ValueError, match=f'invalid labels: {bad} of {len(labels)}$'):
+        StableSoftmaxCELoss(invalid_label='raise')(pred, label)
+
+
+def test_ignore_label_does_not_ignore_its_neighbour(kernel):
+    label = nd.array([2**24, 2**24 + 1, 0], dtype='int64')
+    loss = StableSoftmaxCELoss(ignore_label=2**24)(nd.zeros((3, 2)), label).asnumpy()
+    np.testing.assert_array_equal(np.isnan(loss), [False, True, False])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('dtype', ['int32', 'int64', 'float64'])
+@modes.parametrize([modes.default, modes.nested])
+def test_more_classes_than_float32_can_count(kernel, mode, dtype):
+    pred = np.zeros((3, MANY), 'float32')
+    pred[:, -1], pred[:, -2] = 30, -30
+    loss, gradient = mode(StableSoftmaxCELoss(), pred, np.array([MANY - 1, MANY - 2, MANY], dtype))
+    assert_close(loss, [np.log1p(np.exp(-30.0) * (MANY - 2)), 60, nan], tolerances.NLL)
+    assert gradient[0, -1] > -1e-4
+    assert gradient[1, -2] < -0.999
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('dtype', ['int32', 'int64'])
+def test_a_metric_of_more_classes_than_float32_can_count(kernel, dtype):
+    pred = nd.zeros((1, MANY))
+    pred[0, MANY - 1] = 30
+    metric = StableCrossEntropy(pred_type='logits')
+    metric.update(nd.array([MANY - 1], dtype=dtype), pred)
+    assert metric.get()[1] < 1e-4
+
+
+@pytest.mark.parametrize(
+    ('options', 'count'), [({}, 3), ({'ignore_label': -1}, 2), ({'ignore_label': 0}, 3)], ids=str
+)
+@pytest.mark.parametrize('is_compiled', [True, False], ids=['compiled', 'eager'])
+def test_raise_counts_the_labels_that_are_not_ignored(kernel, options, count, is_compiled, ctx):
+    pred, label = nd.array([[1, 2, 3]] * 4), nd.array([0, -1, 7, -2])
+    loss_fn = StableSoftmaxCELoss(invalid_label='raise', **options)
+    loss_fn.hybridize(is_compiled)
+    with pytest.raises(ValueError, match=rf'^label: expected integers in \[0, 3\); invalid labels: {count} of 4$'):
+        loss_fn(pred, label)
+    assert loss_fn(pred, nd.array([0, 1, 2, 2])).shape == (4,)
+
+
+def test_clip_is_gluons(kernel, ctx):
+    pred, label = nd.array([[1, 2, 3]] * 6), nd.array([0, -1, 7, -2, 1.5, 2.9])
+    expected = mx.gluon.loss.SoftmaxCrossEntropyLoss()(pred, label).asnumpy()
+    assert_close(StableSoftmaxCELoss(invalid_label='clip')(pred, label).asnumpy(), expected)
+
+
+@pytest.mark.parametrize(('label', 'nearest'), [(3e9, 2), (inf, 2), (-inf, 0), (nan, 0), (1.7, 1), (-0.5, 0)])
+def test_clip_trains_the_nearest_class(kernel, label, nearest):
+    pred = np.array([[1, 2, 4]], 'float32')
+    loss, _ = modes.default(StableSoftmaxCELoss(invalid_label='clip'), pred, np.array([label], 'float32'))
+    assert_close(loss, [float(reference.nll(pred[0], nearest))])
+
+
+@pytest.mark.parametrize(
+    ('options', 'label', 'count'),
+    [
+        ({}, nd.array([[3, 1, -1], [2, -1, -1]]), 6),
+        ({'ignore_label': -1}, nd.array([[3, 1, -1], [2, -1, -1]]), 3),
+        ({'ignore_label': -1}, nd.array([-1, -1]), 0),
+        ({'ignore_label': -1}, nd.array([nan, 99, -1]), 2),
+        ({'ignore_label': -1}, np.array([1, -1, 2]), 2),
+        ({'ignore_label': -1}, [1, -1, 2], 2),
+        ({'ignore_label': -1}, [[1, -1], [-1, -1]], 1),
+        ({'ignore_label': -1}, [nd.array([1, -1]), nd.array([2], ctx=mx.cpu(1))], 2),
+        ({'ignore_label': -1}, [], 0),
+        ({'sparse_label': False}, nd.zeros((3, 2)), 3),
+        ({'sparse_label': False, 'axis': 1}, nd.zeros((2, 5, 4)), 8),
+    ],
+    ids=str,
+)
+def test_valid_count(options, label, count):
+    loss_fn = StableSoftmaxCELoss(**options)
+    assert loss_fn.valid_count(label) == count
+    if isinstance(label, nd.NDArray):
+        with modes.numpy_semantics():
+            assert loss_fn.valid_count(mx.np.array(label.asnumpy())) == count
+
+
+@pytest.mark.parametrize('label', [None, 'abc', mx.sym.var('label'), 3], ids=['None', 'str', 'Symbol', 'int'])
+def test_valid_count_refuses_what_is_no_label(label):
+    with pytest.raises(TypeError, match='^label: expected an MXNet array, got '):
+        StableSoftmaxCELoss(ignore_label=-1).valid_count(label)
+
+
+# The functions of labels.py
+
 FEW = pytest.mark.parametrize('has_few_classes', [True, False], ids=['few', 'many'])
 
 
@@ -42,28 +181,6 @@ class TestReadLabels:
         index = labels.index.asnumpy()
         np.testing.assert_array_equal(index[np.array(self.IS_VALID) == 1], [0, 2, 0])
         assert np.isin(index, [0, 1, 2]).all()  # never NaN
-
-    @FEW
-    @pytest.mark.parametrize('dtype', cases.LABEL_DTYPES)
-    def test_valid_labels_of_each_dtype(self, dtype, has_few_classes, ctx):
-        label, call = nd.array([2, 0, 1], dtype=dtype), call_of(has_few_classes=has_few_classes)
-        labels = read_labels(nd, call, label, nd.zeros((3, 3)))
-        np.testing.assert_array_equal(labels.index.asnumpy(), [2, 0, 1])
-        np.testing.assert_array_equal(labels.is_valid.asnumpy(), 1)
-
-    @FEW
-    def test_clip_names_the_nearest_class(self, has_few_classes, ctx):
-        call = call_of(invalid_label='clip', has_few_classes=has_few_classes)
-        labels = read_labels(nd, call, nd.array(self.LABELS), nd.zeros((9, 3)))
-        assert labels.is_valid is None
-        np.testing.assert_array_equal(labels.index.asnumpy(), [0, 2, 2, 0, 1, 0, 2, 0, 0])
-
-    @pytest.mark.parametrize('ignore_label', [-1, 2, 7])
-    def test_is_counted(self, ignore_label, ctx):
-        label = np.array([0, 2, -1, 7, nan], 'float32')
-        labels = read_labels(nd, call_of(ignore_label=ignore_label), nd.array(label), nd.zeros((5, 3)))
-        np.testing.assert_array_equal(labels.is_counted.asnumpy(), label != ignore_label)
-        np.testing.assert_array_equal(labels.is_valid.asnumpy(), [1, 1, 0, 0, 0])
 
     @pytest.mark.parametrize('dtype', ['int32', 'int64', 'float64'])
     def test_labels_above_what_float32_counts(self, dtype, ctx):

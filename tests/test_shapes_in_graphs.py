@@ -1,0 +1,54 @@
+"""Wrong shapes in a graph of symbols, which knows no ranks: they are MXNet's shape errors, and never numbers."""
+
+import modes
+import mxnet as mx
+import numpy as np
+import pytest
+
+from gluon_stable_ce import StableSoftmaxCELoss
+
+pytestmark = pytest.mark.usefixtures('kernel')
+
+IN_GRAPHS = modes.parametrize([modes.nested, modes.exported])
+
+
+def zeros(*shapes):
+    return [np.zeros(shape, 'float32') for shape in shapes]
+
+
+@IN_GRAPHS
+@pytest.mark.parametrize(
+    ('options', 'pred', 'label'),
+    [
+        ({}, (4, 6, 5), (6, 4)),
+        ({'axis': -3}, (2, 3, 4, 5), (2, 5, 4)),
+        ({'axis': 1, 'sparse_label': False}, (2, 3, 4, 5), (2, 3, 5, 4)),
+        ({'sparse_label': False}, (2, 3, 4), (3, 2, 4)),
+    ],
+    ids=str,
+)
+def test_a_label_of_the_same_size(mode, options, pred, label):
+    with pytest.raises((mx.MXNetError, ValueError)):  # 'exported' calls it with arrays first
+        mode(StableSoftmaxCELoss(**options), *zeros(pred, label))
+
+
+@pytest.mark.parametrize(
+    ('options', 'pred', 'weight'),
+    [
+        ({'axis': 1}, (2, 5, 3, 3), (2, 3, 3)),
+        ({'axis': 1}, (2, 3, 3, 3), (2, 3, 3)),
+        ({}, (4, 5), (4, 7)),
+        ({}, (4, 6, 5), (4, 6, 2)),
+        ({'batch_axis': 1}, (4, 4, 5), (4,)),
+    ],
+    ids=str,
+)
+def test_a_sample_weight_of_another_layout(options, pred, weight):
+    positions = np.delete(pred, options.get('axis', -1))
+    with pytest.raises(mx.MXNetError):
+        modes.nested(StableSoftmaxCELoss(**options), *zeros(pred, positions, weight))
+
+
+def test_a_batch_axis_that_is_the_class_axis():
+    with pytest.raises(mx.MXNetError):
+        modes.nested(StableSoftmaxCELoss(axis=-1, batch_axis=1), *zeros((4, 5), 4))

@@ -1,0 +1,111 @@
+"""By how much results may be off, each with its reason: the one place of the tests for it.
+
+A test names what it compares. ``assert_close(got, expected, tolerances.NLL)`` is for results of a known size, and
+``reference.error_bounds(*arrays, **options, **tolerances.of(kernel, dtype, options)._asdict())`` adds up the errors of
+all terms of a loss. A kernel that becomes more exact changes a number here, and nothing else.
+"""
+
+from typing import NamedTuple
+
+import modes
+import numpy as np
+import pytest
+
+
+class Tolerance(NamedTuple):
+    """An error of at most `absolute` + `relative` times the expected value."""
+
+    absolute: float = 0.0
+    relative: float = 0.0
+
+    def approx(self, expected):
+        """What is equal to every number within the larger of the two."""
+        return pytest.approx(expected, abs=self.absolute, rel=self.relative)
+
+    def bound(self, expected):
+        """The largest error, of the shape of `expected`."""
+        return self.absolute + self.relative * np.abs(expected)
+
+
+# One logarithm, computed by a kernel
+
+# oneDNN's log_softmax is off by up to 5e-6, whatever the value, and by as much where p is nearly 1. The rest is float32's
+# rounding of logits, differences and sums of up to a hundred terms, each 6e-8 of what is rounded.
+STOCK = Tolerance(absolute=1e-5, relative=2e-6)
+# 2**-53 times the number of roundings, which is below a thousand.
+FLOAT64 = Tolerance(absolute=1e-12, relative=1e-12)
+# The fused kernel is off by 3e-7 of the value. The rest is the rounding of weights, smoothing and sums.
+FUSED = Tolerance(absolute=1e-37, relative=1e-6)
+# With label smoothing it is off by 1e-8 where the largest logit is not the label's.
+FUSED_SMOOTHING = Tolerance(absolute=1e-8, relative=1e-6)
+
+
+def of(kernel, dtype, options):
+    """The tolerance of each logarithm of a loss or a metric with these options, where `kernel` computes whatever it can."""
+    if str(dtype) == 'float64':
+        return FLOAT64
+    if not is_fused(kernel, options):
+        return STOCK  # of float16 too, which is computed in float32
+    return FUSED_SMOOTHING if options.get('label_smoothing') else FUSED
+
+
+def is_fused(kernel, options):
+    """Whether the fused kernel computes."""
+    return kernel == 'fused' and options.get('sparse_label', True) and not options.get('from_logits')
+
+
+# The same with many classes, and at the smallest values
+
+# The fused kernel's bound; the absolute part is float32's least number.
+FUSED_VALUE = Tolerance(absolute=2**-149, relative=3e-7)
+# Where p is nearly 1, what is left of a few classes after oneDNN's own error is float32's 2**-23, and a rounding.
+STOCK_NEAR_1 = Tolerance(absolute=3e-7)
+
+
+def stated(kernel, dtype, classes):
+    """The tolerance of a plain loss that the documentation states; that of 'stock' is that of gradients, too.
+
+    The sum over the classes adds to the error of oneDNN's log_softmax, which MXNet has from 1.8 on. Before, it adds up the
+    classes one by one.
+    """
+    if str(dtype) == 'float64':
+        return Tolerance(absolute=2e-12)
+    if kernel == 'fused':
+        return FUSED_VALUE
+    return Tolerance(absolute=(2e-5 if classes <= 1000 else 6e-5) * (1 if modes.ONEDNN else 4))
+
+
+# A gradient with respect to float16 logits is rounded to float16: to 11 bits, and to multiples of its least number.
+FLOAT16_GRADIENT = Tolerance(absolute=2**-24, relative=2**-10)
+
+# Whole tests in float32, by any kernel
+
+# oneDNN's error, in an NLL or its gradient: with weights of at most 1, as two losses are compared that both have it.
+NLL = Tolerance(absolute=5e-6, relative=1e-5)
+# A few such terms, weighted with up to 3.
+LOSS = Tolerance(absolute=2e-5, relative=5e-6)
+# Both sides are off by oneDNN's error, in sums of up to 64 positions with weights.
+SUMS = {'float32': Tolerance(absolute=1e-4, relative=1e-5), 'float64': FLOAT64}
+# The same operators on the same numbers; what may differ is the layout that oneDNN picks for the net in front.
+SAME_OPERATORS = Tolerance(absolute=2e-6, relative=2e-6)
+# Parameters after a few steps: gradients within 1e-6 of each other, at learning rates of about 1.
+TRAINED = Tolerance(absolute=5e-6, relative=1e-5)
+# Gluon's loss adds up thousands of classes in float16.
+STOCK_LOSS = {'float16': Tolerance(absolute=1e-2), 'float32': Tolerance(absolute=1e-4)}
+STOCK_GRADIENT = Tolerance(absolute=5e-3)
+
+# Single numbers
+
+ROUNDED = Tolerance(relative=1e-15)  # a float64, rounded a few times
+ROUNDED_FLOAT32 = Tolerance(relative=1e-6)  # a float32, rounded a few times
+SIX_DECIMALS = Tolerance(absolute=1e-6)  # that are logged or printed
+SEVEN_DIGITS = {'fused': Tolerance(relative=1e-6), 'stock': Tolerance(relative=1e-5)}  # of a printed mean
+# Central differences with steps of 1e-5: the square of the step, and float64's rounding divided by it.
+DIFFERENCE = Tolerance(absolute=1e-6, relative=1e-5)
+
+
+def assert_close(got, expected, tolerance=LOSS, message=''):
+    """Arrays are equal within a tolerance; NaN is equal to NaN, and infinity to itself."""
+    np.testing.assert_allclose(
+        got, expected, rtol=tolerance.relative, atol=tolerance.absolute, err_msg=message
+    )
