@@ -99,12 +99,12 @@ def mxnet_losses(logits):
     import mxnet as mx
 
     from gluon_stable_ce import StableSoftmaxCELoss
-    from gluon_stable_ce.kernels import fused
+    from gluon_stable_ce.kernels import library
 
     pred, label = mx.nd.array(logits, dtype=logits.dtype), mx.nd.zeros(len(logits))
     loss_fns = {GLUON: mx.gluon.loss.SoftmaxCELoss()}
     for name, kernel in KERNELS.items():
-        if kernel == 'stock' or fused.load():
+        if kernel == 'stock' or library.load():
             loss_fns[name] = StableSoftmaxCELoss(kernel=kernel)
     return {name: loss_fn(pred, label).asnumpy() for name, loss_fn in loss_fns.items()}
 

@@ -202,9 +202,9 @@ def _loss_functions(case, contender):
 
 def _ours(case, kernel):
     from gluon_stable_ce import StableSoftmaxCELoss
-    from gluon_stable_ce.kernels import fused
+    from gluon_stable_ce.kernels import library
 
-    if kernel == 'fused' and not fused.load():
+    if kernel == 'fused' and not library.load():
         return None
     options = {'axis': case.axis, 'ignore_label': IGNORE if case.ignored else None, 'kernel': kernel}
     return StableSoftmaxCELoss(**options), StableSoftmaxCELoss(reduction='none', **options)
@@ -308,7 +308,7 @@ def make_metrics(name):
     import mxnet as mx
 
     from gluon_stable_ce import StableCrossEntropy, StableLoss
-    from gluon_stable_ce.kernels import fused
+    from gluon_stable_ce.kernels import library
 
     rng = np.random.RandomState(0)
     if name == LOSSES:
@@ -317,7 +317,7 @@ def make_metrics(name):
     logits = mx.nd.array(rng.standard_normal((512, 50257)))
     label = mx.nd.array(rng.randint(0, 50257, 512))
     if name == LOGITS:
-        kernels = [OURS_STOCK, *([OURS_FUSED] if fused.load() else [])]
+        kernels = [OURS_STOCK, *([OURS_FUSED] if library.load() else [])]
         metrics = {one: StableCrossEntropy(pred_type='logits', kernel=KERNELS[one]) for one in kernels}
         return {one: (metric, [label], [logits]) for one, metric in metrics.items()}
     probs = mx.nd.softmax(logits)

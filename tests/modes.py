@@ -54,7 +54,8 @@ def exported(loss_fn, *arrays, head=None):
 
 def exported_alone(loss_fn, *arrays, head=None):
     loss_fn.hybridize()  # as a subclass with a graph of its own needs
-    return _run(_export_and_load(loss_fn, *arrays), *arrays, head=head)
+    options = {'sample_weight': len(arrays) > 2, 'dtype': arrays[0].dtype.name}
+    return _run(_export_and_load(loss_fn, *arrays, **options), *arrays, head=head)
 
 
 def np_mode(loss_fn, *arrays, head=None):
@@ -115,9 +116,9 @@ def _run(block, pred, *others, head=None, array=mx.nd.array):
     return loss.asnumpy(), pred.grad.asnumpy()
 
 
-def _export_and_load(block, *arrays):
+def _export_and_load(block, *arrays, **options):
     block(*[mx.nd.array(array, dtype=array.dtype) for array in arrays])
-    return load_exported(block, len(arrays))
+    return load_exported(block, len(arrays), **options)
 
 
 def load_exported(block, inputs, **options):

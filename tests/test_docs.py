@@ -15,10 +15,10 @@ from digits import WithLoss
 from modes import VERSION
 
 import gluon_stable_ce
-from gluon_stable_ce import distributed, functional, onnx
+from gluon_stable_ce import distributed, onnx
 
 PUBLIC = [
-    (module, name) for module in (gluon_stable_ce, distributed, functional, onnx) for name in module.__all__
+    (module, name) for module in (gluon_stable_ce, distributed, onnx) for name in module.__all__
 ]
 # What a block may import that a machine may lack.
 LIBRARIES = ('horovod.mxnet', 'onnx', 'onnxruntime')

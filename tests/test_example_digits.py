@@ -11,7 +11,7 @@ import pytest
 from modes import VERSION
 
 import gluon_stable_ce
-from gluon_stable_ce.kernels import fused
+from gluon_stable_ce.kernels import library
 
 pytestmark = pytest.mark.slow  # it trains
 
@@ -59,7 +59,7 @@ def test_tables_agree_with_float64(example, title):
 
 def test_columns_are_those_of_the_kernels_that_are_there(example):
     done, _ = example
-    ours = ('ours, stock', 'ours, fused') if fused.load() else ('ours',)
+    ours = ('ours, stock', 'ours, fused') if library.load() else ('ours',)
     assert tuple(columns_of(done.stdout, 'mean NLL, nats')) == ('mx.metric', *ours, 'float64')
 
 
