@@ -60,7 +60,7 @@ def plan(
         sample_weight = inputs.on_context_of(pred, 'sample_weight', sample_weight)
     if options.invalid_label == 'raise':
         inputs.check_labels(call, pred, label)
-    return call, (pred, _detached(call, label), sample_weight)
+    return call, (pred, _readable(call, label), sample_weight)
 
 
 def _plan_symbols(options, pred, sample_weight, class_weights, fill):
@@ -147,14 +147,14 @@ def _names(has_sample_weight, has_class_weight):
     )
 
 
-def _detached(call, label):
-    """Return a sparse label as the kernel may read it."""
+def _readable(call: Call, label: Any) -> Any:
+    """Return a sparse label as its readers need it: without a gradient that they would overwrite."""
     if not call.options.sparse_label:
         return label
     if call.dtype == 'bfloat16':  # AMP's casts in a graph cannot read 64-bit labels
         return label.astype('float32')
-    if active_count() > 1 or (call.kernel == 'fused' and autograd.is_recording()):
-        # A new handle, without gradient: the fused operator would overwrite one. Autograd marks the inputs of
-        # what it records, and crashes if another thread reads the handle meanwhile.
-        return label.detach()
-    return label
+    is_overwritten = call.kernel == 'fused' and autograd.is_recording()
+    if label.grad is not None:
+        return BlockGrad(label) if is_overwritten else label
+    # Autograd marks the inputs of what it records. It crashes if another thread reads their handles meanwhile.
+    return label.detach() if is_overwritten or active_count() > 1 else label

@@ -51,7 +51,7 @@ def test_loss_is_the_reference(kernel, call):
     positions = _read(problem)
     is_invalid = positions.is_counted & ~positions.is_valid
     if problem.settings.get('invalid_label') == 'raise' and mode not in modes.SYMBOLIC and is_invalid.any():
-        with pytest.raises(ValueError, match=f'got {is_invalid.sum()} invalid ones'):
+        with pytest.raises(ValueError, match=f'invalid labels: {is_invalid.sum()} of '):
             mode(loss_fn, *problem.arrays, head=head)
         return
     loss, gradient = mode(loss_fn, *problem.arrays, head=head)
@@ -82,7 +82,7 @@ def test_metric_is_the_reference(kernel, problem, pred_type, ignore_label, in_np
     else:
         metric.update([mx.nd.array(label, dtype=label.dtype)], [mx.nd.array(pred, dtype=pred.dtype)])
     if invalid:
-        with pytest.raises(ValueError, match=f'got {invalid} invalid ones'):
+        with pytest.raises(ValueError, match=f'invalid labels: {invalid} of '):
             metric.get()
         return
     assert metric.num_inst == values.size

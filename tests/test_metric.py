@@ -118,13 +118,13 @@ def test_invalid_labels_are_counted_apart_until_reset(ctx):
     for result in (metric.get, metric.get_global, metric.get_name_value):
         with pytest.raises(
             ValueError,
-            match=r'^labels: expected integers in \[0, C\), got 3 invalid ones beside 1 valid ones; if they are padding, set ignore_label; reset\(\) clears them$',
+            match=r'^labels: expected integers in \[0, C\); invalid labels: 3 of 4. If they are padding, set ignore_label. ',
         ):
             result()
     metric.reset_local()
     metric.update(nd.array([0, 0, 0, 0, 0]), pred)
     assert metric.get()[1] == pytest.approx(math.log(2))
-    with pytest.raises(ValueError, match='got 3 invalid ones beside 6 valid ones'):
+    with pytest.raises(ValueError, match='invalid labels: 3 of 9'):
         metric.get_global()
     metric.reset()
     assert math.isnan(metric.get()[1])
@@ -422,7 +422,7 @@ def test_a_metric_with_its_own_reset_and_counts():
 
 
 def test_eps_is_no_argument_of_the_metric():
-    with pytest.raises(TypeError, match='^eps: expected no epsilon'):
+    with pytest.raises(TypeError, match='^StableCrossEntropy: expected keyword arguments only'):
         StableCrossEntropy(1e-12)
     with pytest.raises(TypeError, match='eps'):
         StableCrossEntropy(eps=1e-12)

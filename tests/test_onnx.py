@@ -87,8 +87,8 @@ def eager(loss, arrays):
 def graph_of(loss, arrays, rank_known, tmp_path):
     """Symbol and parameters of the loss by itself, with inputs called data0 and so on."""
     if rank_known:
-        eager(loss, arrays)
-        loss.export(str(tmp_path / 'loss'))
+        given = {'sample_weight': len(arrays) > 2, 'dtype': arrays[0].dtype.name}
+        loss.export(str(tmp_path / 'loss'), **given)
         return mx.model.load_checkpoint(str(tmp_path / 'loss'), 0)[:2]
     symbol = loss(*(mx.sym.var(f'data{i}') for i in range(len(arrays))))
     return symbol, {name: parameter.data() for name, parameter in loss.collect_params().items()}

@@ -16,11 +16,11 @@ NOT_WEIGHTS = '^class_weight: expected one finite weight >= 0 per class'
 BAD_LOSS_OPTIONS = [
     ({'axis': 1.0}, TypeError, r'^axis: expected an integer, got 1\.0$'),
     ({'axis': True}, TypeError, '^axis: expected an integer, got True$'),
-    ({'axis': 0}, ValueError, '^batch_axis: expected another axis than the class axis, got 0 for both$'),
+    ({'axis': 0}, ValueError, '^batch_axis: expected an axis other than the class axis, got 0 for both$'),
     (
         {'axis': 1, 'batch_axis': (0, 1)},
         ValueError,
-        '^batch_axis: expected another axis than the class axis, got 1 for both$',
+        '^batch_axis: expected an axis other than the class axis, got 1 for both$',
     ),
     ({'batch_axis': None}, TypeError, '^batch_axis: expected an integer, got None$'),
     ({'batch_axis': [0, 0]}, ValueError, '^batch_axis: expected one axis or several different ones'),

@@ -61,13 +61,13 @@ ORDER = """
 
 def path_of(module):
     path = os.path.join(PACKAGE, *module.split('.'))
-    return os.path.join(path, '__init__.py') if os.path.isdir(path) else f'{path}.py'
+    return f'{path}.py' if os.path.exists(f'{path}.py') else os.path.join(path, '__init__.py')
 
 
 def imports_of(module):
     """The modules of the package that a module imports, in functions too."""
     parents = ['gluon_stable_ce', *module.split('.')]
-    if not os.path.isdir(os.path.join(PACKAGE, *parents[1:])):
+    if not path_of(module).endswith('__init__.py') or module == '__init__':
         parents.pop()
     with open(path_of(module)) as file:
         tree = ast.parse(file.read())

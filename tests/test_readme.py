@@ -19,7 +19,7 @@ import reference
 from modes import VERSION
 
 from gluon_stable_ce import StableCrossEntropy, StableSoftmaxCELoss
-from gluon_stable_ce.kernels import fused
+from gluon_stable_ce.kernels import library
 
 # Columns of the README's measurements: the contenders whose names begin so, in the order of results.md.
 CONTENDERS = ('ours', 'gluon, static_alloc', 'PyTorch')
@@ -86,7 +86,7 @@ def test_first_table_is_what_is_measured():
         ),
     ]
     pages.check_section('README.md', 'truth', pages.table(rows))
-    if fused.load():
+    if library.load():
         of_fused = value(StableSoftmaxCELoss(kernel='fused'), sure, 0)
         assert f'gives {of_fused:.1e} in the second row' in pages.read('README.md')
 

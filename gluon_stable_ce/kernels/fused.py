@@ -5,7 +5,7 @@ from typing import Any, Dict, Optional
 
 import mxnet as mx
 
-from ..array_api import Array, F
+from ..array_api import Array, F, MXNetError
 from ..call import LOSS_FILL, Call
 from .terms import ClassTerms
 
@@ -75,7 +75,10 @@ def is_gradient_read(pred: Array) -> bool:
     gradient on as it is, also to a variable. Those have no attributes but ``num_args``. A compiled graph has
     no attributes either, but its outputs have names of their own.
     """
-    symbol = mx.autograd.get_symbol(pred)
+    try:
+        symbol = mx.autograd.get_symbol(pred)
+    except MXNetError:  # it is not recorded, so there is no gradient
+        return True
     if any(not name.startswith('__') and name != 'num_args' for name in symbol.list_attr()):
         return True
     return symbol.list_outputs()[0] not in (symbol.name, f'{symbol.name}_output')
