@@ -155,6 +155,6 @@ def _readable(call: Call, label: Any) -> Any:
         return label.astype('float32')
     is_overwritten = call.kernel == 'fused' and autograd.is_recording()
     if label.grad is not None:
-        return BlockGrad(label) if is_overwritten else label
+        return array_api.with_zero_gradient(label) if is_overwritten else label
     # Autograd marks the inputs of what it records. It crashes if another thread reads their handles meanwhile.
     return label.detach() if is_overwritten or active_count() > 1 else label
