@@ -100,6 +100,9 @@ ROUNDED = Tolerance(relative=1e-15)  # a float64, rounded a few times
 ROUNDED_FLOAT32 = Tolerance(relative=1e-6)  # a float32, rounded a few times
 SIX_DECIMALS = Tolerance(absolute=1e-6)  # that are logged or printed
 SEVEN_DIGITS = {'fused': Tolerance(relative=1e-6), 'stock': Tolerance(relative=1e-5)}  # of a printed mean
+# (1 - p)^2 NLL, where 1 - p is 1e-4: that multiplies oneDNN's error near p = 1.
+FOCAL = Tolerance(absolute=1e-13)
+ONNX = Tolerance(absolute=1e-8, relative=1e-6)  # onnxruntime's log_softmax, which gives 0 for 4e-9
 # Central differences with steps of 1e-5: the square of the step, and float64's rounding divided by it.
 DIFFERENCE = Tolerance(absolute=1e-6, relative=1e-5)
 
