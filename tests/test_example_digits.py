@@ -15,7 +15,7 @@ from tolerances import assert_close
 import gluon_stable_ce
 from gluon_stable_ce.kernels import fused
 
-pytestmark = pytest.mark.slow  # it trains
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group('digits')]  # it trains
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(gluon_stable_ce.__file__)))
 

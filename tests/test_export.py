@@ -38,6 +38,7 @@ GRAPHS = {
     'np-every-option': EVERY_OPTION,
     'np-distributions': dict(EVERY_OPTION, ignore_label=None, sparse_label=False),
 }
+pytestmark = pytest.mark.xdist_group('export')
 CLASSIC = [name for name in GRAPHS if not name.startswith('np-')]
 NP = [name for name in GRAPHS if name.startswith('np-')]
 

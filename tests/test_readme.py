@@ -20,6 +20,7 @@ from modes import VERSION
 
 from gluon_stable_ce import StableCrossEntropy, StableSoftmaxCELoss
 
+pytestmark = pytest.mark.xdist_group('pages')  # with UPDATE_README they write the same files
 # Columns of the README's measurements: the contenders whose names begin so, in the order of results.md.
 CONTENDERS = ('ours', 'gluon, static_alloc', 'PyTorch')
 BASE = 'gluon, hybridized'
