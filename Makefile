@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# The tests run in as many processes as there are cores, each with one thread. ARGS='-n 0' is one process.
+PYTEST := python -m pytest -n auto --dist loadgroup
 MATRIX := 1.8.0.post0 1.7.0.post2 1.6.0
 
 .PHONY: help demo test quick fuzz bench docs kernel wheel test-clients test-matrix test-horovod clean
@@ -26,7 +28,7 @@ test: $(VENV)/.cpu-docs-onnx-test kernel
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/$(PYTEST) $(ARGS)
 
 # Without a compiler, all goes on with the stock kernel. An environment comes first.
 kernel:
@@ -38,10 +40,10 @@ wheel: $(VENV)/.cpu-dev kernel
 	    'import sysconfig; print(sysconfig.get_platform())')
 
 quick: $(VENV)/.cpu-docs-onnx-test kernel
-	QUICK=1 $(BIN)/python -m pytest -m 'not slow and not dist' $(ARGS)
+	QUICK=1 $(BIN)/$(PYTEST) -m 'not slow and not dist' $(ARGS)
 
 fuzz: $(VENV)/.cpu-docs-onnx-test kernel
-	FUZZ_EXAMPLES=$(or $(EXAMPLES),20000) $(BIN)/python -m pytest tests/test_fuzz.py tests/test_audit_fuzz.py \
+	FUZZ_EXAMPLES=$(or $(EXAMPLES),20000) $(BIN)/$(PYTEST) tests/test_fuzz.py tests/test_audit_fuzz.py \
 	    tests/test_properties.py $(ARGS)
 
 # Nothing else should run meanwhile. PyTorch has an environment of its own, since it wants another NumPy.
@@ -60,7 +62,7 @@ test-clients:
 
 # Each older MXNet in an environment of its own; what it can't do is skipped by name.
 test-matrix: $(MATRIX:%=.venv-%/.ready)
-	for version in $(MATRIX); do .venv-$$version/bin/python -m pytest -q -rs -k 'not gpu' $(ARGS) || exit 1; done
+	for version in $(MATRIX); do .venv-$$version/bin/$(PYTEST) -q -rs -k 'not gpu' $(ARGS) || exit 1; done
 
 .venv-%/.ready: setup.cfg
 	$(PYTHON) -m venv $(@D)

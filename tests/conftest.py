@@ -1,7 +1,12 @@
-"""What all tests share: the contexts to run on, one seed, and the examples as modules."""
+"""What all tests share: the contexts to run on, one seed, the examples as modules, and the order in parallel."""
 
 import os
 import sys
+
+if 'PYTEST_XDIST_WORKER' in os.environ:
+    os.environ.setdefault(
+        'OMP_NUM_THREADS', '1'
+    )  # the workers share the cores; MXNet reads it when it is imported
 
 import hypothesis
 import mxnet as mx
@@ -24,6 +29,17 @@ CONTEXTS = [mx.cpu(0)] + [mx.gpu(0)] * (mx.context.num_gpus() > 0)
 def pytest_report_header():
     """Say once where the tests run."""
     return f'contexts: {", ".join(map(str, CONTEXTS))}' + ('' if CONTEXTS[1:] else ' (MXNet can use no GPU)')
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_collection_modifyitems(items):
+    """In parallel, the slow tests come first, so that no worker is left alone with one, and jobs of processes share one worker."""
+    for item in items:
+        if item.get_closest_marker('dist'):
+            item.add_marker(pytest.mark.xdist_group('dist'))
+    yield
+    if 'PYTEST_XDIST_WORKER' in os.environ:
+        items.sort(key=lambda item: item.get_closest_marker('slow') is None)
 
 
 @pytest.fixture(params=CONTEXTS, ids=str)

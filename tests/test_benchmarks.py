@@ -7,6 +7,8 @@ import mpmath
 import numpy as np
 import pages
 import pytest
+import tolerances
+from tolerances import assert_close
 
 FOLDER = os.path.join(pages.ROOT, 'benchmarks')
 pytest.importorskip('matplotlib', reason='the benchmark needs the demo extra')
@@ -79,11 +81,10 @@ def test_contenders_solve_the_same_problem(case):
         steps.both()
         gradients[contender] = batches[0][0].grad.asnumpy().astype('float64')
         if steps.losses:
-            tolerance = 1e-2 if case.dtype == 'float16' else 1e-4
-            np.testing.assert_allclose(steps.losses(), truth, atol=tolerance)
+            assert_close(steps.losses(), truth, tolerances.STOCK_LOSS[case.dtype])
     expected = per_sample(gradients[problems.HYBRIDIZED])
     for gradient in gradients.values():
-        np.testing.assert_allclose(per_sample(gradient), expected, atol=5e-3)
+        assert_close(per_sample(gradient), expected, tolerances.STOCK_GRADIENT)
 
 
 def test_operator_is_taken_off_in_the_same_round(monkeypatch):

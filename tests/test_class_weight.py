@@ -1,6 +1,5 @@
 """Class weights: what is accepted, and that they are saved, moved and exported with the loss as a constant."""
 
-import cases
 import modes
 import mxnet as mx
 import numpy as np
@@ -8,6 +7,7 @@ import pytest
 import reference
 from mxnet import gluon
 from mxnet.gluon.contrib.nn import Identity
+from tolerances import assert_close
 
 from gluon_stable_ce import StableSoftmaxCELoss
 from gluon_stable_ce.class_weight import as_weights
@@ -75,7 +75,7 @@ def test_every_context_has_them_without_initialize(is_compiled, rng):
         loss = loss_fn(nd.array(pred, ctx=context), nd.array(label, ctx=context))
         assert loss.context == context
         expected, _ = reference.loss_and_gradient(pred, label, class_weight=WEIGHTS)
-        np.testing.assert_allclose(loss.asnumpy(), expected, **cases.CLOSE)
+        assert_close(loss.asnumpy(), expected)
 
 
 @pytest.mark.parametrize('count', [2, 4])

@@ -17,16 +17,45 @@ from modes import VERSION
 import gluon_stable_ce
 from gluon_stable_ce import distributed, onnx
 
-PUBLIC = [
-    (module, name) for module in (gluon_stable_ce, distributed, onnx) for name in module.__all__
-]
+pytestmark = pytest.mark.xdist_group('pages')  # with UPDATE_README they write the same files
+PUBLIC = [(module, name) for module in (gluon_stable_ce, distributed, onnx) for name in module.__all__]
+SECTIONS = {
+    'Parameters',
+    'Returns',
+    'Raises',
+    'Warns',
+    'See Also',
+    'Notes',
+    'References',
+    'Examples',
+    'Attributes',
+}
 # What a block may import that a machine may lack.
 LIBRARIES = ('horovod.mxnet', 'onnx', 'onnxruntime')
 
 
-@pytest.mark.parametrize(('module', 'name'), PUBLIC, ids=[name for _, name in PUBLIC])
-def test_public_names_have_docstrings(module, name):
-    assert getattr(module, name).__doc__
+def documented():
+    """Each public object, and each public method of a class, by its name."""
+    objects = {name: getattr(module, name) for module, name in PUBLIC}
+    for name, cls in list(objects.items()):
+        if inspect.isclass(cls):
+            for method, value in vars(cls).items():
+                if not method.startswith('_') and (callable(value) or isinstance(value, property)):
+                    objects[f'{name}.{method}'] = value
+    return objects
+
+
+@pytest.mark.parametrize('name', documented())
+def test_sections_of_docstrings_are_read_as_sections(name):
+    """Each title stands in a line between an empty line and its dashes, and is one that numpydoc knows, once."""
+    lines = inspect.getdoc(documented()[name]).splitlines()
+    rules = [index for index, line in enumerate(lines) if '---' in line]
+    titles = [lines[index - 1] for index in rules]
+    assert set(titles) <= SECTIONS
+    assert len(titles) == len(set(titles))
+    for index, title in zip(rules, titles):
+        assert lines[index] == '-' * len(title)
+        assert not lines[index - 2]
 
 
 @pytest.mark.parametrize('page', ['docs/start.md', 'docs/export.md'])

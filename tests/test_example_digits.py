@@ -8,12 +8,14 @@ import sys
 import digits
 import numpy as np
 import pytest
+import tolerances
 from modes import VERSION
+from tolerances import assert_close
 
 import gluon_stable_ce
 from gluon_stable_ce.kernels import library
 
-pytestmark = pytest.mark.slow  # it trains
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group('digits')]  # it trains
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(gluon_stable_ce.__file__)))
 
@@ -51,9 +53,8 @@ def test_tables_agree_with_float64(example, title):
     columns = columns_of(done.stdout, title)
     exact = np.array(columns['float64'], float)
     for name in set(columns) - {'mx.metric', 'float64'}:
-        # nothing but the last of seven digits may differ for the fused kernel
-        tolerance = 1e-6 if name == 'ours, fused' else 1e-5
-        np.testing.assert_allclose(np.array(columns[name], float), exact, rtol=tolerance)
+        kernel = 'fused' if name == 'ours, fused' else 'stock'
+        assert_close(np.array(columns[name], float), exact, tolerances.SEVEN_DIGITS[kernel])
     assert (np.array(columns['mx.metric'], float) <= exact * (1 + 1e-5)).all()
 
 
@@ -95,4 +96,4 @@ def test_exact_nll():
     logits = np.array([[0, 100.0], [20, 0]], 'float32')
     expected = [100, np.log1p(np.exp(-20))]
     nll = digits.exact_nll(logits, np.array([0, 0]))
-    np.testing.assert_allclose(nll, expected, rtol=1e-6)  # 20 + 2e-9 has that many digits
+    assert_close(nll, expected, tolerances.ROUNDED_FLOAT32)

@@ -11,14 +11,14 @@ import modes
 import mxnet as mx
 import numpy as np
 import pytest
+import tolerances
 from digits import WithLoss
 from mxnet import autograd, gluon
 from mxnet.base import _LIB, check_call
+from tolerances import assert_close
 
 from gluon_stable_ce import StableSoftmaxCELoss
 
-# The same operators on the same numbers; what may differ is the layout that oneDNN picks for the net in front, and so its rounding.
-CLOSE = {'rtol': 2e-6, 'atol': 2e-6}
 WEIGHTS = [1, 2, 0, 0.1, 3]
 EVERY_OPTION = {
     'axis': 1,
@@ -38,6 +38,7 @@ GRAPHS = {
     'np-every-option': EVERY_OPTION,
     'np-distributions': dict(EVERY_OPTION, ignore_label=None, sparse_label=False),
 }
+pytestmark = pytest.mark.xdist_group('export')
 CLASSIC = [name for name in GRAPHS if not name.startswith('np-')]
 NP = [name for name in GRAPHS if name.startswith('np-')]
 
@@ -253,7 +254,7 @@ def assert_same(results, keys=('loss', 'gradient')):
     for name, expected, answer in results:
         for key in keys:
             assert answer[key].shape == expected[key].shape, name
-            np.testing.assert_allclose(answer[key], expected[key], err_msg=f'{name} {key}', **CLOSE)
+            assert_close(answer[key], expected[key], tolerances.SAME_OPERATORS, f'{name} {key}')
 
 
 def test_what_is_exported_is_worth_comparing(exported):

@@ -16,14 +16,14 @@ import mxnet as mx
 import numpy as np
 import pytest
 import reference
+import tolerances
 from mxnet import gluon
 from mxnet.gluon.contrib import estimator
+from tolerances import NLL, assert_close
 
 from gluon_stable_ce import StableCrossEntropy, StableLoss, StablePerplexity, StableSoftmaxCELoss
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-LOGITS = 5e-6  # nats; the absolute error of oneDNN's log_softmax, and so the relative one of a perplexity
-PROBS = 1e-12  # relative; what is left to do for a probability is a float64 logarithm
 CLASSES, SAMPLES, BATCH = 3, 40, 8
 
 
@@ -114,16 +114,14 @@ def test_estimator_with_train_validation_and_loss_metrics(np_mode, ctx):
         ]
         nll, perplexity, loss = (metric.get()[1] for metric in job.train_metrics)
         expected = mean_nll(np.concatenate(recorder.preds), np.concatenate(recorder.labels))
-        assert nll == pytest.approx(expected, abs=LOGITS)
-        assert perplexity == pytest.approx(math.exp(expected), rel=LOGITS)
-        assert loss == pytest.approx(math.fsum(np.concatenate(recorder.losses)) / SAMPLES, rel=1e-15)
+        assert nll == NLL.approx(expected)
+        assert perplexity == NLL.approx(math.exp(expected))
+        assert loss == tolerances.ROUNDED.approx(math.fsum(np.concatenate(recorder.losses)) / SAMPLES)
         nll, perplexity, loss = (metric.get()[1] for metric in job.val_metrics)
         expected = mean_nll(logits, test[1])
-        assert nll == pytest.approx(expected, abs=LOGITS)
-        assert perplexity == pytest.approx(math.exp(expected), rel=LOGITS)
-        assert loss == pytest.approx(
-            reference.loss_and_gradient(logits, test[1], **options)[0].mean(), abs=LOGITS
-        )
+        assert nll == NLL.approx(expected)
+        assert perplexity == NLL.approx(math.exp(expected))
+        assert loss == NLL.approx(reference.loss_and_gradient(logits, test[1], **options)[0].mean())
 
 
 def test_estimator_takes_our_loss_for_gluons(ctx):
@@ -164,7 +162,7 @@ def test_estimator_checkpoints_and_stops_by_our_metric(ctx, tmp_path):
     for name, value in (('model-best', watch.values[0]), ('model-epoch2batch15', watch.values[2])):
         net = gluon.nn.Dense(CLASSES, in_units=CLASSES)
         net.load_parameters(str(tmp_path / f'{name}.params'), ctx=ctx)
-        assert value == pytest.approx(mean_nll(net(mx.nd.array(data)).asnumpy(), label), abs=LOGITS)
+        assert value == NLL.approx(mean_nll(net(mx.nd.array(data)).asnumpy(), label))
 
 
 # Module
@@ -246,9 +244,9 @@ def test_module_fit_and_score_with_softmax_output(ctx):
     scores = dict(module.score(iterate(1), metrics))
     label, probs = (np.concatenate(parts) for parts in zip(*kept.all))
     assert len(label) == SAMPLES
-    assert scores['cross-entropy'] == pytest.approx(mean_nll_of_probs(probs, label), rel=PROBS)
-    assert scores['perplexity'] == pytest.approx(
-        math.exp(mean_nll_of_probs(probs[label != 2], label[label != 2])), rel=PROBS
+    assert scores['cross-entropy'] == tolerances.FLOAT64.approx(mean_nll_of_probs(probs, label))
+    assert scores['perplexity'] == tolerances.FLOAT64.approx(
+        math.exp(mean_nll_of_probs(probs[label != 2], label[label != 2]))
     )
 
 
@@ -259,18 +257,13 @@ def test_module_score_by_name_has_no_floor(ctx):
     module.set_params({'fc_weight': mx.nd.array(np.eye(CLASSES)), 'fc_bias': mx.nd.zeros(CLASSES)}, {})
     batches = mx.io.NDArrayIter(np.array([[0, 70, 0], [0, 0, 0]], 'float32'), np.array([0, 1], 'float32'), 2)
     expected = (70 + math.log(3)) / 2
-    # float32 rounds each probability, and so an NLL by 6e-8; of the softmax in front an error of a few such is accepted
-    assert module.score(batches, 'stable_cross_entropy') == [
-        ('cross-entropy', pytest.approx(expected, abs=1e-6))
-    ]
+    close = tolerances.ROUNDED_FLOAT32  # as the softmax in front is
+    assert module.score(batches, 'stable_cross_entropy') == [('cross-entropy', close.approx(expected))]
     assert module.score(batches, mx.metric.create('stable_perplexity', ignore_label=1)) == [
-        ('perplexity', pytest.approx(math.exp(70), rel=1e-6))
+        ('perplexity', close.approx(math.exp(70)))
     ]
     names = ['acc', 'stable_bits_per_token']
-    assert module.score(batches, names)[1] == (
-        'bits-per-token',
-        pytest.approx(expected / math.log(2), abs=1e-6),
-    )
+    assert module.score(batches, names)[1] == ('bits-per-token', close.approx(expected / math.log(2)))
     assert module.score(batches, 'ce')[0][1] < 15
 
 
@@ -285,12 +278,11 @@ def test_module_trains_with_our_loss_on_symbols(ctx):
     module = our_module(ctx)
     ours, stock = fit(module, [nll, loss, kept]), fit(softmax_module(ctx), 'stable_cross_entropy')
     for name, value in stock.items():
-        # 10 steps, each with a gradient within 1e-6 of the other's, at a learning rate of 0.5
-        np.testing.assert_allclose(ours[name], value, rtol=0, atol=5e-6)
+        assert_close(ours[name], value, tolerances.TRAINED)
         assert np.abs(value - initial()[name].asnumpy()).max() > 0.1
     scores = dict(module.score(iterate(1), [nll, loss, kept]))
-    assert scores['cross-entropy'] == pytest.approx(scores['keepdims'], rel=PROBS)
-    assert scores['loss'] == pytest.approx(scores['keepdims'], abs=LOGITS)
+    assert scores['cross-entropy'] == tolerances.FLOAT64.approx(scores['keepdims'])
+    assert scores['loss'] == NLL.approx(scores['keepdims'])
 
 
 def test_speedometer_and_log_validation(ctx, caplog):
@@ -301,8 +293,8 @@ def test_speedometer_and_log_validation(ctx, caplog):
         names, values = param.eval_metric.get()
         global_names, global_values = param.eval_metric.get_global()
         assert names == global_names == ['cross-entropy', 'keepdims']
-        np.testing.assert_allclose(values[0], values[1], rtol=PROBS)
-        np.testing.assert_allclose(global_values[0], global_values[1], rtol=PROBS)
+        assert_close(values[0], values[1], tolerances.FLOAT64)
+        assert_close(global_values[0], global_values[1], tolerances.FLOAT64)
         seen.append((values[0], global_values[0], len(kept.window), len(kept.all)))
 
     with caplog.at_level(logging.INFO):
@@ -316,13 +308,13 @@ def test_speedometer_and_log_validation(ctx, caplog):
     text = '\n'.join(record.getMessage() for record in caplog.records)
     assert [sizes[2:] for sizes in seen] == [(1, 1), (2, 2), (3, 3), (1, 4), (2, 5)] * 2
     logged = [float(value) for value in re.findall(r'Speed: .*\tcross-entropy=([0-9.]+)\t', text)]
-    # six decimals are logged
-    assert logged == [pytest.approx(seen[batch][0], abs=1e-6) for batch in (2, 4, 7, 9)]
+    logged_as = tolerances.SIX_DECIMALS.approx
+    assert logged == [logged_as(seen[batch][0]) for batch in (2, 4, 7, 9)]
     logged = [float(value) for value in re.findall(r'Train-cross-entropy=([0-9.]+)', text)]
-    assert logged == [pytest.approx(seen[batch][1], abs=1e-6) for batch in (4, 9)]
+    assert logged == [logged_as(seen[batch][1]) for batch in (4, 9)]
     (held_out,) = module.score(iterate(1), StableCrossEntropy())
     logged = [float(value) for value in re.findall(r'Validation-held-out=([0-9.]+)', text)]
-    assert logged[-1] == pytest.approx(held_out[1], abs=1e-6)
+    assert logged[-1] == logged_as(held_out[1])
     assert len(logged) == 4  # the callback's and the Module's own, in each epoch
 
 
@@ -388,8 +380,8 @@ def test_batches_of_a_data_loader(workers, pin_memory):
         losses.append(loss_fn(pred * 2, labels).asnumpy())
         metric.update(labels, pred * 2)
     expected = reference.loss_and_gradient(2 * data, label)[0]
-    np.testing.assert_allclose(np.concatenate(losses), expected, rtol=1e-5, atol=LOGITS)
-    assert metric.get()[1] == pytest.approx(expected.mean(), rel=1e-5)
+    assert_close(np.concatenate(losses), expected, NLL)
+    assert metric.get()[1] == NLL.approx(expected.mean())
 
 
 # The patterns of MXNet's own tests of losses
@@ -419,5 +411,5 @@ def test_module_trains_on_a_symbol_of_the_loss(weighted):
     pred = data @ next(value for name, value in params.items() if name.endswith('weight')).T
     pred = pred + next(value for name, value in params.items() if name.endswith('bias'))
     expected = reference.loss_and_gradient(pred, label, *([weight] if weighted else []))[0]
-    np.testing.assert_allclose(values, expected, rtol=1e-4, atol=1e-5)
+    assert_close(values, expected, tolerances.SUMS['float32'])
     assert values[:10].mean() < 0.5

@@ -70,6 +70,7 @@ def test_ignore_label_does_not_ignore_its_neighbour(kernel):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group('gigabytes')
 @pytest.mark.parametrize('dtype', ['int32', 'int64', 'float64'])
 @modes.parametrize([modes.default, modes.nested])
 def test_more_classes_than_float32_can_count(kernel, mode, dtype):
@@ -82,6 +83,7 @@ def test_more_classes_than_float32_can_count(kernel, mode, dtype):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group('gigabytes')
 @pytest.mark.parametrize('dtype', ['int32', 'int64'])
 def test_a_metric_of_more_classes_than_float32_can_count(kernel, dtype):
     pred = nd.zeros((1, MANY))

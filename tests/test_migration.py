@@ -4,13 +4,13 @@ import mxnet as mx
 import numpy as np
 import pytest
 from mxnet import autograd, gluon
+from tolerances import NLL, assert_close
 
 from gluon_stable_ce import StableSoftmaxCELoss
 
 pytestmark = pytest.mark.usefixtures('kernel')
 
 nd = mx.nd
-CLOSE = {'rtol': 1e-5, 'atol': 5e-6}  # float32 through kernels that differ
 C = 5
 
 
@@ -38,10 +38,10 @@ def flat(pred):
 def test_softmax_output(batch):
     pred, label, _ = batch
     x, y = flat(pred), nd.maximum(label, 0).reshape((-1,))
-    np.testing.assert_allclose(
+    assert_close(
         gradient(lambda x: StableSoftmaxCELoss(reduction='sum')(x, y), x),
         gradient(lambda x: nd.SoftmaxOutput(x, y), x),
-        **CLOSE,
+        NLL,
     )
 
 
@@ -49,8 +49,8 @@ def test_softmax_output_use_ignore(batch):
     pred, label, _ = batch
     x, y = flat(pred), label.reshape((-1,))
     theirs = gradient(lambda x: nd.SoftmaxOutput(x, y, use_ignore=True, ignore_label=-1), x)
-    np.testing.assert_allclose(
-        gradient(lambda x: StableSoftmaxCELoss(ignore_label=-1, reduction='sum')(x, y), x), theirs, **CLOSE
+    assert_close(
+        gradient(lambda x: StableSoftmaxCELoss(ignore_label=-1, reduction='sum')(x, y), x), theirs, NLL
     )
 
 
@@ -69,7 +69,7 @@ def test_softmax_output_multi_output_and_normalization(normalization, batch):
     step = {'null': positions, 'batch': len(pred) * positions, 'valid': loss_fn.valid_count(label)}[
         normalization
     ]
-    np.testing.assert_allclose(gradient(lambda x: loss_fn(x, label), pred, 1 / step), theirs, **CLOSE)
+    assert_close(gradient(lambda x: loss_fn(x, label), pred, 1 / step), theirs, NLL)
 
 
 def test_softmax_output_smooth_alpha(batch):
@@ -78,7 +78,7 @@ def test_softmax_output_smooth_alpha(batch):
     x, y, alpha = flat(pred), nd.maximum(label, 0).reshape((-1,)), 0.1
     theirs = gradient(lambda x: nd.SoftmaxOutput(x, y, smooth_alpha=alpha), x)
     ours = StableSoftmaxCELoss(label_smoothing=alpha * C / (C - 1), reduction='sum')
-    np.testing.assert_allclose(gradient(lambda x: ours(x, y), x), theirs, **CLOSE)
+    assert_close(gradient(lambda x: ours(x, y), x), theirs, NLL)
     assert (
         np.abs(
             gradient(lambda x: StableSoftmaxCELoss(label_smoothing=alpha, reduction='sum')(x, y), x) - theirs
@@ -92,9 +92,7 @@ def test_gluons_own(weighted, batch, rng):
     pred, label, _ = batch
     args = [nd.maximum(label, 0)] + [nd.array(rng.uniform(0, 2, (4, 1, 6)))] * weighted
     theirs = gradient(lambda x: gluon.loss.SoftmaxCrossEntropyLoss(axis=1)(x, *args), pred)
-    np.testing.assert_allclose(
-        gradient(lambda x: StableSoftmaxCELoss(axis=1)(x, *args), pred), theirs, **CLOSE
-    )
+    assert_close(gradient(lambda x: StableSoftmaxCELoss(axis=1)(x, *args), pred), theirs, NLL)
 
 
 def test_gluon_cv(batch):
@@ -107,9 +105,7 @@ def test_gluon_cv(batch):
 
     theirs = gradient(gluon_cv, pred)
     loss_fn = StableSoftmaxCELoss(axis=1, ignore_label=-1, reduction='sum')
-    np.testing.assert_allclose(
-        gradient(lambda x: loss_fn(x, label), pred, 1 / label.shape[1]), theirs, **CLOSE
-    )
+    assert_close(gradient(lambda x: loss_fn(x, label), pred, 1 / label.shape[1]), theirs, NLL)
     assert (
         np.abs(
             gradient(lambda x: StableSoftmaxCELoss(axis=1, ignore_label=-1)(x, label), pred) - theirs
@@ -125,12 +121,10 @@ def test_gluon_nlp_masked(batch):
     pred, label, length = pred.transpose((0, 2, 1)), nd.maximum(label, 0), nd.array([6, 3, 1, 0])
     weight = nd.SequenceMask(nd.ones((4, 6, 1)), length, use_sequence_length=True, axis=1)
     theirs = gradient(lambda x: gluon.loss.SoftmaxCELoss()(x, label, weight), pred)
-    np.testing.assert_allclose(
-        gradient(lambda x: StableSoftmaxCELoss()(x, label, weight), pred), theirs, **CLOSE
-    )
+    assert_close(gradient(lambda x: StableSoftmaxCELoss()(x, label, weight), pred), theirs, NLL)
     padded = nd.where(weight.squeeze(), label, nd.full(label.shape, -1))
     ours = gradient(lambda x: StableSoftmaxCELoss(ignore_label=-1, reduction='sum')(x, padded), pred, 1 / 6)
-    np.testing.assert_allclose(ours, theirs, **CLOSE)
+    assert_close(ours, theirs, NLL)
 
 
 def test_gluon_nlp_label_smoothing(batch):
@@ -138,9 +132,7 @@ def test_gluon_nlp_label_smoothing(batch):
     x, y, epsilon = flat(pred), nd.maximum(label, 0).reshape((-1,)), 0.1
     smoothed = (1 - epsilon) * nd.one_hot(y, C) + epsilon / C
     theirs = gradient(lambda x: gluon.loss.SoftmaxCELoss(sparse_label=False)(x, smoothed), x)
-    np.testing.assert_allclose(
-        gradient(lambda x: StableSoftmaxCELoss(label_smoothing=epsilon)(x, y), x), theirs, **CLOSE
-    )
+    assert_close(gradient(lambda x: StableSoftmaxCELoss(label_smoothing=epsilon)(x, y), x), theirs, NLL)
 
 
 @pytest.mark.parametrize('reduction', ['mean', 'sum'])
@@ -163,7 +155,7 @@ def test_pytorch(reduction, weighted, smoothing, batch):
         axis=1, ignore_label=-1, class_weight=weights, label_smoothing=smoothing, reduction='sum'
     )
     ours = gradient(lambda x: loss_fn(x, label), pred, 1 / divisor)
-    np.testing.assert_allclose(np.moveaxis(ours, 1, -1), expected / divisor, **CLOSE)
+    assert_close(np.moveaxis(ours, 1, -1), expected / divisor, NLL)
 
 
 @pytest.mark.parametrize('weighted', [False, True])
@@ -180,4 +172,4 @@ def test_pytorch_soft_targets(weighted, batch, rng):
         x,
         1 / len(target),
     )
-    np.testing.assert_allclose(ours, expected, **CLOSE)
+    assert_close(ours, expected, NLL)

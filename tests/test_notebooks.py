@@ -1,4 +1,4 @@
-"""The notebooks: they run, what is committed is what they show, and each ends with the assertions of its claim."""
+"""The notebooks: they run, and what is committed is what they show."""
 
 import os
 import re
@@ -109,9 +109,3 @@ def test_it_is_committed_with_its_outputs(name):
             output.output_type != 'error' and output.get('name') != 'stderr' for output in cell.outputs
         )
         assert not re.search(OF_A_MACHINE, outputs)
-    assert len(re.findall(r'^\s*(?:assert |np\.testing\.assert_)', cells[-1].source, re.MULTILINE)) >= 2
-    assert re.search(r'^\s*assert ', cells[-1].source, re.MULTILINE)
-
-
-def test_there_are_four():
-    assert [name[:2] for name in NOTEBOOKS] == ['1_', '2_', '3_', '4_']
