@@ -189,7 +189,7 @@ def explain(results):
     else:
         yield (
             "The last digits may differ from float64, as MXNet's log_softmax is off by some 1e-6. The fused "
-            f'kernel is more accurate, and may be compiled: {fused.HOW_TO_BUILD}'
+            f'kernel is more accurate, and may be compiled: {library.HOW_TO_BUILD}'
         )
 
 

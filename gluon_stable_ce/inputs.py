@@ -120,15 +120,15 @@ def check_labels(call: Call, pred: Array, label: Array) -> None:
         )
 
 
-def on_context_of(pred: Array, name: str, array: Array) -> Array:
-    """Return an array on the context of `pred`. All memory of the CPU is one place, as it is for gluon.
+def on_context(name: str, array: Array, wanted: Any) -> Array:
+    """Return an array on the context of ``pred``. All memory of the CPU is one place, as it is for gluon.
 
     Raises
     ------
     ValueError
         If the array is on another device.
     """
-    context, wanted = array.context, pred.context
+    context = array.context
     if context == wanted:
         return array
     if not (is_cpu(context) and is_cpu(wanted)):

@@ -46,6 +46,7 @@ def plan(
     """
     if array_api.is_symbol(pred):
         return _plan_symbols(options, pred, sample_weight, class_weights, fill), (pred, label, sample_weight)
+    context = pred.context if array_api.is_array(pred) else None
     call = _plan_arrays(
         options,
         fill,
@@ -53,11 +54,11 @@ def plan(
         _describe(label),
         None if sample_weight is None else _describe(sample_weight),
         class_weights,
-        *_describe_use(options, pred),
+        *_describe_use(options, pred, context),
     )
-    label = inputs.on_context_of(pred, 'label', label)
+    label = inputs.on_context('label', label, context)
     if sample_weight is not None:
-        sample_weight = inputs.on_context_of(pred, 'sample_weight', sample_weight)
+        sample_weight = inputs.on_context('sample_weight', sample_weight, context)
     if options.invalid_label == 'raise':
         inputs.check_labels(call, pred, label)
     return call, (pred, _readable(call, label), sample_weight)
@@ -82,12 +83,12 @@ def _describe(array: Any) -> Description:
         return type(array), None, None
 
 
-def _describe_use(options: Options, pred: Any) -> Tuple[str, bool, bool]:
+def _describe_use(options: Options, pred: Any, context: Any) -> Tuple[str, bool, bool]:
     """Return what decides on the fused kernel: device, whether this is the main thread, and the guard."""
-    if options.kernel == 'stock' or not array_api.is_array(pred):
+    if options.kernel == 'stock' or context is None:
         return 'cpu', True, True
     is_guarded = autograd.is_recording() and not fused.is_gradient_read(pred)
-    return pred.context.device_type, kernels.is_main_thread(), is_guarded
+    return context.device_type, kernels.is_main_thread(), is_guarded
 
 
 @lru_cache(maxsize=1024)  # most calls look like one before
@@ -156,5 +157,5 @@ def _readable(call: Call, label: Any) -> Any:
     is_overwritten = call.kernel == 'fused' and autograd.is_recording()
     if label.grad is not None:
         return array_api.with_zero_gradient(label) if is_overwritten else label
-    # Autograd marks the inputs of what it records. It crashes if another thread reads their handles meanwhile.
+    # Autograd marks the inputs of what it records, and crashes if another thread reads a handle meanwhile.
     return label.detach() if is_overwritten or active_count() > 1 else label

@@ -1,7 +1,5 @@
 """Which inputs are accepted, in which shapes, dtypes and contexts, and which errors name what is wrong."""
 
-from types import SimpleNamespace
-
 import cases
 import modes
 import mxnet as mx
@@ -11,7 +9,7 @@ from checks import assert_loss_is_reference, every_mode
 from mxnet.gluon.contrib.nn import Identity
 
 from gluon_stable_ce import StableSoftmaxCELoss
-from gluon_stable_ce.inputs import on_context_of
+from gluon_stable_ce.inputs import on_context
 
 pytestmark = pytest.mark.usefixtures('kernel')
 
@@ -132,7 +130,7 @@ def test_arrays_on_another_device_are_an_error():
     with pytest.raises(
         ValueError, match=r'^label: expected an array on gpu\(1\) like pred, got one on cpu\(0\); move '
     ):
-        on_context_of(SimpleNamespace(context=mx.gpu(1)), 'label', nd.zeros(4))
+        on_context('label', nd.zeros(4), mx.gpu(1))
 
 
 @pytest.mark.parametrize('context', ['cpu_shared(0)', 'cpu_pinned(0)', 'cpu(1)'])

@@ -101,7 +101,9 @@ def test_raise_counts_the_labels_that_are_not_ignored(kernel, options, count, is
     pred, label = nd.array([[1, 2, 3]] * 4), nd.array([0, -1, 7, -2])
     loss_fn = StableSoftmaxCELoss(invalid_label='raise', **options)
     loss_fn.hybridize(is_compiled)
-    with pytest.raises(ValueError, match=rf'^label: expected integers in \[0, 3\); invalid labels: {count} of 4$'):
+    with pytest.raises(
+        ValueError, match=rf'^label: expected integers in \[0, 3\); invalid labels: {count} of 4$'
+    ):
         loss_fn(pred, label)
     assert loss_fn(pred, nd.array([0, 1, 2, 2])).shape == (4,)
 
