@@ -185,8 +185,8 @@ def _changes(replacements):
         for name, kind in registry.items()
         if _stock_of(kind) in replacements
     ]
-    # Methods of a stock class say `super(SoftmaxCrossEntropyLoss, self)`, and have to find the stock class. They
-    # are still in use: by modules that imported the class before, and by subclasses.
+    # Methods of a stock class say `super(SoftmaxCrossEntropyLoss, self)`, and have to find the stock class.
+    # They are still in use: by modules that imported the class before, and by subclasses.
     changes += [
         (functools.partial(setattr, stock), name, function, _with_global(function, stock.__name__, stock))
         for stock in replacements

@@ -1,4 +1,4 @@
-"""One worker of a distributed job: calls the function named on its command line, and prints the result as a line of JSON."""
+"""One worker of a distributed job: calls the functions named on its command line, and prints the results as a line of JSON."""
 
 import json
 import random
@@ -34,75 +34,64 @@ def predictions(start=0, stop=83):
     return mx.nd.array(probs[start:stop], dtype='float64'), mx.nd.array(labels[start:stop])
 
 
-def reduces(kind='dist_sync', calls='3'):
-    """Several reduces over a store that does nothing else, with workers that come to them at different times."""
-    store, sums = mx.kv.create(kind), []
-    for call in range(int(calls)):
-        time.sleep(0.2 * (store.rank if call % 2 else store.num_workers - store.rank))
+def reduces(store):
+    """Several reduces, with workers that come to them at different times."""
+    sums = []
+    for call in range(3):
+        time.sleep(0.05 * (store.rank if call % 2 else store.num_workers - store.rank))
         sums.append(all_reduce(store, numbers_of(store.rank, call)))
     return sums
 
 
-def reduces_from(key):
+def reduces_from(store, key):
     """Reduces whose keys begin at `key`."""
-    store = mx.kv.create('dist_sync')
     while next(distributed._KEYS) < int(key):
         pass
     return [all_reduce(store, numbers_of(store.rank, call)) for call in range(8)]
 
 
-def training(kind, optimizer, update_on_kvstore, devices, reduce):
-    """Train with a store's optimizer, or with the store's sums of gradients, and reduce numbers over the same store between steps."""
-    store = mx.kv.create(kind)
+def training(store, optimizer, update_on_kvstore, devices):
+    """Train a net, with a reduce over the same store before each step. Without a store, with the data of two workers."""
     contexts = [mx.cpu(index) for index in range(int(devices))]
     net = gluon.nn.Dense(3, in_units=4)
     net.initialize(mx.init.Constant(0.5), ctx=contexts)
     params = {'learning_rate': 1e-4, 'wd': 0.01, 'multi_precision': optimizer == 'sgd'}
-    trainer = gluon.Trainer(
-        net.collect_params(), optimizer, params, kvstore=store, update_on_kvstore=update_on_kvstore == 'True'
-    )
+    on_store = {'update_on_kvstore': update_on_kvstore == 'True'} if store else {}
+    trainer = gluon.Trainer(net.collect_params(), optimizer, params, kvstore=store, **on_store)
     trainer._init_kvstore()
     trainer._init_params()
     mx.nd.waitall()  # or MXNet may push the first gradient before it has pulled the first weight, and take the one for the other
-    sums = []
+    ranks, sums = [store.rank] if store else [0, 1], []
     for step in range(3):
-        if reduce == 'True':
+        if store:
             sums.append(all_reduce(trainer._kvstore, numbers_of(store.rank, step)))
-        data = gluon.utils.split_and_load(mx.nd.arange(16).reshape((4, 4)) + store.rank, contexts)
+        data = mx.nd.concat(*(mx.nd.arange(16).reshape((4, 4)) + rank for rank in ranks), dim=0)
         with autograd.record():
-            losses = [(net(part) ** 2).sum() for part in data]
+            losses = [(net(part) ** 2).sum() for part in gluon.utils.split_and_load(data, contexts)]
         autograd.backward(losses)
         trainer.step(1)
-    return {
-        'sums': sums,
-        'weight': net.weight.data(contexts[0]).asnumpy().tolist(),
-        'trained': trainer._update_on_kvstore,
-    }
+    weight = net.weight.data(contexts[0]).asnumpy().tolist()
+    return {'sums': sums, 'weight': weight, 'trained': trainer._update_on_kvstore}
 
 
-def refused(case):
+def refused(store, case):
     """A store that cannot carry the numbers; then one more exchange of the user's, which has to work."""
-    store = mx.kv.create('dist_sync')
-    if case == 'names':
-        store.init('weight', mx.nd.zeros(2))
-    else:
+    key = 'weight' if case == 'names' else 100
+    if case == 'compression':
         store.set_gradient_compression({'type': '2bit', 'threshold': 0.5})
+    store.init(key, mx.nd.zeros(2))
     try:
         got = all_reduce(store, [1, 2])
     except RuntimeError as error:
         got = str(error)
-    key = 'weight' if case == 'names' else 3
-    if case != 'names':
-        store.init(key, mx.nd.zeros(2))
     store.push(key, mx.nd.ones(2))
     out = mx.nd.zeros(2)
     store.pull(key, out=out)
     return got, out.asnumpy().tolist()
 
 
-def metric(shards):
-    """A metric over uneven shards, reduced twice, in two windows."""
-    store = mx.kv.create('dist_sync')
+def metric(store, shards):
+    """A metric over shards of the data, reduced twice, in two windows."""
     start, stop = (
         SHARDS[store.rank] if shards == 'uneven' else (28 * store.rank, min(28 * store.rank + 28, 83))
     )
@@ -128,5 +117,15 @@ def metric(shards):
     return results
 
 
+def main(kind, *calls):
+    """Call functions of this module with one store, each given as ``name`` or ``name:argument,argument``."""
+    store = mx.kv.create(kind)  # a process can have only one
+    results = {}
+    for call in calls:
+        name, _, args = call.partition(':')
+        results[call] = globals()[name](store, *args.split(',') if args else ())
+    print(json.dumps(results), flush=True)
+
+
 if __name__ == '__main__':
-    print(json.dumps(globals()[sys.argv[1]](*sys.argv[2:])), flush=True)
+    main(*sys.argv[1:])

@@ -70,21 +70,24 @@ def test_plot_shows_both_curves_the_bound_and_what_is_infinite(with_small_p, tmp
     assert any('infinite: 1 ' in label for label in lines)
 
 
-def test_plot_is_drawn_from_a_bounded_sample_with_the_right_ranks():
+def test_plot_is_drawn_from_a_bounded_number_of_ranks_up_to_the_last():
     count = 300000
     p = 1 - np.arange(count) / count * 0.9
-    found = audit(np.stack([p, 1 - p], axis=1), np.zeros(count, int))
-    rank, exact, stock = found._curve
+    rank, exact, stock = audit(np.stack([p, 1 - p], axis=1), np.zeros(count, int))._curve
     assert 9000 < len(rank) < 13000
-    assert list(rank[:3]) == [1, 2, 3]
+    np.testing.assert_array_equal(rank[:1000], np.arange(1, 1001))
     assert rank[-1] == count
-    np.testing.assert_allclose(np.exp(-exact), 1 - (count - rank) / count * 0.9, atol=2e-3)
+    assert len(set(np.diff(rank[1001:]))) == 1
+    np.testing.assert_allclose(exact, -np.log(p[count - rank.astype(int)]), rtol=1e-7)
     np.testing.assert_allclose(stock, exact, rtol=1e-9, atol=2e-12)
-    assert np.any(rank[1:] - rank[:-1] > 2)
+
+
+@pytest.mark.parametrize('count', [1, 2, 999, 1001, 30000])
+def test_plot_has_each_rank_once_and_the_worst_first(count):
+    rank, exact, _ = audit(distributions(count, 3), labels_for(count, 3))._curve
+    assert (rank[0], rank[-1]) == (1, count)
     assert (np.diff(rank) > 0).all()
-    assert (
-        np.diff(audit(distributions(30000, 3), labels_for(30000, 3))._curve[1]) <= 0
-    ).all()  # no step where the two parts meet
+    assert (np.diff(exact) <= 0).all()
 
 
 class Terminal(io.StringIO):

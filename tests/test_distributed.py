@@ -1,5 +1,6 @@
 """All-reduce: real processes on this machine, one scheduler, servers and workers, as MXNet's own launcher starts them."""
 
+import functools
 import json
 import os
 import socket
@@ -69,9 +70,34 @@ def launch(script, *args, workers=2, servers=1):
     return [out for out, _ in answers[-workers:]]
 
 
-def answers_of(*args, **sizes):
-    """What each worker says to a call of a function of dist_worker.py."""
-    return [json.loads(out.splitlines()[-1]) for out in launch('dist_worker.py', *args, **sizes)]
+# Jobs of dist_worker.py: (kind of the store, workers, servers), and what is called one after the other.
+MANY_KEYS = f'reduces_from:{215329 - 6}'
+JOBS = {
+    'sync': (
+        ('dist_sync', 2, 1),
+        ('reduces', 'metric:even', 'metric:uneven', 'training:sgd,False,1', 'refused:compression'),
+    ),
+    'three': (('dist_sync', 3, 2), ('reduces', 'metric:even', 'metric:uneven', MANY_KEYS)),
+    'one': (('dist_sync', 1, 1), ('reduces',)),
+    'async': (('dist_async', 2, 1), ('reduces', 'training:sgd,True,1')),
+    'sgd': (('dist_sync', 2, 1), ('training:sgd,True,1',)),
+    'adam': (('dist_sync', 2, 1), ('training:adam,True,2',)),
+    'device': (('dist_device_sync', 2, 1), ('training:sgd,False,2',)),
+    'names': (('dist_sync', 2, 1), ('refused:names',)),
+}
+
+
+@functools.lru_cache(maxsize=None)  # a job takes some seconds
+def results_of(job):
+    """What each worker returned from each call."""
+    (kind, workers, servers), calls = JOBS[job]
+    printed = launch('dist_worker.py', kind, *calls, workers=workers, servers=servers)
+    return [json.loads(out.splitlines()[-1]) for out in printed]
+
+
+def answers_of(job, call):
+    """What each worker returned from a call."""
+    return [results[call] for results in results_of(job)]
 
 
 def sums_of(workers, calls=3):
@@ -82,54 +108,46 @@ def sums_of(workers, calls=3):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(
-    ('kind', 'workers', 'servers'), [('dist_sync', 2, 1), ('dist_sync', 3, 2), ('dist_async', 2, 1)]
-)
-def test_sums_are_exact_call_after_call(kind, workers, servers):
-    assert answers_of('reduces', kind, workers=workers, servers=servers) == [sums_of(workers)] * workers
-
-
-@pytest.mark.dist
-def test_sum_of_one_distributed_worker():
-    assert answers_of('reduces', workers=1) == [sums_of(1)]
+@pytest.mark.parametrize(('job', 'workers'), [('one', 1), ('sync', 2), ('three', 3), ('async', 2)])
+def test_sums_are_exact_call_after_call(job, workers):
+    assert answers_of(job, 'reduces') == [sums_of(workers)] * workers
 
 
 @pytest.mark.dist
 def test_keys_of_many_calls_have_a_server():
     """Two servers, and keys so great that key * 9973 leaves the int32 that MXNet computes it in."""
-    assert answers_of('reduces_from', str(215329 - 6), servers=2) == [sums_of(2, 8)] * 2
+    assert answers_of('three', MANY_KEYS) == [sums_of(3, 8)] * 3
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize(
-    ('kind', 'optimizer', 'update_on_kvstore', 'devices'),
+    ('job', 'optimizer', 'update_on_kvstore', 'devices'),
     [
-        ('dist_sync', 'sgd', True, 1),  # with multi_precision, where servers keep float64 values in float32
-        ('dist_sync', 'adam', True, 2),
-        ('dist_sync', 'sgd', False, 1),
-        ('dist_device_sync', 'sgd', False, 2),
-        ('dist_async', 'sgd', True, 1),
+        ('sgd', 'sgd', True, 1),  # with multi_precision, where servers keep float64 values in float32
+        ('adam', 'adam', True, 2),
+        ('sync', 'sgd', False, 1),
+        ('device', 'sgd', False, 2),
+        ('async', 'sgd', True, 1),
     ],
 )
-def test_store_of_a_trainer_reduces_too_and_trains_the_same(kind, optimizer, update_on_kvstore, devices):
-    call = 'training', kind, optimizer, str(update_on_kvstore), str(devices)
-    answers = answers_of(*call, 'True')
+def test_store_of_a_trainer_reduces_too_and_trains_the_same(job, optimizer, update_on_kvstore, devices):
+    """As one process with all data does. But for 'dist_async', where the result depends on who comes first."""
+    answers = answers_of(job, f'training:{optimizer},{update_on_kvstore},{devices}')
     assert [answer['sums'] for answer in answers] == [sums_of(2)] * 2
     assert [answer['trained'] for answer in answers] == [update_on_kvstore] * 2
     assert np.abs(np.array(answers[0]['weight']) - 0.5).min() > 1e-4  # it did train
-    if kind != 'dist_async':  # where the result depends on who comes first
-        assert [answer['weight'] for answer in answers + answers_of(*call, 'False')] == [
-            answers[0]['weight']
-        ] * 4
+    if job != 'async':
+        alone = dist_worker.training(None, optimizer, 'False', 1)['weight']
+        assert answers[0]['weight'] == answers[1]['weight']
+        np.testing.assert_allclose(answers[0]['weight'], alone, rtol=0, atol=1e-6)
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(('case', 'pulled'), [('names', 2), ('compression', 1)])
-def test_unsuitable_store_is_an_error_on_every_worker_and_goes_on(case, pulled):
-    for message, out in answers_of('refused', case):
-        assert (
-            message
-            == 'store: expected integers for keys, not names as Module uses, and no gradient compression'
+@pytest.mark.parametrize(('job', 'case', 'pulled'), [('names', 'names', 2), ('sync', 'compression', 1)])
+def test_unsuitable_store_is_an_error_on_every_worker_and_goes_on(job, case, pulled):
+    for message, out in answers_of(job, f'refused:{case}'):
+        assert message == (
+            'store: expected integers for keys, not names as Module uses, and no gradient compression'
         )
         assert out == [pulled, pulled]
 
@@ -306,8 +324,9 @@ def test_all_reduce_rejects_bad_arguments(store, numbers, error, message):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(('shards', 'workers'), [('even', 2), ('even', 3), ('uneven', 2), ('uneven', 3)])
-def test_metric_of_the_whole_on_every_worker(shards, workers):
+@pytest.mark.parametrize('shards', ['even', 'uneven'])
+@pytest.mark.parametrize(('job', 'workers'), [('sync', 2), ('three', 3)])
+def test_metric_of_the_whole_on_every_worker(job, workers, shards):
     """Exactly what one process reports of all data, also if a worker has no data, and at every call."""
     stop = min(28 * workers, 83) if shards == 'even' else dist_worker.SHARDS[workers - 1][1]
     probs, labels = dist_worker.predictions(0, stop)
@@ -317,7 +336,7 @@ def test_metric_of_the_whole_on_every_worker(shards, workers):
     whole.update(labels, probs)
     twice = [whole.get()[1], whole.num_inst]
     assert once[1] == stop
-    assert answers_of('metric', shards, workers=workers) == [[once, once, once, twice]] * workers
+    assert answers_of(job, f'metric:{shards}') == [[once, once, once, twice]] * workers
 
 
 @pytest.mark.parametrize('kind', ['local', 'device'])

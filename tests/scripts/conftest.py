@@ -1,4 +1,4 @@
-"""The scripts are run by test_patch.py. Pytest must not import them to look for doctests."""
+"""The scripts are run by test_command_run.py. Pytest must not import them to look for doctests."""
 
 import os
 

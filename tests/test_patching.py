@@ -4,11 +4,8 @@ import abc
 import contextlib
 import copy
 import gc
-import os
 import pickle
 import re
-import subprocess
-import sys
 import threading
 import weakref
 
@@ -29,8 +26,6 @@ from gluon_stable_ce import (
 )
 from gluon_stable_ce.patching import Patch
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-SCRIPTS = os.path.join(HERE, 'scripts')
 STOCK = {
     'SoftmaxCrossEntropyLoss': gluon.loss.SoftmaxCrossEntropyLoss,
     'SoftmaxCELoss': gluon.loss.SoftmaxCELoss,
@@ -496,168 +491,3 @@ def test_estimator(patched, rng):
     accuracy, loss = job.train_metrics
     assert type(accuracy) is mx.metric.Accuracy
     assert loss.name == 'training softmaxcrossentropyloss'
-
-
-# The command run
-
-
-def python(*command, folder=None, check=0):
-    """Run Python with the package on its path. Return what it printed on stdout and stderr."""
-    env = dict(os.environ, PYTHONPATH=os.path.dirname(HERE))
-    command = [sys.executable, '-W', 'ignore::DeprecationWarning', *command]
-    done = subprocess.run(
-        command, env=env, cwd=folder, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == check, done.stderr
-    return done.stdout, done.stderr
-
-
-def run(*args, **kwargs):
-    return python('-m', 'gluon_stable_ce', 'run', *args, **kwargs)
-
-
-@pytest.fixture
-def write(tmp_path):
-    def write(text, name='script.py'):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
-        return str(tmp_path / name)
-
-    return write
-
-
-def numbers(text):
-    """The lines, with each number apart from the words around it."""
-    pattern = re.compile(r'-?\d+\.\d+')
-    return pattern.sub('#', text), [float(number) for number in pattern.findall(text)]
-
-
-SCRIPT_NAMES = ['bucketing.py', 'segmentation.py', 'seq2seq.py', 'ssd.py', 'word_language_model.py']
-
-
-def test_all_scripts_are_run_and_none_names_this_package():
-    pytest_files = {'__init__.py', 'conftest.py'}
-    assert {name for name in os.listdir(SCRIPTS) if name.endswith('.py')} == pytest_files.union(SCRIPT_NAMES)
-    for name in SCRIPT_NAMES:
-        with open(os.path.join(SCRIPTS, name), encoding='utf-8') as script:
-            assert not re.search('stable', script.read(), re.IGNORECASE)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('name', SCRIPT_NAMES)
-def test_scripts_print_the_same_numbers(name, tmp_path, monkeypatch):
-    """To a relative 1e-4, with MXNet's own kernel: what is trained further apart than its error is another net."""
-    monkeypatch.setenv('GLUON_STABLE_CE_KERNEL', 'stock')
-    script = os.path.join(SCRIPTS, name)
-    words, expected = numbers(python(script, folder=tmp_path)[0])
-    out, err = run(script, folder=tmp_path)
-    words_again, values = numbers(out)
-    assert words_again == words
-    assert len(expected) >= 3
-    np.testing.assert_allclose(values, expected, rtol=1e-4)
-    losses, metrics = map(int, re.search(r'(\d+) loss(?:es)? and (\d+) metrics? were replaced', err).groups())
-    assert losses >= 1
-    assert metrics >= 1
-
-
-SAY = """
-import os, sys
-import mxnet as mx
-print(sys.argv)
-print(sys.path[0])
-print(__name__, os.path.basename(__file__), sys.modules['__main__'].__dict__ is globals())
-print(type(mx.gluon.loss.SoftmaxCELoss()).__mro__[2].__name__)
-"""
-
-
-@pytest.mark.slow
-def test_run_gives_the_script_its_arguments_and_path(write, tmp_path):
-    script = write(SAY)
-    args = ['--ignore-label', '7', '-m', '--l', '--help', '--', 'last', '--version', '-1']
-    out, err = run('--ignore-label', '-1', script, *args)
-    assert out.splitlines() == [
-        str([script, *args]),
-        str(tmp_path.resolve()),
-        '__main__ script.py True',
-        'StableSoftmaxCrossEntropyLoss',
-    ]
-    first, last = [line for line in err.splitlines() if line.startswith('gluon_stable_ce: ')]
-    assert 'mxnet.gluon.loss.SoftmaxCELoss' in first
-    assert "{'ignore_label': -1}" in first
-    assert last == 'gluon_stable_ce: 1 loss and 0 metrics were replaced'
-
-
-@pytest.mark.slow
-def test_run_module(write, tmp_path):
-    write('', 'package/__init__.py')
-    write(SAY, 'package/job.py')
-    out, _ = run('--label-smoothing', '0.1', '-m', 'package.job', '-m', 'x', folder=tmp_path)
-    lines = out.splitlines()
-    assert lines[0] == str([str(tmp_path / 'package' / 'job.py'), '-m', 'x'])
-    assert lines[1] == str(tmp_path)
-    assert lines[3] == 'StableSoftmaxCrossEntropyLoss'
-
-
-@pytest.mark.slow
-def test_run_folder_and_sibling_modules(write, tmp_path):
-    write('from sibling import x\nprint(x)', 'app/__main__.py')
-    write('x = 5', 'app/sibling.py')
-    assert run(str(tmp_path / 'app'))[0] == '5\n'
-    assert run('--', str(tmp_path / 'app'))[0] == '5\n'
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ('end', 'code'),
-    [('sys.exit(3)', 3), ('sys.exit()', 0), ("sys.exit('gone')", 1), ('raise KeyError("gone")', 1)],
-)
-def test_run_passes_exit_codes_and_exceptions_through(write, end, code):
-    _, err = run(write(f'import sys, mxnet as mx\nmx.metric.Loss()\n{end}\n'), check=code)
-    assert 'gluon_stable_ce: 0 losses and 1 metric were replaced\n' in err
-    assert ('gone' in err) == ('gone' in end)
-    assert ('Traceback' in err) == ('raise' in end)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('end', ['', 'raise SystemExit'])
-def test_run_waits_for_threads(write, end):
-    script = """
-import threading, time
-import mxnet as mx
-def work():
-    time.sleep(0.5)
-    print(mx.metric.Loss().name, type(mx.metric.Loss()).__mro__[2].__name__)
-threading.Thread(target=work).start()
-"""
-    out, err = run(write(script + end))
-    assert out == 'loss StableLoss\n'
-    assert '0 losses and 2 metrics' in err
-
-
-@pytest.mark.slow
-def test_run_reports_once_if_the_script_forks(write):
-    script = 'import os, sys\npid = os.fork()\nif not pid:\n    sys.exit()\nos.waitpid(pid, 0)\n'
-    _, err = run(write(script))
-    assert err.count('were replaced') == 1
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ('args', 'message'),
-    [
-        (['no-such-file.py'], "script: expected a file, got 'no-such-file.py'"),
-        (['--label-smoothing', '2', __file__], 'label_smoothing: expected a number from 0 to 1, got 2'),
-        ([], 'the following arguments are required: script'),
-        (['--ignore', '1', __file__], 'error:'),
-    ],
-    ids=['file', 'option', 'nothing', 'abbreviation'],
-)
-def test_run_refuses(args, message):
-    assert message in run(*args, check=2)[1]
-
-
-@pytest.mark.slow
-def test_run_class_weight(write):
-    script = 'import mxnet as mx\nprint(mx.gluon.loss.SoftmaxCELoss()(mx.nd.zeros((2, 2)), mx.nd.array([0, 1])).asnumpy().tolist())'
-    out, _ = run('--class-weight', '1,0', write(script))
-    assert out.endswith(', 0.0]\n')
