@@ -9,6 +9,7 @@ import modes
 import numpy as np
 import pytest
 import tolerances
+from checks import every_mode
 from tolerances import assert_close
 
 from gluon_stable_ce import StableSoftmaxCELoss
@@ -62,6 +63,7 @@ VALUES = {  # options, pred, label, loss, gradient
     ),
     'mean': ({}, [TWO], [[0, 1]], [(NLL[0] + NLL[1]) / 2], [[[-0.375, 0.375], [0.125, -0.125]]]),
     'mean-ignored': ({'ignore_label': -1}, [TWO], [[0, -1]], [NLL[0]], [[[-0.75, 0.75], [0, 0]]]),
+    'all-ignored': ({'ignore_label': -1}, [TWO], [[-1, -1]], [0], [[[0, 0], [0, 0]]]),
     'sum': ({'reduction': 'sum'}, [TWO], [[0, 1]], [NLL[0] + NLL[1]], [[[-0.75, 0.75], [0.25, -0.25]]]),
     'none': ({'reduction': 'none'}, [TWO], [[0, 1]], [NLL], [[[-0.75, 0.75], [0.25, -0.25]]]),
     # two and one positions count, 3/2 on average
@@ -91,43 +93,39 @@ VALUES = {  # options, pred, label, loss, gradient
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ('mode', 'dtype'),
-    [
-        (modes.default, 'float32'),
-        (modes.default, 'float64'),
-        (modes.eager, 'float32'),
-        (modes.nested, 'float32'),
-    ],
-    ids=['float32', 'float64', 'eager', 'nested'],
-)
-@pytest.mark.parametrize(('options', 'pred', 'label', 'loss', 'gradient'), cases.rows(VALUES))
-def test_values_computed_by_hand(kernel, options, pred, label, loss, gradient, mode, dtype):
-    label_dtype = dtype if options.get('sparse_label') is False else 'float32'
-    arrays = np.array(pred, dtype), np.array(label, label_dtype)
-    tolerance = tolerances.of(kernel, dtype, options)
+SAMPLE_WEIGHTS = {  # pred, label, sample_weight, loss, gradient
+    'batch': (TWO, [0, 1], [2, 0], [2 * NLL[0], 0], [[-1.5, 1.5], [0, 0]]),
+    'gluon': (TWO, [0, 1], [[2], [3]], [2 * NLL[0], 3 * NLL[1]], [[-1.5, 1.5], [0.75, -0.75]]),
+    # means over the classes
+    'pred': (TWO, [0, 1], [[1, 3], [0, 1]], [2 * NLL[0], NLL[1] / 2], [[-1.5, 1.5], [0.125, -0.125]]),
+    # infinite and NaN losses are removed
+    'zero': ([[-inf, 0], *LOGITS], [0, 7], [0, 0], [0, 0], [[0, 0], [0, 0]]),
+}
+
+
+def check(kernel, mode, dtype, options, arrays, loss, gradient):
     got, got_gradient = mode(StableSoftmaxCELoss(**options), *arrays)
+    tolerance = tolerances.of('stock' if mode is modes.exported_alone else kernel, dtype, options)
     assert_close(got, loss, tolerance)
     assert_close(got_gradient, gradient, tolerance)
     assert not ((got < 0) & np.greater_equal(loss, 0)).any()
 
 
-@modes.parametrize([modes.default, modes.eager, modes.nested])
-@pytest.mark.parametrize(
-    ('weight', 'loss', 'gradient'),
-    [
-        ([2, 0], [2 * NLL[0], 0], [[-1.5, 1.5], [0, 0]]),
-        ([[2], [3]], [2 * NLL[0], 3 * NLL[1]], [[-1.5, 1.5], [0.75, -0.75]]),
-        (
-            [[1, 3], [0, 1]],
-            [2 * NLL[0], NLL[1] / 2],
-            [[-1.5, 1.5], [0.125, -0.125]],
-        ),  # means over the classes
-    ],
-    ids=['batch', 'gluon', 'pred'],
-)
-def test_sample_weights_computed_by_hand(kernel, weight, loss, gradient, mode):
-    arrays = (np.array(array, 'float32') for array in (TWO, [0, 1], weight))
-    got, got_gradient = mode(StableSoftmaxCELoss(), *arrays)
-    assert_close(got, loss, tolerances.of(kernel, 'float32', {}))
-    assert_close(got_gradient, gradient, tolerances.of(kernel, 'float32', {}))
+@every_mode
+@pytest.mark.parametrize(('options', 'pred', 'label', 'loss', 'gradient'), cases.rows(VALUES))
+def test_values_in_float32(kernel, mode, options, pred, label, loss, gradient):
+    arrays = np.array(pred, 'float32'), np.array(label, 'float32')
+    check(kernel, mode, 'float32', options, arrays, loss, gradient)
+
+
+@pytest.mark.parametrize(('options', 'pred', 'label', 'loss', 'gradient'), cases.rows(VALUES))
+def test_values_in_float64(kernel, options, pred, label, loss, gradient):
+    arrays = np.array(pred, 'float64'), np.array(label, 'float64')
+    check(kernel, modes.default, 'float64', options, arrays, loss, gradient)
+
+
+@every_mode
+@pytest.mark.parametrize(('pred', 'label', 'weight', 'loss', 'gradient'), cases.rows(SAMPLE_WEIGHTS))
+def test_sample_weights(kernel, mode, pred, label, weight, loss, gradient):
+    arrays = [np.array(array, 'float32') for array in (pred, label, weight)]
+    check(kernel, mode, 'float32', {}, arrays, loss, gradient)
