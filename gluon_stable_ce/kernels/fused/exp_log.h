@@ -47,7 +47,7 @@ template <typename T> INLINE T power_of_2(Int<T> n) {
   return bits<T>((n + Format<T>::bias) << Format<T>::mantissa);
 }
 
-// exp(r) - 1. Valid range: |r| <= log(2) / 2. Max error of exp(r), relative: 8e-8 (float), 2e-16 (double).
+// exp(r) - 1. Valid range: |r| <= log(2) / 2. Max error of exp(r), relative: 3e-8 (float), 1e-16 (double).
 INLINE float expm1_reduced(float r) {  // Cephes' polynomial
   float p = 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
@@ -89,14 +89,14 @@ template <typename T> INLINE Reduced<double> reduced_for(double x) {
   return {last_bits(sum), expm1_reduced<Format<T>::exp_degree>(reduce(x, sum - magic(x)))};
 }
 
-// exp(x). Valid range: up to 700; 0 below -709. Max error, relative: EXP_ERRORS.
+// exp(x). Valid range: up to 700; 0 below -709. Max error, relative: 3e-10 (float), 2e-16 (double).
 template <typename T> INLINE double exp_of(double x) {
   x = x < -1023 * kLn2 ? -1023 * kLn2 : x;
   const Reduced<double> e = reduced_for<T>(x);
   return (e.expm1 + 1) * power_of_2<double>(e.n);
 }
 
-// exp(x) - 1. Valid range: up to 700. Max error, relative: EXPM1_ERRORS.
+// exp(x) - 1. Valid range: up to 700. Max error, relative: 1e-9 (float), 3e-16 (double).
 template <typename T> INLINE double expm1_of(double x) {
   x = x < -100 ? -100 : x;
   const Reduced<double> e = reduced_for<T>(x);
@@ -115,10 +115,11 @@ template <typename T> INLINE double two_atanh(double s) {
   return 2 * (AtanhSeries<1, Format<T>::atanh_degree>::at(q) * q * s + s);
 }
 
-// log(1 + x). Valid range: [0, 1]. Max error, relative: LOG1P_ERRORS.
+// log(1 + x). Valid range: [0, 1]. Max error, relative: 2e-10 (float), 4e-16 (double).
 template <typename T> INLINE double log1p_of(double x) { return two_atanh<T>(x / (2 + x)); }
 
-// log(x). Valid range: 0, normal x > 0 and NaN. Max error: LOG_ERRORS.
+// log(x). Valid range: 0, normal x > 0 and NaN. Max error, of 1 or of a larger result: 2e-10 (float), 4e-16
+// (double).
 template <typename T> INLINE double log_of(double x) {
   const int64_t b = bits<int64_t>(x);
   const double m = bits<double>((b & 0xfffffffffffff) | 0x3ff0000000000000);                   // [1, 2)
@@ -147,7 +148,7 @@ template <typename T> INLINE double log_reference_of(Reference<T> ref) {
 }
 
 // exp(x) / reference. Valid range: x up to the logit that the reference is of, -inf and NaN. Exactly 0 where
-// the result is below T's normal numbers. Max error, relative: SCALED_ERRORS.
+// the result is below T's normal numbers. Max error, relative: 9e-8 (float), 2e-16 (double).
 template <typename T> INLINE T scaled_exp(T x, Reference<T> ref) {
   const T lowest = T(kLn2) * T(ref.k - Format<T>::bias);
   x -= ref.shift;
@@ -156,7 +157,7 @@ template <typename T> INLINE T scaled_exp(T x, Reference<T> ref) {
   return (e.expm1 + 1) * power_of_2<T>(e.n - ref.k);
 }
 
-// The same times q, down to the least number that there is
+// The same times q, down to the least number that there is. Max error, relative: 8e-8 (float), 8e-15 (double).
 template <typename T> INLINE T scaled_exp_times(T x, Reference<T> ref, T q) {
   const T lowest = T(kLn2) * T(ref.k - 2 * Format<T>::bias + 2);
   x -= ref.shift;

@@ -63,7 +63,7 @@
 #include "threads.h"
 #include "tile.h"
 
-#if !defined(__x86_64__) || !defined(__linux__)
+#if !defined(__x86_64__) || !defined(__linux__) || defined(ONE_INSTRUCTION_SET)
 #define KERNEL __attribute__((noinline)) static
 #elif __GNUC__ >= 12
 #define KERNEL __attribute__((noinline, target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default"))) static
