@@ -8,11 +8,11 @@ import mxnet as mx
 import numpy as np
 import pytest
 from fused_operator import needs_operator, python
-from label_cases import CLASSES, DTYPES, IGNORE_LABELS, IGNORED, INVALID, class_of, labels_of
+from label_cases import DTYPES
 from mxnet import autograd, gluon
 
 from gluon_stable_ce import StableSoftmaxCELoss
-from gluon_stable_ce.call import LOSS_FILL, METRIC_FILL, Call
+from gluon_stable_ce.call import METRIC_FILL, Call
 from gluon_stable_ce.kernels import fused
 from gluon_stable_ce.options import Options
 
@@ -207,26 +207,6 @@ def test_small_probabilities_have_gradients_down_to_the_least_number():
     _, grad = run(pred, np.array([0]))
     np.testing.assert_allclose(grad[0, 1], np.exp(-100.0), atol=1.5e-45)
     assert grad[0, 1] > 0
-
-
-@pytest.mark.parametrize('fill', [LOSS_FILL, METRIC_FILL], ids=['loss', 'metric'])
-@pytest.mark.parametrize('invalid_label', ['nan', 'clip'])
-@pytest.mark.parametrize('ignore_label', IGNORE_LABELS)
-@pytest.mark.parametrize('dtype', DTYPES)
-def test_labels_mean_what_the_table_says(dtype, ignore_label, invalid_label, fill, rng):
-    labels = labels_of(dtype)
-    pred = rng.standard_normal((len(labels), CLASSES)).astype('float32')
-    options = {'ignore_label': ignore_label, 'invalid_label': invalid_label, 'fill': fill}
-    terms, grad = run(pred, labels, label_dtype=dtype, logsumexp=True, uniform=True, **options)
-    classes = [class_of(label, ignore_label, invalid_label == 'clip') for label in labels]
-    has_class = np.array([isinstance(value, int) for value in classes])
-    fills = [fill.ignored if value == IGNORED else fill.invalid for value in classes]
-    expected, expected_grad = run(
-        pred, np.where(has_class, classes, 0).astype(int), logsumexp=True, uniform=True
-    )
-    for term, true in zip(terms, expected):
-        np.testing.assert_array_equal(term, np.where(has_class, true, np.float32(fills)), err_msg=str(labels))
-    np.testing.assert_array_equal(grad, np.where(has_class[:, None], expected_grad, 0))
 
 
 @pytest.mark.parametrize('wrong', [NAN, INF, -1.0, 5.0, 2.5])

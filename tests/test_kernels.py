@@ -11,9 +11,10 @@ import reference
 from mxnet import autograd, gluon
 
 from gluon_stable_ce import StableCrossEntropy, StableSoftmaxCELoss
-from gluon_stable_ce.call import Call
+from gluon_stable_ce.call import LOSS_FILL, METRIC_FILL, Call
 from gluon_stable_ce.kernels import ClassTerms, class_terms, library, resolve
 from gluon_stable_ce.options import Options
+from gluon_stable_ce.plan import plan
 
 nd = mx.nd
 IS_FUSED = pytest.mark.skipif(not library.load(), reason='the fused kernel is not compiled')
@@ -122,9 +123,33 @@ def test_nll_of_pred_types(kernel, layout, is_rank_known, pred_type, rng, ctx):
 @RANK_KNOWN
 @pytest.mark.parametrize('dtype', label_cases.DTYPES)
 @pytest.mark.parametrize('invalid_label', ['nan', 'clip'])
-@pytest.mark.parametrize('ignore_label', [None, -1, 2], ids=str)
-def test_labels_are_read_by_one_rule(kernel, is_rank_known, dtype, invalid_label, ignore_label, ctx):
-    """Every dtype and every bad value: the term is filled in, with gradient 0, or is that of the class it names."""
+@pytest.mark.parametrize('ignore_label', label_cases.IGNORE_LABELS, ids=str)
+@pytest.mark.parametrize('fill', [LOSS_FILL, METRIC_FILL], ids=['loss', 'metric'])
+def test_labels_mean_what_the_table_says(
+    kernel, is_rank_known, dtype, invalid_label, ignore_label, fill, rng, ctx
+):
+    """Every dtype and every bad value: a term is filled in, with gradient 0, or is that of the class it names."""
+    label = label_cases.labels_of(dtype)
+    pred = rng.normal(0, 1, (len(label), label_cases.CLASSES)).astype('float32')
+    named = [label_cases.class_of(number, ignore_label, invalid_label == 'clip') for number in label]
+    has_class = np.array([isinstance(name, int) for name in named])
+    fills = [fill.ignored if name == label_cases.IGNORED else fill.invalid for name in named]
+
+    options = Options(
+        kernel=kernel,
+        ignore_label=ignore_label,
+        invalid_label=invalid_label,
+        label_smoothing=0.5,
+        lse_square_scale=0.5,
+    )
+    arrays = nd.array(pred), nd.array(label, dtype=dtype)
+    call = plan(options, *arrays, fill=fill)[0] if is_rank_known else Call(options, fill, kernel=kernel)
+    terms, gradient = compute(call, pred, label)
+    all_count = call._replace(options=options._replace(ignore_label=None))
+    expected, expected_gradient = compute(all_count, pred, np.where(has_class, named, 0).astype(dtype))
+    for term, truth in zip(terms, expected):
+        np.testing.assert_array_equal(term, np.where(has_class, truth, np.float32(fills)), err_msg=str(label))
+    np.testing.assert_array_equal(gradient, np.where(has_class[:, None], expected_gradient, 0))
 
 
 @every_kernel
