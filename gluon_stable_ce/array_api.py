@@ -24,6 +24,7 @@ Arrays = Union[Array, List[Array]]
 ARRAY = ndarray.NDArray
 NP_STYLE = (numpy.ndarray, NumpySymbol)
 SPARSE = ndarray.sparse.BaseSparseNDArray
+HAS_MIXED_ADD = not mx.__version__.startswith(('1.6', '1.7', '1.8'))  # np.add of two dtypes
 
 
 def is_symbol(array: Any) -> bool:
@@ -49,6 +50,15 @@ def as_classic(array: Any) -> Any:
 def in_style_of(example: Array, array: Array) -> Array:
     """View the classic `array` as a member of the API that `example` belongs to."""
     return array.as_np_ndarray() if is_np_style(example) else array
+
+
+def add_float32(F: F, array: Array, other: Array) -> Array:
+    """Add a float32 array to one of unknown dtype: float16 becomes float32, and float64 stays."""
+    array, other = array.as_np_ndarray(), other.as_np_ndarray()
+    if HAS_MIXED_ADD:
+        return F.np.add(array, other).as_nd_ndarray()
+    array = F.np.multiply(array, F.ones(1).as_np_ndarray())
+    return F.np.add(array, F.np.multiply(F.np.ones_like(array), other)).as_nd_ndarray()
 
 
 def with_zero_gradient(array: Array) -> Array:

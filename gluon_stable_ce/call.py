@@ -37,6 +37,7 @@ class Call(NamedTuple):
     has_few_classes: bool = (
         False  # so few that an array of them is cheap, and `dtype` holds every label exactly
     )
+    classes: Optional[int] = None  # how many, where a graph may be for one number of them
     is_empty: bool = False  # whether there are no positions, for which MXNet's static memory fails
     kernel: str = 'stock'
     is_guarded: bool = (

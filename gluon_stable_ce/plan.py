@@ -12,6 +12,7 @@ from .kernels import fused
 from .options import Options
 
 FEW = 2048  # classes
+MANY = 256  # from here on, the stock kernel has a graph for each number of classes, which is then faster
 FLOAT32_INTEGERS = 2**24  # float32 holds all integers up to this one
 NARROW = ('int8', 'uint8', 'float16', 'float32')  # labels that float32 holds as they are
 
@@ -131,6 +132,7 @@ def _plan_arrays(
         label_ndim=len(label_shape),
         weight_layout=layout,
         has_few_classes=_has_few_classes(options, dtype, label_dtype, shape),
+        classes=shape[options.axis] if is_stock and shape[options.axis] > MANY else None,
         is_empty=is_empty,
         kernel='stock' if is_stock else 'fused',
         is_guarded=is_stock or is_guarded,

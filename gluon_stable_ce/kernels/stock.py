@@ -1,38 +1,49 @@
-"""The class axis reduced by MXNet's log_softmax and pick, in every MXNet 1.x, on every device, exportable.
+r"""The class axis reduced by MXNet's log_softmax and pick, in every MXNet 1.x, on every device, exportable.
+
+The NLL of a label y is the softplus of the log-odds L against it, which is as exact for p near 1 as for p near 0:
+
+.. math:: -\log p_y = \log(1 + e^L), \qquad L = \log \sum_{j \ne y} e^{z_j} - z_y
+
+`log_softmax` of the logits cannot tell L: its result is a difference of numbers near z, and rounds what is below
+1e-6. So the label's logit is lowered by T = 64 first. Then
+
+.. math:: u = -\log \mathrm{softmax}(z - T e_y)_y = \log(1 + e^{L + T}), \qquad L = u - T + \log(1 - e^{-u})
+
+and the gradient that autograd makes of this is as exact, in each entry.
 
 The layout of the class axis, casts of 16-bit floats and graphs of unknown rank are dealt with here, because
 only this kernel needs it.
 """
 
-from typing import Any, Optional, Tuple
+from typing import Any, NamedTuple, Optional, Tuple
 
-from .. import graph_checks
+from .. import array_api, graph_checks
 from ..array_api import Array, F
 from ..call import Call
 from ..labels import fill, read_labels
 from .terms import ClassTerms, weighted
 
 HALF = ('float16', 'bfloat16')
-Terms = Tuple[
-    Array, Optional[Array], Optional[Array]
-]  # those of ClassTerms, not weighted by the label's class
+T = 64.0  # by which the label's logit is lowered: the NLL is exact down to exp(-T)
+LEAST = 1e-30  # in the place of u = 0, whose logarithm has no gradient
 
 
 def class_terms(
     F: F, call: Call, pred: Array, label: Array, class_weight: Optional[Array] = None
 ) -> ClassTerms:
     """Reduce the class axis as `kernels.class_terms` describes."""
+    if call.dtype in HALF:  # unlike log_softmax's own `dtype`, a cast in front of it reaches the fast kernel
+        pred = F.cast(pred, dtype='float32')
     if class_weight is not None:
         class_weight = _read_class_weight(F, call, pred, class_weight)  # (C,)
     if not call.options.sparse_label:
-        target = label if call.dtype is None else F.cast(label, dtype=call.compute_dtype)
-        return ClassTerms(*_reduce(F, call, pred, None, target, class_weight))
+        return _dense_terms(F, call, pred, label, class_weight)
     labels = read_labels(F, call, label, pred)
-    nll, *others = _reduce(F, call, pred, labels.index, None, class_weight)
+    terms = _sparse_terms(F, call, pred, labels.index, class_weight)
     if class_weight is not None:
-        nll = weighted(F, nll, F.take(class_weight, labels.index, mode='clip'))
-    terms = (None if term is None else fill(F, call, labels, term) for term in (nll, *others))
-    return ClassTerms(*terms)
+        weight = F.take(class_weight, labels.index, mode='clip')  # (positions...)
+        terms = terms._replace(nll=weighted(F, terms.nll, weight))
+    return ClassTerms(*(None if term is None else fill(F, call, labels, term) for term in terms))
 
 
 def _read_class_weight(F: F, call: Call, pred: Array, class_weight: Array) -> Array:
@@ -42,39 +53,196 @@ def _read_class_weight(F: F, call: Call, pred: Array, class_weight: Array) -> Ar
     return graph_checks.with_length(F, class_weight, pred, call.options.axis)
 
 
-def _reduce(
-    F: F,
-    call: Call,
-    pred: Array,
-    index: Optional[Array],
-    target: Optional[Array],
-    class_weight: Optional[Array],
-) -> Terms:
-    """Compute the terms of an index, (positions...), or of a target, of `pred`'s shape."""
-    axis, ndim = call.options.axis, call.ndim
-    if index is not None and call.options.pred_type == 'probs':  # one number per position is enough
+# Sparse labels
+
+
+def _sparse_terms(F: F, call: Call, pred: Array, index: Array, class_weight: Optional[Array]) -> ClassTerms:
+    """Compute the terms of an index, (positions...), not yet weighted by its class."""
+    axis, pred_type = call.options.axis, call.options.pred_type
+    if pred_type == 'probs':  # one number per position is enough
         probs = F.cast(F.pick(pred, index, axis=axis), dtype='float64')  # (positions...)
-        return _clamped(F, F.log(probs)), None, None
-    if call.dtype in HALF:  # unlike log_softmax's own `dtype`, a cast in front of it reaches the fast kernel
-        pred = F.cast(pred, dtype='float32')
-    if ndim is not None or axis == -1:
-        pred = class_axis_last(F, pred, axis, ndim)  # (positions..., C)
-        if target is not None:
-            target = class_axis_last(F, target, axis, ndim)
-        return _terms(F, call, pred, index, target, class_weight)
-    if target is None:
-        like = index  # (positions...)
-    else:
-        like = graph_checks.positions_of(F, pred, class_axis_removed(F, target, axis), axis)
-        target = class_axis_last(F, target, axis)
-    pred = class_axis_last(F, pred, axis)  # some axes of the positions merged
-    if index is not None:
-        index = F.reshape_like(index, class_axis_removed(F, pred, -1))
-    nll, *others = _terms(F, call, pred, index, target, class_weight)
-    return (
-        F.reshape_like(nll, like),
-        *(None if term is None else F.reshape_like(term, like) for term in others),
+        return ClassTerms(_clamped(F, -F.log(probs)))
+    compute = _terms_of_logits if pred_type == 'logits' else _terms_of_log_probs
+    pred = class_axis_last(F, pred, axis, call.ndim)  # (positions..., C)
+    if call.ndim is not None or axis == -1:
+        return compute(F, call, pred, index, class_weight)
+    merged = F.reshape_like(index, class_axis_removed(F, pred, -1))  # as some axes of `pred` are
+    terms = compute(F, call, pred, merged, class_weight)
+    return ClassTerms(*(None if term is None else F.reshape_like(term, index) for term in terms))
+
+
+def _terms_of_log_probs(F, call, log_p, index, class_weight):
+    nll = _clamped(F, -_promoted(F, call, F.pick(log_p, index, axis=-1)))
+    if not call.options.label_smoothing:
+        return ClassTerms(nll)
+    log_p = _promoted(F, call, log_p)
+    return ClassTerms(nll, uniform_nll=_clamped(F, _uniform_nll(F, log_p, class_weight)))
+
+
+def _terms_of_logits(F, call, logits, index, class_weight):
+    """Compute the terms of logits, (positions..., C), by the formula at the head of this file."""
+    lowered = _lower(F, call, logits, index)  # (positions..., C)
+    log_p = F.log_softmax(lowered, axis=-1)
+    odds = _odds(F, call, logits, lowered, log_p, index)
+    nll = F.where(odds.u <= 0, F.zeros_like(odds.u), odds.above + odds.log1p)  # where u <= 0, p_y is 1
+    return ClassTerms(
+        nll,
+        _logsumexp(F, lowered, log_p, odds) if call.options.lse_square_scale else None,
+        _uniform_of_lowered(F, log_p, odds, index, class_weight) if call.options.label_smoothing else None,
     )
+
+
+def _lower(F: F, call: Call, logits: Array, index: Array) -> Array:
+    """Lower the label's logit by T. With an addition, MXNet computes no gradient of the array that is added."""
+    if call.classes is not None:
+        by = F.one_hot(index, depth=call.classes, on_value=-T, dtype=call.compute_dtype)
+        return logits + F.BlockGrad(by)
+    row = F.slice_axis(logits, axis=0, begin=0, end=1)  # arange_like counts in the dtype of its input
+    classes = F.contrib.arange_like(F.cast(row, dtype='float64'), axis=-1)  # (C,)
+    is_label = F.broadcast_equal(F.expand_dims(_distinct(F, index), axis=-1), _distinct(F, classes))
+    by = F.BlockGrad(is_label * -T)  # (positions..., C)
+    return (
+        array_api.add_float32(F, logits, by)
+        if call.dtype is None
+        else logits + F.cast(by, dtype=call.compute_dtype)
+    )
+
+
+def _distinct(F: F, index: Any) -> Array:
+    """Return another float32 for each class: float32 has as many numbers, but no integers beyond 2**24."""
+    high = F.floor(index / 2**23)
+    return F.cast((1 + (index / 2**23 - high)) * 2**high, dtype='float32')
+
+
+class _Odds(NamedTuple):
+    """What the terms of logits are made of, (positions...) each."""
+
+    u: Array  # softplus(L + T)
+    by: Array  # T, or what is left of it where logits are so large that the subtraction rounds
+    is_above: Array  # whether L > 0
+    above: Array  # max(L, 0)
+    log1p: Array  # log(1 + exp(-|L|)): softplus(L) is the sum of both
+    z_label: Array
+
+
+def _odds(F, call, logits, lowered, log_p, index):
+    z_label = _promoted(F, call, F.pick(logits, index, axis=-1))
+    z_lowered = F.pick(lowered, index, axis=-1)
+    by = _where_number(F, z_label - z_lowered, T)  # at a label of -inf, it is NaN
+    rest = _where_number(F, z_lowered + by - z_label, 0)  # the rounding of the subtraction, which is exact
+    u = -F.pick(log_p, index, axis=-1)
+    positive = F.maximum(u, LEAST)
+    log_odds = (positive - by) + rest + F.log(-F.expm1(-positive))
+    is_above = log_odds > 0
+    # by `where`: relu and abs have gradient 0 at L = 0, where two logits are equal
+    above = F.where(is_above, log_odds, F.zeros_like(log_odds))
+    return _Odds(u, by, is_above, above, F.log1p(F.exp(F.where(is_above, -log_odds, log_odds))), z_label)
+
+
+def _where_number(F: F, values: Any, otherwise: float) -> Array:
+    """Return a constant: `values`, and `otherwise` where they are NaN."""
+    return F.BlockGrad(F.where(values == values, values, F.ones_like(values) * otherwise))
+
+
+def _logsumexp(F: F, lowered: Array, log_p: Array, odds: _Odds) -> Array:
+    """Log sum_j exp z_j: of the lowered logits, it is that of the others where these have most of the sum."""
+    largest = F.argmax(lowered, axis=-1)  # (positions...), at which it is finite wherever the sum is
+    others = F.pick(lowered, largest, axis=-1) - F.pick(log_p, largest, axis=-1)
+    return F.where(odds.is_above, others, odds.z_label) + odds.log1p
+
+
+def _uniform_of_lowered(F, log_p, odds, index, class_weight):
+    """1/C sum_j w_j (-log p_j), from the lowered logits.
+
+    Their logsumexp is smaller by `delta`, and the label's logit by T.
+    """
+    zero = F.zeros_like(odds.u)
+    delta = odds.log1p - F.where(odds.is_above, zero, odds.u - odds.by)
+    share = _share(F, log_p, class_weight)  # (C,), w_j / C
+    all_classes = F.broadcast_mul(delta, F.reshape(F.dot(share, F.ones_like(share)), shape=(1,)))
+    label = odds.by * F.take(share, index, mode='clip')
+    return _clamped(F, _uniform_nll(F, log_p, class_weight) + all_classes - label)
+
+
+# Dense labels
+
+
+def _dense_terms(F: F, call: Call, pred: Array, target: Array, class_weight: Optional[Array]) -> ClassTerms:
+    """Compute the terms of a target, of `pred`'s shape."""
+    axis, ndim = call.options.axis, call.ndim
+    if call.dtype is not None:
+        target = F.cast(target, dtype=call.compute_dtype)
+    pred, target = _promoted(F, call, pred), _promoted(F, call, target)
+    if ndim is None and axis != -1:
+        like = graph_checks.positions_of(F, pred, class_axis_removed(F, target, axis), axis)
+    pred, target = (class_axis_last(F, array, axis, ndim) for array in (pred, target))  # (positions..., C)
+    log_p = F.log_softmax(pred, axis=-1) if call.options.pred_type == 'logits' else pred
+    if call.options.pred_type == 'probs':
+        log_p = F.log(pred)
+    weighted_target = target if class_weight is None else target * _at_each_position(F, class_weight, log_p)
+    terms = (
+        _clamped(F, _expected_nll(F, log_p, weighted_target), _has_negative(F, target)),
+        _logsumexp_of(F, pred, log_p) if call.options.lse_square_scale else None,
+        _clamped(F, _uniform_nll(F, log_p, class_weight)) if call.options.label_smoothing else None,
+    )
+    if ndim is None and axis != -1:
+        terms = tuple(None if term is None else F.reshape_like(term, like) for term in terms)
+    return ClassTerms(*terms)
+
+
+def _expected_nll(F: F, log_p: Array, target: Any) -> Array:
+    """Sum_j target_j (-log p_j). A target of 0 removes its class, also from the gradients.
+
+    A matrix-vector product is ten times as fast as MXNet's sum over classes.
+    """
+    nll = F.where(target == 0, F.zeros_like(log_p), -log_p)
+    return F.dot(nll * target, _ones_per_class(F, log_p))
+
+
+def _has_negative(F: F, target: Any) -> Array:
+    """Where a target has negative entries, as a policy gradient's have: its loss may be below 0."""
+    return F.dot(
+        F.relu(-F.BlockGrad(target)), _ones_per_class(F, target)
+    )  # (positions...), 0 where there are none
+
+
+def _logsumexp_of(F: F, logits: Array, log_p: Array) -> Array:
+    """Log sum_j exp z_j from the class of the largest logit, which is finite wherever the sum is."""
+    index = F.argmax(logits, axis=-1)  # (positions...)
+    return F.pick(logits, index, axis=-1) - F.pick(log_p, index, axis=-1)
+
+
+# Both
+
+
+def _uniform_nll(F: F, log_p: Array, class_weight: Optional[Array]) -> Array:
+    """1/C sum_j w_j (-log p_j)."""
+    share = _share(F, log_p, class_weight)
+    if class_weight is None:
+        return -F.dot(log_p, share)
+    return _expected_nll(F, log_p, _at_each_position(F, share, log_p))
+
+
+def _share(F: F, log_p: Array, class_weight: Optional[Array]) -> Array:
+    """(C,), w_j / C."""
+    share: Any = F.softmax(F.zeros_like(F.contrib.arange_like(log_p, axis=-1)))  # 1/C for each class
+    return share if class_weight is None else share * class_weight
+
+
+def _clamped(F: F, nll: Any, is_signed: Optional[Array] = None) -> Array:
+    """Raise rounding errors below 0 to 0. The gradient is that of `nll`.
+
+    Where `is_signed`, what is below 0 is no rounding error.
+    """
+    below = F.relu(-nll)
+    if is_signed is not None:
+        below = F.where(is_signed, F.zeros_like(below), below)
+    return nll + F.BlockGrad(below)
+
+
+def _promoted(F: F, call: Call, array: Array) -> Array:
+    """Return an array of unknown dtype as float32, or float64 if it is that."""
+    return array if call.dtype is not None else array_api.add_float32(F, array, F.zeros(1))
 
 
 def class_axis_last(F: F, array: Array, axis: int, ndim: Optional[int] = None) -> Array:
@@ -100,80 +268,6 @@ def class_axis_last(F: F, array: Array, axis: int, ndim: Optional[int] = None) -
 def class_axis_removed(F: F, pred: Array, axis: int) -> Array:
     """Take one class of `pred`, (positions...), for its shape."""
     return F.BlockGrad(F.squeeze(F.slice_axis(pred, axis=axis, begin=0, end=1), axis=axis))
-
-
-def _terms(
-    F: F, call: Call, pred: Array, index: Optional[Array], target: Any, class_weight: Optional[Array]
-) -> Terms:
-    """Reduce the last axis of `pred`, (positions..., C)."""
-    options = call.options
-    zero = F.slice_axis(F.contrib.arange_like(pred, axis=-1), axis=0, begin=0, end=1)  # (1,)
-    if options.pred_type == 'logits':
-        # for p = 1 oneDNN returns 1.4e-6, which is nearly all of its error where p is nearly 1: measured on
-        # one class, it is taken out
-        log_p, log_1 = F.log_softmax(pred, axis=-1), F.log_softmax(zero, axis=-1)
-    else:
-        log_p, log_1 = pred if options.pred_type == 'log_probs' else F.log(pred), zero
-    if index is None:
-        if class_weight is not None:
-            target = target * _at_each_position(F, class_weight, log_p)
-        nll = _clamped(F, _expected_log_p(F, log_p, target, log_1), _has_negative(F, target))
-    else:
-        nll = _clamped(F, _log_p_at(F, log_p, index, log_1))
-    return (
-        nll,
-        _logsumexp(F, pred, log_p, log_1) if options.lse_square_scale else None,
-        _clamped(F, _uniform_log_p(F, log_p, log_1, class_weight)) if options.label_smoothing else None,
-    )
-
-
-def _clamped(F: F, log_p: Array, is_signed: Optional[Array] = None) -> Array:
-    """Return -`log_p`, with rounding errors below 0 raised to 0. The gradient is that of -`log_p`.
-
-    Where `is_signed`, what is below 0 is no rounding error.
-    """
-    above = F.relu(log_p)
-    if is_signed is not None:
-        above = F.where(is_signed, F.zeros_like(above), above)
-    return F.BlockGrad(above) - log_p
-
-
-def _log_p_at(F: F, log_p: Array, index: Array, log_1: Array) -> Array:
-    """Log p of the class `index`, with `log_1` for the zero of the scale."""
-    return F.pick(log_p, index, axis=-1) - F.take(log_1, index, mode='clip')  # take broadcasts to any rank
-
-
-def _expected_log_p(F: F, log_p: Array, target: Any, log_1: Array) -> Array:
-    """Sum_j target_j (log p_j - log 1). A target of 0 removes its class, also from the gradients.
-
-    A matrix-vector product is ten times as fast as MXNet's sum over classes.
-    """
-    ones = _ones_per_class(F, log_p)
-    log_1 = F.broadcast_mul(log_1, ones)  # (C,)
-    # with log 1 at a target of 0, the target's gradient from one sum is minus that from the other
-    log_p = F.where(target == 0, _at_each_position(F, log_1, log_p), log_p)
-    return F.dot(log_p * target, ones) - F.dot(target, log_1)
-
-
-def _has_negative(F: F, target: Any) -> Array:
-    """Where a target has negative entries, as a policy gradient's have: its loss may be below 0."""
-    return F.dot(
-        F.relu(-F.BlockGrad(target)), _ones_per_class(F, target)
-    )  # (positions...), 0 where there are none
-
-
-def _uniform_log_p(F: F, log_p: Array, log_1: Array, class_weight: Optional[Array]) -> Array:
-    """1/C sum_j w_j log p_j."""
-    share = F.softmax(F.zeros_like(F.contrib.arange_like(log_p, axis=-1)))  # (C,), 1/C for each class
-    if class_weight is None:
-        return F.dot(log_p, share)
-    return _expected_log_p(F, log_p, _at_each_position(F, share * class_weight, log_p), log_1)
-
-
-def _logsumexp(F: F, logits: Array, log_p: Array, log_1: Array) -> Array:
-    """Log sum_j exp z_j from the class of the largest logit, which is finite wherever the sum is."""
-    index = F.argmax(logits, axis=-1)  # (positions...)
-    return F.pick(logits, index, axis=-1) - _log_p_at(F, log_p, index, log_1)
 
 
 def _at_each_position(F: F, per_class: Array, like: Array) -> Array:
