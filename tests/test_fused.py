@@ -8,7 +8,7 @@ import mxnet as mx
 import numpy as np
 import pytest
 from fused_operator import needs_operator, python
-from label_cases import CLASSES, DTYPES, IGNORE_LABELS, IGNORED, INVALID, class_of, labels_of
+from label_cases import CLASSES, DTYPES, IGNORE_LABELS, IGNORED, class_of, labels_of
 from mxnet import autograd, gluon
 
 from gluon_stable_ce import StableSoftmaxCELoss

@@ -85,7 +85,7 @@ def _attributes(call: Call, weighted: bool) -> Dict[str, Any]:
     """Name what differs from the operator's defaults: MXNet parses them in every call."""
     options, fill = call.options, call.fill
     attributes: Dict[str, Any] = {}
-    if options.axis != -1:
+    if options.axis not in (-1, (call.ndim or 0) - 1):
         attributes['axis'] = options.axis
     if options.ignore_label is not None:
         attributes['ignore_label'] = options.ignore_label
