@@ -172,28 +172,29 @@ struct Options {
   int axis_of(size_t rank) const { return axis < 0 ? axis + int(rank) : axis; }
 };
 
-// Classes; kInvalid and kIgnored for labels that are none. `Exact` holds every label of its type.
-template <typename Exact, typename L, typename Int>
+// Classes; kInvalid and kIgnored for labels that are none. double tells all from each other that matter: an
+// integer up to 2^53 - 1, which is the limit of ignore_label, is no other one rounded.
+template <typename L, typename Int>
 void read_labels_as(const L* label, int n, const Options& options, int64_t classes, Int* y) {
-  const Exact last = Exact(classes - 1), ignored = Exact(options.ignore_label);
+  const double last = double(classes - 1), ignored = double(options.ignore_label);
   for (int t = 0; t < n; t++) {
-    const Exact given = Exact(value(label[t]));
+    const double given = double(value(label[t]));
     const Int nearest = given >= 0 ? Int(given < last ? given : last) : Int(0);  // 0 for NaN
-    const bool is_valid = options.clip || Exact(nearest) == given;
+    const bool is_valid = options.clip || double(nearest) == given;
     y[t] = options.has_ignore_label && given == ignored ? kIgnored : is_valid ? nearest : kInvalid;
   }
 }
 template <typename Int>
 void read_labels(MXTensor& label, const Part& part, const Options& options, int64_t classes, Int* y) {
-#define READ(Exact, L) return read_labels_as<Exact>(label.data<L>() + part.begin, part.n, options, classes, y)
+#define READ(L) return read_labels_as(label.data<L>() + part.begin, part.n, options, classes, y)
   switch (label.dtype) {
-    case mxnet::ext::kFloat64: READ(double, double);
-    case mxnet::ext::kFloat32: READ(double, float);
-    case mxnet::ext::kFloat16: READ(double, Half);
-    case mxnet::ext::kInt64: READ(int64_t, int64_t);
-    case mxnet::ext::kInt32: READ(int64_t, int32_t);
-    case mxnet::ext::kInt8: READ(int64_t, int8_t);
-    default: READ(int64_t, uint8_t);
+    case mxnet::ext::kFloat64: READ(double);
+    case mxnet::ext::kFloat32: READ(float);
+    case mxnet::ext::kFloat16: READ(Half);
+    case mxnet::ext::kInt64: READ(int64_t);
+    case mxnet::ext::kInt32: READ(int32_t);
+    case mxnet::ext::kInt8: READ(int8_t);
+    default: READ(uint8_t);
   }
 #undef READ
 }
