@@ -16,7 +16,7 @@ LABEL = np.array([2, 0, 3], 'float32')
 TOLERANCE = {
     'rtol': 1e-5,
     'atol': 2e-4,
-}  # sums of up to 45 gradients, each off by up to 2e-6 in the stock kernel
+}  # sums of up to 81 gradients, each off by up to 2e-6 in the stock kernel
 
 
 def gradient(logits, label=LABEL):
@@ -86,7 +86,7 @@ def test_leaf_without_a_gradient_beside_one_that_has_one(source, times, kernel):
 
 @grad_reqs
 @sources
-@pytest.mark.parametrize('losses', [2, 5])
+@pytest.mark.parametrize('losses', [2, 4, 9])  # MXNet 1.6 adds up 5 to 7 gradients wrongly
 def test_several_losses_on_the_same_logits(losses, source, times, grad_req, kernel):
     loss_fn, leaf = StableSoftmaxCELoss(kernel=kernel), mx.nd.array(LOGITS)
     leaf.attach_grad(grad_req)
