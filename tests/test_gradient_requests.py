@@ -13,10 +13,8 @@ from gluon_stable_ce import StableSoftmaxCELoss
 
 LOGITS = np.array([[0.5, -1, 2, 0], [1, 1, -2, 0.25], [3, 0, 0.5, -0.5]], 'float32')
 LABEL = np.array([2, 0, 3], 'float32')
-TOLERANCE = {
-    'rtol': 1e-5,
-    'atol': 2e-4,
-}  # sums of up to 81 gradients, each off by up to 2e-6 in the stock kernel
+# of sums of up to 81 gradients, each off by up to 2e-6 in the stock kernel
+TOLERANCE = {'rtol': 1e-5, 'atol': 2e-4}
 
 
 def gradient(logits, label=LABEL):
@@ -211,9 +209,9 @@ def test_parameters_of_nets_that_add_gradients_of_micro_batches(
 
 @grad_reqs
 @memories
-@pytest.mark.parametrize('sparse_label', ['float32', 'int32'])
-def test_a_label_keeps_its_gradient(sparse_label, memory, grad_req, kernel):
-    loss_fn, label = StableSoftmaxCELoss(kernel=kernel), mx.nd.array(LABEL, dtype=sparse_label)
+@pytest.mark.parametrize('label_dtype', ['float32', 'int32'])
+def test_a_label_keeps_its_gradient(label_dtype, memory, grad_req, kernel):
+    loss_fn, label = StableSoftmaxCELoss(kernel=kernel), mx.nd.array(LABEL, dtype=label_dtype)
     net = NetWithLoss(Net('broadcast_add', 1), loss_fn)
     net.initialize()
     if memory is not None:
