@@ -33,7 +33,10 @@ JOBS = {
 # Losses and metrics that are replaced in all jobs.
 COUNTS = {
     'd2l': (7, 0),  # two masked losses in the first job, and one loss in each of the others
-    'gluoncv': (15, 5),  # two in each of the six distillation losses, one each in three jobs; metrics in three jobs
+    'gluoncv': (
+        15,
+        5,
+    ),  # two in each of the six distillation losses, one each in three jobs; metrics in three jobs
     'gluonnlp': (11, 0),  # two, one and two masked losses; one, one and two of gluon's; two masked losses
     'sockeye': (1, 1),
 }
