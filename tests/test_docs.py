@@ -1,4 +1,4 @@
-"""The documentation and the README: their blocks run, their links lead somewhere, and it builds without a warning."""
+"""The documentation and the README: blocks run, links lead somewhere, and it builds without a warning."""
 
 import inspect
 import os
@@ -47,7 +47,7 @@ def documented():
 
 @pytest.mark.parametrize('name', documented())
 def test_sections_of_docstrings_are_read_as_sections(name):
-    """Each title stands in a line between an empty line and its dashes, and is one that numpydoc knows, once."""
+    """Each title stands between an empty line and its dashes, and is one that numpydoc knows, once."""
     lines = inspect.getdoc(documented()[name]).splitlines()
     rules = [index for index, line in enumerate(lines) if '---' in line]
     titles = [lines[index - 1] for index in rules]
