@@ -1,4 +1,4 @@
-"""Which labels name a class, and what the loss and the metric make of those that do not: with both kernels, in every dtype."""
+"""Which labels name a class, and what the loss and the metric make of those that do not, in every dtype."""
 
 import cases
 import modes

@@ -37,7 +37,7 @@ def batches(rng, count=5, classes=7):
 
 def filled(metric, data):
     for label, pred in data:
-        metric.update(label, pred)
+        metric.update([label], [pred])
     return metric
 
 
@@ -115,16 +115,16 @@ def test_invalid_labels_are_counted_apart_until_reset(ctx):
     metric = StableCrossEntropy(ignore_label=-1)
     pred = nd.array([[0.5, 0.5]] * 5)
     metric.update(nd.array([0, -1, 2, 1.5, math.nan]), pred)
+    message = (
+        r'^labels: expected integers in \[0, C\), got 3 invalid .* 1 valid .* ignore_label; reset\(\) clears'
+    )
     for result in (metric.get, metric.get_global, metric.get_name_value):
-        with pytest.raises(
-            ValueError,
-            match=r'^labels: expected integers in \[0, C\), got 3 invalid ones beside 1 valid ones; if they are padding, set ignore_label; reset\(\) clears them$',
-        ):
+        with pytest.raises(ValueError, match=message):
             result()
     metric.reset_local()
     metric.update(nd.array([0, 0, 0, 0, 0]), pred)
     assert metric.get()[1] == pytest.approx(math.log(2))
-    with pytest.raises(ValueError, match='got 3 invalid ones beside 6 valid ones'):
+    with pytest.raises(ValueError, match='got 3 invalid .* 6 valid'):
         metric.get_global()
     metric.reset()
     assert math.isnan(metric.get()[1])
@@ -150,16 +150,6 @@ def test_results_do_not_depend_on_batches_devices_or_when_get_is_called(rng):
         nd.concat(*[pred for _, pred in data[::-1]], dim=0),
     )
     assert asked.get() == at_once.get() == on_two.get() == one_array.get() == expected
-
-
-def test_merge_of_cross_entropies(rng):
-    options = {'pred_type': 'logits', 'ignore_label': -1}
-    first, second = batches(rng), batches(rng)
-    metric = filled(StableCrossEntropy(**options), first)
-    metric.merge(filled(StableCrossEntropy(**options), second))
-    assert metric.get() == filled(StableCrossEntropy(**options), first + second).get()
-    with pytest.raises(TypeError, match='^other: expected a StableCrossEntropy, got StableLoss$'):
-        metric.merge(StableLoss())
 
 
 LABEL, PRED, SPARSE = nd.zeros(2), nd.zeros((2, 3)), nd.zeros((2, 1))
@@ -205,17 +195,6 @@ def test_mx_metric_create_by_name_and_config(cls, rng):
     metric.update_dict(OrderedDict(label=label, other=nd.zeros(1)), OrderedDict(other=nd.zeros(1), out=pred))
     assert metric.num_inst > 0
     assert 'mine' in str(metric)
-
-
-def test_composite_metric(rng):
-    data = batches(rng)
-    options = {'pred_type': 'logits', 'ignore_label': -1}
-    composite = mx.metric.CompositeEvalMetric([StableCrossEntropy(**options), StablePerplexity(**options)])
-    for label, pred in data:
-        composite.update([label], [pred])
-    names, (nll, perplexity) = composite.get()
-    assert names == ['cross-entropy', 'perplexity']
-    assert perplexity == tolerances.ROUNDED.approx(math.exp(nll))
 
 
 @pytest.mark.parametrize('grad_req', ['write', 'add'])
@@ -300,11 +279,12 @@ def test_create_metric_is_the_mean_of_the_loss(options, beside, rng, ctx):
 
 
 def test_perplexity_is_exp_and_bits_are_divided_by_log_2(rng, ctx):
-    data, options = batches(rng), {'pred_type': 'logits', 'ignore_label': -1}
-    nll = filled(StableCrossEntropy(**options), data).get()[1]
-    perplexity, bits = (filled(cls(**options), data).get() for cls in (StablePerplexity, StableBitsPerToken))
-    assert perplexity == ('perplexity', tolerances.ROUNDED.approx(math.exp(nll)))
-    assert bits == ('bits-per-token', tolerances.ROUNDED.approx(nll / math.log(2)))
+    options = {'pred_type': 'logits', 'ignore_label': -1}
+    metrics = [cls(**options) for cls in (StableCrossEntropy, StablePerplexity, StableBitsPerToken)]
+    names, (nll, perplexity, bits) = filled(mx.metric.CompositeEvalMetric(metrics), batches(rng)).get()
+    assert names == ['cross-entropy', 'perplexity', 'bits-per-token']
+    assert perplexity == tolerances.ROUNDED.approx(math.exp(nll))
+    assert bits == tolerances.ROUNDED.approx(nll / math.log(2))
 
 
 def test_perplexity_above_the_largest_float_is_infinite():

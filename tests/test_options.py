@@ -43,7 +43,7 @@ BAD_LOSS_OPTIONS = [
     ({'class_weight': [1, inf]}, ValueError, NOT_WEIGHTS),
     ({'class_weight': [1, 1e39]}, ValueError, NOT_WEIGHTS),
     ({'ignore_label': -1.5}, TypeError, r'^ignore_label: expected an integer, got -1\.5$'),
-    ({'ignore_label': 2**53 + 1}, ValueError, '^ignore_label: expected a number from .*, got 9007199254740993$'),
+    ({'ignore_label': 2**53 + 1}, ValueError, '^ignore_label: expected a number .* got 9007199254740993$'),
     ({'ignore_label': 2**64}, ValueError, '^ignore_label: expected a number from -9007199254740991 to '),
     ({'label_smoothing': 1.5}, ValueError, r'^label_smoothing: expected a number from 0 to 1, got 1\.5$'),
     ({'label_smoothing': nan}, ValueError, '^label_smoothing: expected a number from 0 to 1, got nan$'),
@@ -52,9 +52,9 @@ BAD_LOSS_OPTIONS = [
     ({'reduction': ['mean']}, ValueError, '^reduction: expected one of '),
     ({'reduction': 'average'}, ValueError, "^reduction: expected one of 'mean', .*, got 'average'$"),
     ({'invalid_label': 'ignore'}, ValueError, "^invalid_label: expected one of 'nan', .*, got 'ignore'$"),
-    ({'from_logits': True, 'lse_square_scale': 0.1}, ValueError, '^lse_square_scale: expected 0 with from_logits=True'),
-    ({'sparse_label': False, 'ignore_label': -1}, ValueError, f'^ignore_label: expected None {DENSE}, .* sample_weight'),
-    ({'sparse_label': False, 'invalid_label': 'raise'}, ValueError, f"^invalid_label: expected 'nan' {DENSE}, as "),
+    ({'from_logits': True, 'lse_square_scale': 0.1}, ValueError, '^lse_square_scale: expected 0 with from'),
+    ({'sparse_label': False, 'ignore_label': -1}, ValueError, f'^ignore_label: .* None {DENSE}, .* sample_weight'),
+    ({'sparse_label': False, 'invalid_label': 'raise'}, ValueError, f"^invalid_label: .* 'nan' {DENSE}, as "),
 ]  # fmt: skip
 BAD_METRIC_OPTIONS = [
     ({'pred_type': 'prob'}, ValueError, "^pred_type: expected one of 'probs', .*, got 'prob'$"),

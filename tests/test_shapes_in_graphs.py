@@ -1,4 +1,4 @@
-"""Wrong shapes in a graph of symbols, which knows no ranks: they are MXNet's shape errors, and never numbers."""
+"""Wrong shapes in a graph of symbols, which knows no ranks, are MXNet's shape errors, and never numbers."""
 
 import modes
 import mxnet as mx
