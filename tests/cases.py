@@ -279,21 +279,23 @@ def _labels(draw, pred, axis, sparse_label, ignore_label, special, symbolic):
         named |= st.just(ignore_label)
     label = draw(hnp.arrays(dtype, positions, elements=named))
     if special:
-        label = draw(_with(label, _invalid_labels(dtype, classes, ignore_label)))
+        nearly_ignored = [] if ignore_label is None else [ignore_label + 1, ignore_label - 1]
+        values = [label for label in nearly_ignored if _is_in(dtype, label)]
+        values += [] if dtype[0] in 'iu' else [-0.0]
+        label = draw(_with(label, invalid_labels(dtype, classes) + values))
         if draw(st.booleans()):
             label = np.expand_dims(label, axis)
     return label
 
 
-def _invalid_labels(dtype, classes, ignore_label):
-    """Labels outside [0, C), and what is no integer, and what is nearly a class or nearly ignored."""
-    values = [-1, -100, classes, classes + 1, 2**24, 2**32]
-    values += [] if ignore_label is None else [ignore_label + 1, ignore_label - 1]
+def invalid_labels(dtype, classes):
+    """What a dtype can hold outside [0, C), and what is no integer, and what is nearly a class."""
+    values = [-1, -100, classes, classes + 1, 127, 200, 2**24, 2**24 + 1, 2**31 - 1, 2**32 + 1, -(2**40)]
     if dtype[0] in 'iu':
-        values += [2**24 + 1, 2**31 - 1, 2**53 + 1, np.iinfo(dtype).min, np.iinfo(dtype).max]
+        values += [2**53 + 1, 2**62, np.iinfo(dtype).min or classes, np.iinfo(dtype).max]
     else:
         values += [float(np.nextafter(np.array(classes - 1, dtype), np.array(classes, dtype)))]
-        values += [classes - 0.5, 0.5, -0.5, -0.0, 3e9, 1e300, np.nan, np.inf, -np.inf]
+        values += [classes - 0.5, 0.5, -0.5, -1e-7, 3e9, 1e300, np.nan, np.inf, -np.inf]
     return [value for value in values if _is_in(dtype, value)]
 
 

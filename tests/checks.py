@@ -12,7 +12,7 @@ every_mode = modes.parametrize(modes.ALL)
 
 
 def expected_within(kernel, arrays, settings, head=None):
-    """The loss and its gradient by the reference, each with the largest error that a kernel's logarithms explain."""
+    """The loss and its gradient by the reference, each with the largest error that a kernel may have."""
     tolerance = tolerances.of(kernel, arrays[0].dtype, settings)
     loss, gradient = reference.loss_and_gradient(*arrays, head=head, **settings)
     bound, gradient_bound = reference.error_bounds(*arrays, head=head, **settings, **tolerance._asdict())

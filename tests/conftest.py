@@ -1,4 +1,4 @@
-"""What all tests share: the contexts to run on, one seed, the examples as modules, and the order in parallel."""
+"""What all tests share: contexts to run on, one seed, the examples as modules, and the order in parallel."""
 
 import os
 import sys
@@ -33,7 +33,10 @@ def pytest_report_header():
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_collection_modifyitems(items):
-    """In parallel, the slow tests come first, so that no worker is left alone with one, and jobs of processes share one worker."""
+    """In parallel, slow tests come first, so that no worker is left alone with one.
+
+    Jobs of several processes run one after the other.
+    """
     for item in items:
         if item.get_closest_marker('dist'):
             item.add_marker(pytest.mark.xdist_group('dist'))

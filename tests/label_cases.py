@@ -14,8 +14,7 @@ NUMBERS = (
     *(2.5, -0.5, CLASSES - 0.5, -0.0, float('nan'), float('inf'), -float('inf')),
 )
 # None, a bad label, a class, and the limits of what a label can be compared with
-IGNORE_LABELS = (None, -1, 2.0**1, CLASSES, 2**24 + 1, 2**53 - 1, 1 - 2**53)
-IGNORE_LABELS = tuple(None if label is None else int(label) for label in IGNORE_LABELS)
+IGNORE_LABELS = (None, -1, 1, CLASSES, 2**24 + 1, 2**53 - 1, 1 - 2**53)
 
 
 def labels_of(dtype: str) -> np.ndarray:

@@ -9,8 +9,7 @@ from typing import NamedTuple
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 DOCS = os.path.join(ROOT, 'docs')
-README = os.path.join(ROOT, 'README.md')
-PAGES = sorted(name for name in os.listdir(DOCS) if name.endswith('.md'))
+PAGES = ['README.md', *sorted(f'docs/{name}' for name in os.listdir(DOCS) if name.endswith('.md'))]
 
 
 class Block(NamedTuple):

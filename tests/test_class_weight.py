@@ -1,12 +1,10 @@
 """Class weights: what is accepted, and that they are saved, moved and exported with the loss as a constant."""
 
-import modes
 import mxnet as mx
 import numpy as np
 import pytest
 import reference
 from mxnet import gluon
-from mxnet.gluon.contrib.nn import Identity
 from tolerances import assert_close
 
 from gluon_stable_ce import StableSoftmaxCELoss
@@ -89,26 +87,3 @@ def test_call_with_another_number_of_classes_is_an_error(count, label_smoothing,
     message = f'^class_weight: expected one weight for each of the 3 classes of pred, got {count}$'
     with pytest.raises(ValueError, match=message):
         loss_fn(nd.zeros((4, 3)), label)
-
-
-@pytest.mark.parametrize('count', [1, 2, 4, 9])
-@pytest.mark.parametrize('axis', [-1, 1])
-@SMOOTHING
-@SPARSE_LABEL
-@pytest.mark.parametrize('is_exported', [False, True], ids=['nested', 'exported'])
-def test_graph_with_another_number_of_classes_is_a_shape_error(
-    count, axis, label_smoothing, sparse_label, is_exported
-):
-    shape = (4, 3) if axis == -1 else (2, 3, 3, 3)
-    positions = np.delete(shape, axis)
-    pred, label = nd.zeros(shape), nd.zeros(tuple(positions) if sparse_label else shape)
-    loss_fn = StableSoftmaxCELoss(
-        class_weight=[1] * count, axis=axis, label_smoothing=label_smoothing, sparse_label=sparse_label
-    )
-    if is_exported:
-        net = modes.load_exported(loss_fn, 2)
-    else:
-        net = modes.WithLoss(Identity(), loss_fn)
-        net.hybridize()
-    with pytest.raises(mx.MXNetError, match='Size|[Ss]hape'):
-        net(pred, label).wait_to_read()

@@ -1,4 +1,4 @@
-"""The documentation: its blocks run, its links lead somewhere, and it builds without a warning."""
+"""The documentation and the README: blocks run, links lead somewhere, and it builds without a warning."""
 
 import inspect
 import os
@@ -47,7 +47,7 @@ def documented():
 
 @pytest.mark.parametrize('name', documented())
 def test_sections_of_docstrings_are_read_as_sections(name):
-    """Each title stands in a line between an empty line and its dashes, and is one that numpydoc knows, once."""
+    """Each title stands between an empty line and its dashes, and is one that numpydoc knows, once."""
     lines = inspect.getdoc(documented()[name]).splitlines()
     rules = [index for index, line in enumerate(lines) if '---' in line]
     titles = [lines[index - 1] for index in rules]
@@ -84,13 +84,13 @@ def needs(block):
     return None
 
 
-@pytest.mark.parametrize('page', [page for page in pages.PAGES if pages.blocks_of(f'docs/{page}', 'python')])
+@pytest.mark.parametrize('page', [page for page in pages.PAGES if pages.blocks_of(page, 'python')])
 def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace, lacking, ran = {'__name__': page}, {}, 0
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        for index, block in enumerate(pages.blocks_of(f'docs/{page}', 'python')):
+        for index, block in enumerate(pages.blocks_of(page, 'python')):
             if needs(block):
                 lacking[index] = needs(block)
                 continue
@@ -172,10 +172,10 @@ def test_pages_load_nothing_from_other_servers(site):
 
 
 @pytest.mark.parametrize('page', pages.PAGES)
-def test_questions_and_links_lead_to_sections(page):
-    for target, anchor in pages.links_of(f'docs/{page}'):
-        path = os.path.join(pages.DOCS, target) if target else os.path.join(pages.DOCS, page)
-        assert os.path.exists(path), target
+def test_links_lead_to_sections(page):
+    for target, anchor in pages.links_of(page):
+        path = os.path.join(pages.ROOT, os.path.dirname(page), target) if target else page
+        assert os.path.exists(os.path.join(pages.ROOT, path)), target
         if anchor:
             assert anchor in pages.anchors_of(path), f'{target}#{anchor}'
 

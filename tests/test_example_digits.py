@@ -64,12 +64,6 @@ def test_columns_are_those_of_the_kernels_that_are_there(example):
     assert tuple(columns_of(done.stdout, 'mean NLL, nats')) == ('mx.metric', *ours, 'float64')
 
 
-def test_sentence_names_the_row_that_differs(example):
-    done, _ = example
-    printed = ' '.join(done.stdout.split())
-    assert re.search(r'Look at the row "inverted": .* nats too low, and ours agrees with float64', printed)
-
-
 def test_writes_picture_and_reloadable_graph(example):
     done, out = example
     assert 'differ by at most 0.0e+00' in done.stdout

@@ -499,6 +499,7 @@ def test_is_gradient_read_of_operators_and_compiled_graphs():
     static.hybridize(static_alloc=True)
     with autograd.record():
         is_read = {
+            'in no graph': (mx.nd.ones(3), True),
             'leaf': (x, False),
             'elemwise_add': (x + x, False),
             'add_n': (mx.nd.add_n(x, x, x), False),

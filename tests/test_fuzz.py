@@ -32,7 +32,7 @@ FUZZ = settings(
 def calls(draw):
     """A mode, a problem for it, and a head gradient."""
     mode = draw(st.sampled_from(modes.ALL))
-    # a graph does not know the dtype of its inputs, so float16 is not cast, and weights have to have the dtype of pred
+    # a graph does not know dtypes: float16 is not cast, and weights have to have the dtype of pred
     symbolic = mode in SYMBOLIC
     dtypes = ('float32', 'float64') if symbolic else ('float32', 'float16', 'float64')
     problem = draw(
@@ -141,7 +141,7 @@ def _check_loss(kernel, problem, positions, loss):
 
 
 def _check_gradient(kernel, problem, positions, head, gradient):
-    """The reference is NaN where the loss has no gradient, also at ignored positions, as 0 times NaN is NaN to MXNet."""
+    """The reference is NaN where there is no gradient, also at ignored positions: 0 times NaN is NaN to MXNet."""
     pred, settings = problem.pred, problem.settings
     assert gradient.dtype == pred.dtype
     loss, _ = reference.loss_and_gradient(*problem[:3], **settings)
@@ -161,8 +161,8 @@ def _check_gradient(kernel, problem, positions, head, gradient):
 def _is_unclear(kernel, problem):
     """The positions, (positions...), about whose loss nothing is claimed.
 
-    A row of only -inf logits has no probabilities: where the label asks for one, its loss is NaN. oneDNN hides a NaN that is
-    not at the label: then only the gradient has to be not finite.
+    A row of only -inf logits has no probabilities: where the label asks for one, its loss is NaN. oneDNN hides a NaN
+    that is not at the label: then only the gradient has to be not finite.
     """
     logits = np.moveaxis(problem.pred, problem.axis, -1)  # (positions..., C)
     positions = _read(problem)

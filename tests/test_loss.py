@@ -28,45 +28,36 @@ every_weight_shape = pytest.mark.parametrize('shape', cases.params(cases.WEIGHT_
 every_reduction = pytest.mark.parametrize('reduction', cases.REDUCTIONS)
 
 
-def settings_of(layout, **options):
-    return {'axis': layout.axis, 'batch_axis': layout.batch_axis, **options}
+def check(kernel, rng, layout, mode=modes.default, **options):
+    """The loss and its gradient for a layout are those of the reference."""
+    settings = {'axis': layout.axis, 'batch_axis': layout.batch_axis, **options}
+    assert_loss_is_reference(settings, *cases.make(rng, layout.shape, **settings), mode=mode, kernel=kernel)
 
 
 @every_mode
 @every_options
 def test_options_in_modes(kernel, mode, options, rng, ctx):
-    layout = cases.LAYOUTS['image']
-    settings = settings_of(layout, **options)
-    assert_loss_is_reference(settings, *cases.make(rng, layout.shape, **settings), mode=mode, kernel=kernel)
+    check(kernel, rng, cases.LAYOUTS['image'], mode, **options)
 
 
 @every_options
 @every_layout
 def test_options_in_layouts(kernel, options, layout, rng, ctx):
-    settings = settings_of(layout, **options)
-    assert_loss_is_reference(settings, *cases.make(rng, layout.shape, **settings), kernel=kernel)
+    check(kernel, rng, layout, **options)
 
 
 @every_mode
 @few_layouts
 @every_reduction
 def test_reductions_in_modes(kernel, mode, layout, reduction, rng, ctx):
-    settings = settings_of(layout, reduction=reduction, **cases.SPARSE['all'])
-    assert_loss_is_reference(settings, *cases.make(rng, layout.shape, **settings), mode=mode, kernel=kernel)
+    check(kernel, rng, layout, mode, reduction=reduction, **cases.SPARSE['all'])
 
 
 @every_layout
 @every_reduction
-def test_reductions_in_layouts(kernel, layout, reduction, rng, ctx):
-    settings = settings_of(layout, reduction=reduction, ignore_label=-1)
-    assert_loss_is_reference(settings, *cases.make(rng, layout.shape, **settings), kernel=kernel)
-
-
-@every_layout
-@every_reduction
-def test_reductions_of_distributions(kernel, layout, reduction, rng, ctx):
-    settings = settings_of(layout, reduction=reduction, sparse_label=False)
-    assert_loss_is_reference(settings, *cases.make(rng, layout.shape, **settings), kernel=kernel)
+@pytest.mark.parametrize('options', [{'ignore_label': -1}, {'sparse_label': False}], ids=['sparse', 'dense'])
+def test_reductions_in_layouts(kernel, layout, reduction, options, rng, ctx):
+    check(kernel, rng, layout, reduction=reduction, **options)
 
 
 def weighted_arrays(rng, shape, **settings):
@@ -103,6 +94,14 @@ def test_sample_weight_of_another_batch_axis(kernel, mode, shape, rng, ctx):
     assert_loss_is_reference(settings, *arrays, mode=mode, kernel=kernel)
 
 
+def assert_equals_gluons(arguments, *arrays):
+    """Both losses, with these positional arguments, give the same value and gradient."""
+    ours, gluons = StableSoftmaxCELoss(*arguments), gluon.loss.SoftmaxCrossEntropyLoss(*arguments)
+    for got, expected in zip(modes.default(ours, *arrays), modes.default(gluons, *arrays)):
+        assert got.dtype == expected.dtype
+        assert_close(got, expected)
+
+
 @every_layout
 @pytest.mark.parametrize('weighted', [False, True], ids=['', 'sample-weight'])
 def test_without_options_it_is_gluons_loss(layout, weighted, rng, ctx):
@@ -111,13 +110,7 @@ def test_without_options_it_is_gluons_loss(layout, weighted, rng, ctx):
     if weighted:
         shape = [size if i in batch_axes else 1 for i, size in enumerate(layout.shape)]
         arrays.append(rng.uniform(0, 2, shape).astype('float32'))
-    ours, gluons = (
-        cls(axis=axis, batch_axis=layout.batch_axis, weight=0.5)
-        for cls in (StableSoftmaxCELoss, gluon.loss.SoftmaxCrossEntropyLoss)
-    )
-    for got, expected in zip(modes.default(ours, *arrays), modes.default(gluons, *arrays)):
-        assert got.dtype == expected.dtype
-        assert_close(got, expected)
+    assert_equals_gluons((axis, True, False, 0.5, layout.batch_axis), *arrays)
 
 
 def test_it_is_a_gluon_loss(kernel):
@@ -137,9 +130,7 @@ def test_positional_arguments_are_gluons(rng):
     arguments = (1, False, True, 0.5, 2)
     pred = np.moveaxis(reference.log_softmax(rng.normal(0, 1, (2, 4, 3))), -1, 1).astype('float32')
     label = np.moveaxis(rng.dirichlet(np.ones(3), (2, 4)), -1, 1).astype('float32')
-    ours, gluons = StableSoftmaxCELoss(*arguments), gluon.loss.SoftmaxCrossEntropyLoss(*arguments)
-    for got, expected in zip(modes.default(ours, pred, label), modes.default(gluons, pred, label)):
-        assert_close(got, expected)
+    assert_equals_gluons(arguments, pred, label)
 
 
 @pytest.mark.parametrize(
@@ -189,15 +180,7 @@ def test_two_logits(kernel, gap, ctx):
 
 @every_mode
 @pytest.mark.parametrize(
-    'options',
-    [
-        {},
-        {'ignore_label': -1},
-        {'class_weight': [1, 2, 3, 4]},
-        {'label_smoothing': 0.1},
-        {'reduction': 'sum'},
-    ],
-    ids=str,
+    'options', [{}, {'ignore_label': -1}, {'class_weight': [1, 2, 3, 4]}, {'label_smoothing': 0.1}], ids=str
 )
 def test_nan_logit_at_the_label_is_nan(mode, options, ctx):
     pred = np.array([[0, np.nan, 1, 2], [0, 1, 2, 3]], 'float32')

@@ -1,7 +1,10 @@
 """The command line: its version and its table of commands."""
 
+import pkgutil
+
 import pytest
 
+import gluon_stable_ce
 from gluon_stable_ce import __version__
 from gluon_stable_ce.__main__ import COMMANDS, main
 
@@ -26,3 +29,9 @@ def test_unknown_command(capsys):
         main(['demo'])
     assert info.value.code == 2
     assert "invalid choice: 'demo'" in capsys.readouterr().err
+
+
+def test_no_module_hides_a_public_name():
+    modules = {module.name for module in pkgutil.iter_modules(gluon_stable_ce.__path__)}
+    assert 'metric' in modules
+    assert not modules.intersection(gluon_stable_ce.__all__)

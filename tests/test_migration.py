@@ -31,6 +31,10 @@ def gradient(function, pred, scale=1.0):
     return pred.grad.asnumpy() * scale
 
 
+def gradient_of_loss(pred, *labels, scale=1.0, **options):
+    return gradient(lambda x: StableSoftmaxCELoss(**options)(x, *labels), pred, scale)
+
+
 def flat(pred):
     return pred.transpose((0, 2, 1)).reshape((-1, C))
 
@@ -38,20 +42,15 @@ def flat(pred):
 def test_softmax_output(batch):
     pred, label, _ = batch
     x, y = flat(pred), nd.maximum(label, 0).reshape((-1,))
-    assert_close(
-        gradient(lambda x: StableSoftmaxCELoss(reduction='sum')(x, y), x),
-        gradient(lambda x: nd.SoftmaxOutput(x, y), x),
-        NLL,
-    )
+    theirs = gradient(lambda x: nd.SoftmaxOutput(x, y), x)
+    assert_close(gradient_of_loss(x, y, reduction='sum'), theirs, NLL)
 
 
 def test_softmax_output_use_ignore(batch):
     pred, label, _ = batch
     x, y = flat(pred), label.reshape((-1,))
     theirs = gradient(lambda x: nd.SoftmaxOutput(x, y, use_ignore=True, ignore_label=-1), x)
-    assert_close(
-        gradient(lambda x: StableSoftmaxCELoss(ignore_label=-1, reduction='sum')(x, y), x), theirs, NLL
-    )
+    assert_close(gradient_of_loss(x, y, ignore_label=-1, reduction='sum'), theirs, NLL)
 
 
 @pytest.mark.parametrize('normalization', ['null', 'batch', 'valid'])
@@ -77,14 +76,12 @@ def test_softmax_output_smooth_alpha(batch):
     pred, label, _ = batch
     x, y, alpha = flat(pred), nd.maximum(label, 0).reshape((-1,)), 0.1
     theirs = gradient(lambda x: nd.SoftmaxOutput(x, y, smooth_alpha=alpha), x)
-    ours = StableSoftmaxCELoss(label_smoothing=alpha * C / (C - 1), reduction='sum')
-    assert_close(gradient(lambda x: ours(x, y), x), theirs, NLL)
-    assert (
-        np.abs(
-            gradient(lambda x: StableSoftmaxCELoss(label_smoothing=alpha, reduction='sum')(x, y), x) - theirs
-        ).max()
-        > 1e-3
+    ours, other = (
+        gradient_of_loss(x, y, label_smoothing=smoothing, reduction='sum')
+        for smoothing in (alpha * C / (C - 1), alpha)
     )
+    assert_close(ours, theirs, NLL)
+    assert np.abs(other - theirs).max() > 1e-3
 
 
 @pytest.mark.parametrize('weighted', [False, True])
@@ -92,27 +89,22 @@ def test_gluons_own(weighted, batch, rng):
     pred, label, _ = batch
     args = [nd.maximum(label, 0)] + [nd.array(rng.uniform(0, 2, (4, 1, 6)))] * weighted
     theirs = gradient(lambda x: gluon.loss.SoftmaxCrossEntropyLoss(axis=1)(x, *args), pred)
-    assert_close(gradient(lambda x: StableSoftmaxCELoss(axis=1)(x, *args), pred), theirs, NLL)
+    assert_close(gradient_of_loss(pred, *args, axis=1), theirs, NLL)
 
 
 def test_gluon_cv(batch):
     """Its loss divides by all positions, ours by those that count; with the sum, the step decides."""
-    pred, label, valid = batch
+    pred, label, _ = batch
 
     def gluon_cv(x):
         nll = -nd.pick(nd.log_softmax(x, axis=1), label, axis=1)
         return nd.where(label == -1, nd.zeros_like(nll), nll).mean(axis=0, exclude=True)
 
     theirs = gradient(gluon_cv, pred)
-    loss_fn = StableSoftmaxCELoss(axis=1, ignore_label=-1, reduction='sum')
-    assert_close(gradient(lambda x: loss_fn(x, label), pred, 1 / label.shape[1]), theirs, NLL)
-    assert (
-        np.abs(
-            gradient(lambda x: StableSoftmaxCELoss(axis=1, ignore_label=-1)(x, label), pred) - theirs
-        ).max()
-        > 1e-3
-    )
-    assert valid < label.size
+    options = {'axis': 1, 'ignore_label': -1}
+    ours = gradient_of_loss(pred, label, scale=1 / label.shape[1], reduction='sum', **options)
+    assert_close(ours, theirs, NLL)
+    assert np.abs(gradient_of_loss(pred, label, **options) - theirs).max() > 1e-3
 
 
 def test_gluon_nlp_masked(batch):
@@ -121,9 +113,9 @@ def test_gluon_nlp_masked(batch):
     pred, label, length = pred.transpose((0, 2, 1)), nd.maximum(label, 0), nd.array([6, 3, 1, 0])
     weight = nd.SequenceMask(nd.ones((4, 6, 1)), length, use_sequence_length=True, axis=1)
     theirs = gradient(lambda x: gluon.loss.SoftmaxCELoss()(x, label, weight), pred)
-    assert_close(gradient(lambda x: StableSoftmaxCELoss()(x, label, weight), pred), theirs, NLL)
+    assert_close(gradient_of_loss(pred, label, weight), theirs, NLL)
     padded = nd.where(weight.squeeze(), label, nd.full(label.shape, -1))
-    ours = gradient(lambda x: StableSoftmaxCELoss(ignore_label=-1, reduction='sum')(x, padded), pred, 1 / 6)
+    ours = gradient_of_loss(pred, padded, scale=1 / 6, ignore_label=-1, reduction='sum')
     assert_close(ours, theirs, NLL)
 
 
@@ -132,7 +124,7 @@ def test_gluon_nlp_label_smoothing(batch):
     x, y, epsilon = flat(pred), nd.maximum(label, 0).reshape((-1,)), 0.1
     smoothed = (1 - epsilon) * nd.one_hot(y, C) + epsilon / C
     theirs = gradient(lambda x: gluon.loss.SoftmaxCELoss(sparse_label=False)(x, smoothed), x)
-    assert_close(gradient(lambda x: StableSoftmaxCELoss(label_smoothing=epsilon)(x, y), x), theirs, NLL)
+    assert_close(gradient_of_loss(x, y, label_smoothing=epsilon), theirs, NLL)
 
 
 @pytest.mark.parametrize('reduction', ['mean', 'sum'])
@@ -151,10 +143,8 @@ def test_pytorch(reduction, weighted, smoothing, batch):
     target = weights * ((1 - smoothing) * np.eye(C)[index] + smoothing / C)
     expected = np.where((index != -1)[..., None], target.sum(-1, keepdims=True) * p - target, 0)
     divisor = weights[index[index != -1]].sum() if reduction == 'mean' else 1
-    loss_fn = StableSoftmaxCELoss(
-        axis=1, ignore_label=-1, class_weight=weights, label_smoothing=smoothing, reduction='sum'
-    )
-    ours = gradient(lambda x: loss_fn(x, label), pred, 1 / divisor)
+    options = {'class_weight': weights, 'label_smoothing': smoothing, 'reduction': 'sum'}
+    ours = gradient_of_loss(pred, label, scale=1 / divisor, axis=1, ignore_label=-1, **options)
     assert_close(np.moveaxis(ours, 1, -1), expected / divisor, NLL)
 
 
@@ -167,9 +157,6 @@ def test_pytorch_soft_targets(weighted, batch, rng):
     weights = np.array([1, 2, 0.5, 3, 1]) if weighted else np.ones(C)
     p = nd.softmax(x).asnumpy().astype('float64')
     expected = ((weights * target).sum(-1, keepdims=True) * p - weights * target) / len(target)
-    ours = gradient(
-        lambda x: StableSoftmaxCELoss(sparse_label=False, class_weight=weights)(x, nd.array(target)),
-        x,
-        1 / len(target),
-    )
+    options = {'sparse_label': False, 'class_weight': weights}
+    ours = gradient_of_loss(x, nd.array(target), scale=1 / len(target), **options)
     assert_close(ours, expected, NLL)

@@ -87,17 +87,6 @@ def test_it_runs_and_shows_what_is_committed(name, execute, tmp_path):
     )
 
 
-@pytest.mark.slow
-@runs
-def test_the_kernel_is_this_python_and_errors_are_seen(execute):
-    cells = [
-        nbformat.v4.new_code_cell(f'import sys\nassert sys.executable == {sys.executable!r}'),
-        nbformat.v4.new_code_cell('assert 1 == 2'),
-    ]
-    with pytest.raises(nbclient.exceptions.CellExecutionError, match='assert 1 == 2'):
-        execute(nbformat.v4.new_notebook(cells=cells))
-
-
 @pytest.mark.parametrize('name', NOTEBOOKS)
 def test_it_is_committed_with_its_outputs(name):
     cells = code_of(read(name))

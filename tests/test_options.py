@@ -11,17 +11,15 @@ from checks import assert_loss_is_reference
 from gluon_stable_ce import StableCrossEntropy, StableSoftmaxCELoss
 
 inf, nan = float('inf'), float('nan')
+SHARED = '^batch_axis: expected an axis other than the class axis'
+DENSE = 'with sparse_label=False'
 NOT_NUMBERS = '^class_weight: expected an array or a list of numbers, got '
 NOT_WEIGHTS = '^class_weight: expected one finite weight >= 0 per class'
 BAD_LOSS_OPTIONS = [
     ({'axis': 1.0}, TypeError, r'^axis: expected an integer, got 1\.0$'),
     ({'axis': True}, TypeError, '^axis: expected an integer, got True$'),
-    ({'axis': 0}, ValueError, '^batch_axis: expected an axis other than the class axis, got 0 for both$'),
-    (
-        {'axis': 1, 'batch_axis': (0, 1)},
-        ValueError,
-        '^batch_axis: expected an axis other than the class axis, got 1 for both$',
-    ),
+    ({'axis': 0}, ValueError, f'{SHARED}, got 0 for both$'),
+    ({'axis': 1, 'batch_axis': (0, 1)}, ValueError, f'{SHARED}, got 1 for both$'),
     ({'batch_axis': None}, TypeError, '^batch_axis: expected an integer, got None$'),
     ({'batch_axis': [0, 0]}, ValueError, '^batch_axis: expected one axis or several different ones'),
     ({'batch_axis': []}, ValueError, '^batch_axis: expected one axis or several different ones'),
@@ -45,57 +43,25 @@ BAD_LOSS_OPTIONS = [
     ({'class_weight': [1, inf]}, ValueError, NOT_WEIGHTS),
     ({'class_weight': [1, 1e39]}, ValueError, NOT_WEIGHTS),
     ({'ignore_label': -1.5}, TypeError, r'^ignore_label: expected an integer, got -1\.5$'),
-    (
-        {'ignore_label': 2**53 + 1},
-        ValueError,
-        '^ignore_label: expected a number from -9007199254740991 to 9007199254740991, got 9007199254740993$',
-    ),
+    ({'ignore_label': 2**53 + 1}, ValueError, '^ignore_label: expected a number .* got 9007199254740993$'),
     ({'ignore_label': 2**64}, ValueError, '^ignore_label: expected a number from -9007199254740991 to '),
     ({'label_smoothing': 1.5}, ValueError, r'^label_smoothing: expected a number from 0 to 1, got 1\.5$'),
     ({'label_smoothing': nan}, ValueError, '^label_smoothing: expected a number from 0 to 1, got nan$'),
-    (
-        {'lse_square_scale': -1},
-        ValueError,
-        r'^lse_square_scale: expected a number from 0 to 3.4028234663852886e\+38, got -1$',
-    ),
+    ({'lse_square_scale': -1}, ValueError, r'^lse_square_scale: expected a number from 0 to .*, got -1$'),
     ({'lse_square_scale': 10**39}, ValueError, '^lse_square_scale: expected a number from 0 to '),
     ({'reduction': ['mean']}, ValueError, '^reduction: expected one of '),
     ({'reduction': 'average'}, ValueError, "^reduction: expected one of 'mean', .*, got 'average'$"),
-    (
-        {'invalid_label': 'ignore'},
-        ValueError,
-        "^invalid_label: expected one of 'nan', 'raise', 'clip', got 'ignore'$",
-    ),
-    (
-        {'from_logits': True, 'lse_square_scale': 0.1},
-        ValueError,
-        '^lse_square_scale: expected 0 with from_logits=True, as ',
-    ),
-    (
-        {'sparse_label': False, 'ignore_label': -1},
-        ValueError,
-        '^ignore_label: expected None with sparse_label=False, as .* sample_weight',
-    ),
-    (
-        {'sparse_label': False, 'invalid_label': 'raise'},
-        ValueError,
-        "^invalid_label: expected 'nan' with sparse_label=False, as ",
-    ),
-]
+    ({'invalid_label': 'ignore'}, ValueError, "^invalid_label: expected one of 'nan', .*, got 'ignore'$"),
+    ({'from_logits': True, 'lse_square_scale': 0.1}, ValueError, '^lse_square_scale: expected 0 with from'),
+    ({'sparse_label': False, 'ignore_label': -1}, ValueError, f'^ignore_label: .* None {DENSE}, .* sample_weight'),
+    ({'sparse_label': False, 'invalid_label': 'raise'}, ValueError, f"^invalid_label: .* 'nan' {DENSE}, as "),
+]  # fmt: skip
 BAD_METRIC_OPTIONS = [
-    (
-        {'pred_type': 'prob'},
-        ValueError,
-        "^pred_type: expected one of 'probs', 'logits', 'log_probs', got 'prob'$",
-    ),
+    ({'pred_type': 'prob'}, ValueError, "^pred_type: expected one of 'probs', .*, got 'prob'$"),
     ({'axis': None}, TypeError, '^axis: expected an integer, got None$'),
     ({'ignore_label': 0.5}, TypeError, r'^ignore_label: expected an integer, got 0\.5$'),
-    (
-        {'sparse_label': False, 'ignore_label': 1},
-        ValueError,
-        '^ignore_label: expected None with sparse_label=False',
-    ),
-]
+    ({'sparse_label': False, 'ignore_label': 1}, ValueError, f'^ignore_label: expected None {DENSE}'),
+]  # fmt: skip
 
 
 def named(bad_options):

@@ -1,14 +1,8 @@
 """Training beside gluon's loss from one seed: the same gradients to rounding, and the same net after 800 steps.
 
-With the classes last, both losses take oneDNN's log_softmax, and the nets have been equal to the last bit. Its gradients
-are off by up to 4e-6. With the classes on axis 1, gluon's loss takes MXNet's kernel, which is 15 times slower and whose
-gradients are off by up to 3e-7; ours moves the axis to the end and takes oneDNN's. The nets then differ as much as two
-nets of gluon's own loss, one with the classes last and one with the classes on axis 1.
-
-Training amplifies rounding where a unit's gradient jumps, and with high learning rates. A convolution with relu and max
-pooling differed by 2e-7 until step 31; then one pooling window took another element, and it was 3e-6, and 9e-4 at the end.
-SGD with momentum and a learning rate of 0.1, on axis 1, ended at 3e-3. So the rates here are lower, and the convolution
-is smooth.
+With the classes on axis 1, gluon's loss takes MXNet's kernel, whose gradients are off by up to 3e-7, and ours
+oneDNN's, which is off by up to 4e-6. Training amplifies rounding where a unit's gradient jumps, and with high
+learning rates: so the rates here are low, and the convolution is smooth.
 """
 
 import functools

@@ -71,7 +71,7 @@ def test_loss_is_finite_and_never_negative(problem):
 
 @given(problems(), st.integers(-64, 64))
 def test_adding_a_constant_to_all_logits_changes_nothing(problem, shift):
-    """The logits are multiples of 1/16, so the shift rounds nothing, and neither does the kernel that takes out the largest logit."""
+    """The logits are multiples of 1/16, so that the shift rounds nothing."""
     pred, label, _, settings = problem
     settings = without(settings, 'lse_square_scale')  # which is there to see such a constant
     before, after = run(pred, label, **settings), run(pred + pred.dtype.type(shift), label, **settings)
@@ -110,7 +110,7 @@ def test_order_of_samples_does_not_matter(problem, random):
 
 @given(problems(dtypes=('float16', 'float32', 'float64')))
 def test_gradients_over_classes_sum_to_zero(kernel, problem):
-    """Relative to the gradient's own size; beside that there may only be the absolute error of the kernel's logarithms."""
+    """Relative to the gradient's own size, beside the absolute error that the kernel's logarithms may have."""
     pred, label, _, settings = problem
     settings = without(settings, 'lse_square_scale')
     _, gradient = run(pred, label, **settings)

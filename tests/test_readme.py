@@ -1,4 +1,4 @@
-"""The README: its Python blocks run, its links lead somewhere, and its generated parts are up to date.
+"""The README: its generated parts are up to date, and its Python blocks run where it was installed as it says.
 
 ``UPDATE_README=1`` writes what is generated, here and in the documentation.
 """
@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-import warnings
 
 import mxnet as mx
 import numpy as np
@@ -114,23 +113,6 @@ def test_options_are_those_of_the_loss():
     documented = dict(re.findall(r'^\| `(\w+)` \| `?([^|`]+)`? \|', section, re.M))
     parameters = inspect.signature(StableSoftmaxCELoss.__init__).parameters.values()
     assert documented == {p.name: repr(p.default) for p in parameters if p.default is not p.empty}
-
-
-def test_links_lead_somewhere():
-    for target, anchor in pages.links_of('README.md'):
-        assert os.path.exists(os.path.join(pages.ROOT, target)), target
-        assert not anchor or anchor in pages.anchors_of(target or 'README.md'), anchor
-
-
-def test_python_blocks_run_in_order(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    blocks = pages.blocks_of('README.md', 'python')
-    namespace = {'__name__': 'readme'}
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        for block in blocks:
-            exec(compile(block.text, 'README.md', 'exec'), namespace)
-    assert np.isfinite(namespace['nats'])
 
 
 @pytest.mark.slow

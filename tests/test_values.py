@@ -1,7 +1,7 @@
-"""Values and gradients that were computed by hand, for each option: no code of the reference or of the package made them.
+"""Values and gradients that were computed by hand, for each option, without the code of the reference.
 
-Logits are [0, log 3], so p = [1/4, 3/4], the logsumexp is log 4, and the NLLs are log 4 and log 4/3. The gradient of an
-NLL with respect to logits is p minus the target.
+Logits are [0, log 3], so p = [1/4, 3/4], the logsumexp is log 4, and the NLLs are log 4 and log 4/3. The gradient
+of an NLL with respect to logits is p minus the target.
 """
 
 import cases

@@ -1,8 +1,8 @@
 """By how much results may be off, each with its reason: the one place of the tests for it.
 
-A test names what it compares. ``assert_close(got, expected, tolerances.NLL)`` is for results of a known size, and
-``reference.error_bounds(*arrays, **options, **tolerances.of(kernel, dtype, options)._asdict())`` adds up the errors of
-all terms of a loss. A kernel that becomes more exact changes a number here, and nothing else.
+A test names what it compares. ``assert_close(got, expected, tolerances.NLL)`` is for results of a known size.
+`checks.expected_within` adds up the errors of all terms of a loss, each of which `of(kernel, dtype, options)` bounds.
+A kernel that becomes more exact changes a number here, and nothing else.
 """
 
 from typing import NamedTuple
@@ -29,8 +29,8 @@ class Tolerance(NamedTuple):
 
 # One logarithm, computed by a kernel
 
-# oneDNN's log_softmax is off by up to 5e-6, whatever the value, and by as much where p is nearly 1. The rest is float32's
-# rounding of logits, differences and sums of up to a hundred terms, each 6e-8 of what is rounded.
+# oneDNN's log_softmax is off by up to 5e-6, whatever the value, and by as much where p is nearly 1. The rest is
+# float32's rounding of logits, differences and sums of up to a hundred terms, each 6e-8 of what is rounded.
 STOCK = Tolerance(absolute=1e-5, relative=2e-6)
 # 2**-53 times the number of roundings, which is below a thousand.
 FLOAT64 = Tolerance(absolute=1e-12, relative=1e-12)
@@ -41,7 +41,7 @@ FUSED_SMOOTHING = Tolerance(absolute=1e-8, relative=1e-6)
 
 
 def of(kernel, dtype, options):
-    """The tolerance of each logarithm of a loss or a metric with these options, where `kernel` computes whatever it can."""
+    """The tolerance of each logarithm of a loss or a metric, where `kernel` computes whatever it can."""
     if str(dtype) == 'float64':
         return FLOAT64
     if not is_fused(kernel, options):
@@ -58,15 +58,15 @@ def is_fused(kernel, options):
 
 # The fused kernel's bound; the absolute part is float32's least number.
 FUSED_VALUE = Tolerance(absolute=2**-149, relative=3e-7)
-# Where p is nearly 1, what is left of a few classes after oneDNN's own error is float32's 2**-23, and a rounding.
+# Where p is nearly 1, what is left of few classes after oneDNN's error is float32's 2**-23, and a rounding.
 STOCK_NEAR_1 = Tolerance(absolute=3e-7)
 
 
 def stated(kernel, dtype, classes):
     """The tolerance of a plain loss that the documentation states; that of 'stock' is that of gradients, too.
 
-    The sum over the classes adds to the error of oneDNN's log_softmax, which MXNet has from 1.8 on. Before, it adds up the
-    classes one by one.
+    The sum over the classes adds to the error of oneDNN's log_softmax, which MXNet has from 1.8 on. Before, it adds
+    up the classes one by one.
     """
     if str(dtype) == 'float64':
         return Tolerance(absolute=2e-12)
@@ -75,20 +75,21 @@ def stated(kernel, dtype, classes):
     return Tolerance(absolute=(2e-5 if classes <= 1000 else 6e-5) * (1 if modes.ONEDNN else 4))
 
 
-# A gradient with respect to float16 logits is rounded to float16: to 11 bits, and to multiples of its least number.
+# A gradient with respect to float16 logits is rounded to 11 bits, and to multiples of float16's least number.
 FLOAT16_GRADIENT = Tolerance(absolute=2**-24, relative=2**-10)
 
 # Whole tests in float32, by any kernel
 
-# oneDNN's error, in an NLL or its gradient: with weights of at most 1, as two losses are compared that both have it.
+# oneDNN's error in an NLL or its gradient, with weights of at most 1. Where two losses are compared, both have it.
 NLL = Tolerance(absolute=5e-6, relative=1e-5)
 # A few such terms, weighted with up to 3.
 LOSS = Tolerance(absolute=2e-5, relative=5e-6)
 # Both sides are off by oneDNN's error, in sums of up to 64 positions with weights.
 SUMS = {'float32': Tolerance(absolute=1e-4, relative=1e-5), 'float64': FLOAT64}
-# oneDNN's logarithm is off by up to 3.6e-6, its log 1, which the stock kernel subtracts, by 1.4e-6; and three roundings.
+# oneDNN's logarithm is off by up to 3.6e-6, and its log 1, which the stock kernel subtracts, by 1.4e-6. The rest is
+# three roundings.
 BESIDE_STOCK = Tolerance(absolute=5e-6, relative=3 * 2**-24)
-# The same operators on the same numbers; what may differ is the layout that oneDNN picks for the net in front.
+# The same operators on the same numbers. What may differ is the layout that oneDNN picks for the net in front.
 SAME_OPERATORS = Tolerance(absolute=2e-6, relative=2e-6)
 # Parameters after a few steps: gradients within 1e-6 of each other, at learning rates of about 1.
 TRAINED = Tolerance(absolute=5e-6, relative=1e-5)

@@ -46,7 +46,7 @@ def _name_other_copy() -> None:
     other = os.path.dirname(installed.origin)
     if not os.path.samefile(other, PACKAGE):
         print(
-            f'gluon_stable_ce build: this is the library of {PACKAGE}. Another copy of the package is in {other}. '
-            'To build for that, run the command in another folder',
+            f'gluon_stable_ce build: this is the library of {PACKAGE}. Another copy of the package is in '
+            f'{other}. To build for that, run the command in another folder',
             file=sys.stderr,
         )

@@ -46,7 +46,7 @@ def class_terms(F: F, call: Call, pred: Array, label: Array, class_weight: Optio
     in any class of a position is NaN.
     """
     if call.is_guarded:
-        pred = guarded(F, pred)
+        pred = _guarded(F, pred)
     inputs = [label] if class_weight is None else [label, class_weight]
     if call.ndim is None:  # the operator would overwrite their gradients
         inputs = [F.BlockGrad(array) for array in inputs]
@@ -59,7 +59,7 @@ def class_terms(F: F, call: Call, pred: Array, label: Array, class_weight: Optio
     )
 
 
-def guarded(F: F, pred: Array) -> Array:
+def _guarded(F: F, pred: Array) -> Array:
     """Put an operator in front that can add into a gradient (``grad_req='add'``).
 
     An operator of a library can't. The attribute keeps MXNet from merging this reshape with others of `pred`.
@@ -69,9 +69,9 @@ def guarded(F: F, pred: Array) -> Array:
 
 
 def is_gradient_read(pred: Array) -> bool:
-    """Whether it is known that an operator reads the gradient of the recorded array `pred`.
+    """Whether it is known that an operator reads the gradient of the array `pred`, or that it has none.
 
-    Then `guarded` is not needed. Behind MXNet's ``elemwise_add`` and ``add_n`` it is: they pass their
+    Then it needs no guard. Behind MXNet's ``elemwise_add`` and ``add_n`` it needs one: they pass their
     gradient on as it is, also to a variable. Those have no attributes but ``num_args``. A compiled graph has
     no attributes either, but its outputs have names of their own.
     """
@@ -88,7 +88,7 @@ def _attributes(call: Call, weighted: bool) -> Dict[str, Any]:
     """Name what differs from the operator's defaults: MXNet parses them in every call."""
     options, fill = call.options, call.fill
     attributes: Dict[str, Any] = {}
-    if options.axis != -1:
+    if options.axis not in (-1, (call.ndim or 0) - 1):
         attributes['axis'] = options.axis
     if options.ignore_label is not None:
         attributes['ignore_label'] = options.ignore_label

@@ -1,4 +1,4 @@
-"""The compiled library of the fused kernel: its name, where it is, whether it may be loaded, and loading it."""
+"""The compiled library of the fused kernel: how it is named, found, guarded and loaded."""
 
 import ctypes
 import hashlib

@@ -1,8 +1,9 @@
-"""Packages that use gluon's loss: the jobs of jobs_*.py give the same numbers with stock and patched with this package.
+"""Packages that use gluon's loss: the jobs of jobs_*.py give the same numbers with stock and patched.
 
-d2l has a masked loss that overrides `forward`, and training loops in NumPy mode. gluoncv has losses that hold gluon's,
-losses of its own beside metrics, and threads that share a loss. gluonnlp has a masked loss that overrides
-`hybrid_forward`. gluonts uses gluon's loss in WaveNet, and mx.metric.Loss. Sockeye's own losses do not change.
+d2l has a masked loss that overrides `forward`, and training loops in NumPy mode. gluoncv has losses that hold
+gluon's, losses of its own beside metrics, and threads that share a loss. gluonnlp has a masked loss that
+overrides `hybrid_forward`. gluonts uses gluon's loss in WaveNet, and mx.metric.Loss. Sockeye's own losses do
+not change.
 """
 
 import re
@@ -65,9 +66,9 @@ def test_losses_and_metrics_of_gluonts_are_replaced(counts):
 def test_rejects_the_weights_of_gluonts(results, job):
     """WaveNet's weights have the shape (8, 1, 1, 6), where a loss of shape (8, 6, 1) is to be weighted.
 
-    Stock broadcasts both to (8, 8, 6, 6): each sample is weighted with the weights of all positions of all others, and
-    each loss is the mean over the batch. It is not noticed since the weights are 1 unless values are missing. This package
-    raises an error, as for each shape that the documentation does not allow.
+    Stock broadcasts both to (8, 8, 6, 6): each sample is weighted with the weights of all positions of all
+    others, and each loss is the mean over the batch. It is not noticed since the weights are 1 unless values are
+    missing. This package raises an error, as for each shape that the documentation does not allow.
     """
     pytest.importorskip('gluonts')
     stock, ours = results('jobs_gluonts.py', job)

@@ -157,7 +157,8 @@ template <typename T> INLINE T scaled_exp(T x, Reference<T> ref) {
   return (e.expm1 + 1) * power_of_2<T>(e.n - ref.k);
 }
 
-// The same times q, down to the least number that there is. Max error, relative: 8e-8 (float), 8e-15 (double).
+// The same times q, down to the least number that there is. Max error, relative: 8e-8 (float), 8e-15
+// (double).
 template <typename T> INLINE T scaled_exp_times(T x, Reference<T> ref, T q) {
   const T lowest = T(kLn2) * T(ref.k - 2 * Format<T>::bias + 2);
   x -= ref.shift;

@@ -8,6 +8,15 @@
  * Each is a function of its own, compiled for several instruction sets. If the compiler moved it into the
  * function that calls it, it would not be vector code.
  */
+#ifndef KERNEL
+#if !defined(__x86_64__) || !defined(__linux__)
+#define KERNEL __attribute__((noinline)) static
+#elif __GNUC__ >= 12
+#define KERNEL __attribute__((noinline, target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default"))) static
+#else
+#define KERNEL __attribute__((noinline, target_clones("avx512f", "avx2", "default"))) static
+#endif
+#endif
 
 KERNEL T largest_of_row(const T* x, int n) {
   T most = -INFINITY;
@@ -143,20 +152,20 @@ KERNEL void terms_of_tile(const Int<T>* y, int n, Terms<T> p) {
   }
 }
 
-KERNEL void gradient_of_tile(const Int<T>* y, int n, Slope<T> s, Gradient<T>* gradient) {
+KERNEL void gradient_of_tile(const Int<T>* y, int n, Incoming<T> in, Gradient<T>* gradient) {
   T *shift = gradient->shift, *q = gradient->q, *to_u = gradient->u, *at_label = gradient->at_label;
   Int<T>* k = gradient->k;
 #pragma omp simd
   for (int t = 0; t < n; t++) {
-    const T of_nll = s.of_nll[t], of_logsumexp = s.of_logsumexp[t], of_uniform_nll = s.of_uniform_nll[t];
-    const double w = s.w_label[t], nll = s.nll[t], high = s.logsumexp[t];
+    const T g = in.g_nll[t], g_of_logsumexp = in.g_logsumexp[t], g_of_uniform_nll = in.g_uniform_nll[t];
+    const double w = in.w_label[t], nll = in.nll[t], high = in.logsumexp[t];
     const bool has_class = y[t] >= 0;
-    const double g_nll = has_class && w != 0 ? of_nll * w : 0.;
-    const double g_logsumexp = has_class ? of_logsumexp : T(0);
-    const double u = (has_class ? of_uniform_nll : T(0)) / s.classes;
-    const double of_p = g_logsumexp + u * s.total_weight;
-    const Reference<T> ref = reference_of(s.logsumexp[t]);
-    const double scale = high == INFINITY ? 1. : exp_of<T>((log_reference_of(ref) - high) - s.rest[t]);
+    const double g_nll = has_class && w != 0 ? g * w : 0.;
+    const double g_logsumexp = has_class ? g_of_logsumexp : T(0);
+    const double u = (has_class ? g_of_uniform_nll : T(0)) / in.classes;
+    const double of_p = g_logsumexp + u * in.total_weight;
+    const Reference<T> ref = reference_of(in.logsumexp[t]);
+    const double scale = high == INFINITY ? 1. : exp_of<T>((log_reference_of(ref) - high) - in.rest[t]);
     const double label = g_nll * expm1_of<T>(-nll) + of_p * exp_of<T>(-nll) - u * w;
     shift[t] = ref.shift;
     k[t] = ref.k;

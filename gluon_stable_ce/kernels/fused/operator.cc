@@ -16,21 +16,21 @@
  *   uniform_nll   -1/C sum_j w_j log p_j
  *   state         (3, outer..., inner...), what backward needs
  *
- * The formula                                  in the code
- *   z_j                                        x
- *   y                                          y; kInvalid or kIgnored in the place of a class
- *   z_y                                        z_label
- *   w_j, w_y, sum_j w_j                        w, w_label, total_weight
- *   S = sum_{j != y} exp z_j                   sum exp(log_reference), with
- *   exp(log_reference) = exp(shift) 2^k        Reference
- *   L = log S - z_y                            log_odds
- *   nll = softplus(L)                          nll, state_nll
- *   logsumexp = max(log S, z_y) + log1p(exp(-|L|))   high + rest
- *   sum_j w_j (top - z_j)                      gaps, with top the largest z_j
- *   dnll/dz = p - onehot                       Slope::of_nll times that, and so on
- *   dlogsumexp/dz = p                          Slope::of_logsumexp
- *   duniform_nll/dz = (sum_j w_j p - w) / C    Slope::of_uniform_nll
- *   the sum of these: q exp(z - reference) - u w   q, u; at_label, where p - 1 = expm1(-nll)
+ * The symbols below, and their names in the code:
+ *   z_j, z_y                             x, z_label
+ *   y                                    y; where the label is no class, kInvalid or kIgnored
+ *   w_j, w_y, sum_j w_j                  w, w_label, total_weight
+ *   S = sum_{j != y} exp z_j             sum exp(log_reference)
+ *   exp(shift) 2^k                       Reference, whose logarithm is log_reference
+ *   L = log S - z_y                      log_odds
+ *   d = log1p(exp(-|L|))                 distance
+ *   nll = softplus(L) = max(L, 0) + d    nll, state_nll
+ *   logsumexp = max(log S, z_y) + d      high + rest: T rounds off up to 4e-6 at 80, which the gradient needs
+ *   sum_j w_j (top - z_j)                gaps, with a `top` that no z_j exceeds
+ *   the gradients that come in           g_nll, g_logsumexp, g_uniform_nll
+ *   q exp(z - log_reference) - u w       q, u; at the label, at_label
+ * The last is the gradient of z. It is the sum of these times what comes in: dnll/dz = w_y (p - onehot), with
+ * p_y - 1 = expm1(-nll); dlogsumexp/dz = p; duniform_nll/dz = (p sum_j w_j - w) / C.
  *
  * What there is once per logit is computed in T: float for float16 and float32, double for float64. What
  * there is once per position is double.
@@ -38,8 +38,7 @@
  * Numerics. nll = softplus(L) is as exact for p near 1 as for p near 0. exp(z) is computed as 2^n exp(r) with
  * |r| <= log(2) / 2, and the sums are scaled by 2^-k, with k from the largest logit so far. That subtracts no
  * logit from another, so it rounds no difference. For larger logits (`far`), n log(2) would be rounded. There
- * z - max is used in its place, which is exact wherever it matters. `rest` is what T rounds off from
- * logsumexp: up to 4e-6 at 80, and the gradient needs these digits.
+ * z - max is used in its place, which is exact wherever it matters.
  */
 #include <algorithm>
 #include <cfloat>
@@ -54,22 +53,12 @@
 #include <vector>
 
 #include <sys/mman.h>
-#ifdef __x86_64__
-#include <immintrin.h>
-#endif
 
 #include "exp_log.h"
+#include "float16.h"
 #include "mxnet/lib_api.h"
 #include "threads.h"
 #include "tile.h"
-
-#if !defined(__x86_64__) || !defined(__linux__) || defined(ONE_INSTRUCTION_SET)
-#define KERNEL __attribute__((noinline)) static
-#elif __GNUC__ >= 12
-#define KERNEL __attribute__((noinline, target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default"))) static
-#else
-#define KERNEL __attribute__((noinline, target_clones("avx512f", "avx2", "default"))) static
-#endif
 
 namespace {
 
@@ -84,61 +73,6 @@ typedef double T;
 }  // namespace for_double
 using namespace for_float;
 using namespace for_double;
-
-// Numbers in memory: float16 is converted, all else is there as it is.
-
-struct Half {
-  uint16_t bits;
-};
-template <typename T> inline T value(T x) { return x; }
-inline float value(Half half) {  // 2^112 moves the exponent, and makes denormals normal
-  const uint32_t rest = half.bits & 0x7fff, sign = uint32_t(half.bits & 0x8000) << 16;
-  const float x = bits<float>(rest << 13) * 0x1p112f;
-  return bits<float>((rest >= 0x7c00 ? (rest << 13) | 0x7f800000 : bits<uint32_t>(x)) | sign);
-}
-template <typename T> inline void put(T x, T* to) { *to = x; }
-inline void put(float x, Half* to) {  // to nearest, ties to even
-  const uint32_t b = bits<uint32_t>(x), sign = b >> 16 & 0x8000, size = b & 0x7fffffff;
-  uint32_t half;
-  if (size > 0x7f800000) half = 0x7e00;        // NaN
-  else if (size >= 0x477ff000) half = 0x7c00;  // from 65520 on, infinite
-  else if (size < 0x38800000) half = bits<uint32_t>(std::fabs(x) + .5f) - 0x3f000000;  // in units of 2^-24
-  else half = (size - 0x38000000 + 0xfff + (size >> 13 & 1)) >> 13;
-  to->bits = half | sign;
-}
-
-#ifdef __x86_64__
-const bool kF16C = __builtin_cpu_supports("avx") && __builtin_cpu_supports("f16c");
-__attribute__((target("avx,f16c"))) int load_8(const Half* x, int n, float* to) {
-  int i = 0;
-  for (; i + 8 <= n; i += 8)
-    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(x + i))));
-  return i;
-}
-__attribute__((target("avx,f16c"))) int store_8(const float* x, int n, Half* to) {
-  int i = 0;
-  for (; i + 8 <= n; i += 8) _mm_storeu_si128((__m128i*)(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(x + i), 0));
-  return i;
-}
-#else
-const bool kF16C = false;
-int load_8(const Half*, int, float*) { return 0; }
-int store_8(const float*, int, Half*) { return 0; }
-#endif
-
-// n numbers as T: in place, or in `buffer`
-template <typename T> const T* load(const T* x, int, T*) { return x; }
-const float* load(const Half* x, int n, float* buffer) {
-  for (int i = kF16C ? load_8(x, n, buffer) : 0; i < n; i++) buffer[i] = value(x[i]);
-  return buffer;
-}
-// where to compute what goes to `to`, and to bring it there
-template <typename T> T* target(T* to, T*) { return to; }
-float* target(Half*, float* buffer) { return buffer; }
-template <typename T> void store(const T*, int, T*) {}
-void store(const float* x, int n, Half* to) {
-  for (int i = kF16C ? store_8(x, n, to) : 0; i < n; i++) put(x[i], to + i);
-}
 
 // How work is cut up.
 
@@ -238,28 +172,29 @@ struct Options {
   int axis_of(size_t rank) const { return axis < 0 ? axis + int(rank) : axis; }
 };
 
-// Classes; kInvalid and kIgnored for labels that are none. `Exact` holds every label of its type.
-template <typename Exact, typename L, typename Int>
+// Classes; kInvalid and kIgnored for labels that are none. double tells all from each other that matter: an
+// integer up to 2^53 - 1, which is the limit of ignore_label, is no other one rounded.
+template <typename L, typename Int>
 void read_labels_as(const L* label, int n, const Options& options, int64_t classes, Int* y) {
-  const Exact last = Exact(classes - 1), ignored = Exact(options.ignore_label);
+  const double last = double(classes - 1), ignored = double(options.ignore_label);
   for (int t = 0; t < n; t++) {
-    const Exact given = Exact(value(label[t]));
+    const double given = double(value(label[t]));
     const Int nearest = given >= 0 ? Int(given < last ? given : last) : Int(0);  // 0 for NaN
-    const bool is_valid = options.clip || Exact(nearest) == given;
+    const bool is_valid = options.clip || double(nearest) == given;
     y[t] = options.has_ignore_label && given == ignored ? kIgnored : is_valid ? nearest : kInvalid;
   }
 }
 template <typename Int>
 void read_labels(MXTensor& label, const Part& part, const Options& options, int64_t classes, Int* y) {
-#define READ(Exact, L) return read_labels_as<Exact>(label.data<L>() + part.begin, part.n, options, classes, y)
+#define READ(L) return read_labels_as(label.data<L>() + part.begin, part.n, options, classes, y)
   switch (label.dtype) {
-    case mxnet::ext::kFloat64: READ(double, double);
-    case mxnet::ext::kFloat32: READ(double, float);
-    case mxnet::ext::kFloat16: READ(double, Half);
-    case mxnet::ext::kInt64: READ(int64_t, int64_t);
-    case mxnet::ext::kInt32: READ(int64_t, int32_t);
-    case mxnet::ext::kInt8: READ(int64_t, int8_t);
-    default: READ(int64_t, uint8_t);
+    case mxnet::ext::kFloat64: READ(double);
+    case mxnet::ext::kFloat32: READ(float);
+    case mxnet::ext::kFloat16: READ(Half);
+    case mxnet::ext::kInt64: READ(int64_t);
+    case mxnet::ext::kInt32: READ(int32_t);
+    case mxnet::ext::kInt8: READ(int8_t);
+    default: READ(uint8_t);
   }
 #undef READ
 }
@@ -495,7 +430,8 @@ template <typename S, typename T> void forward_as(const Options& options, Tensor
     Int<T> y[kTile];
     read_labels(in[1], part, options, work.classes, y);
     Sums& sums = partial[tile * work.splits];
-    for (int64_t split = 1; split < work.splits; split++) sums.add(partial[tile * work.splits + split], part.n);
+    for (int64_t split = 1; split < work.splits; split++)
+      sums.add(partial[tile * work.splits + split], part.n);
     write(part, y, &sums);
   });
 }
@@ -552,17 +488,17 @@ template <typename S, typename T> void backward_as(const Options& options, Tenso
     read_labels(inputs[1], part, options, work.classes, y);
     weights.of_labels(y, part.n, w_label);
     const T* const state = in.back().data<T>() + part.begin;
-    Slope<T> slope;
-    slope.of_nll = in[0].data<T>() + part.begin;
-    slope.of_logsumexp = options.logsumexp ? in[1].data<T>() + part.begin : zeros;
-    slope.of_uniform_nll = options.uniform ? in[options.terms() - 1].data<T>() + part.begin : zeros;
-    slope.nll = state;
-    slope.logsumexp = state + work.positions;
-    slope.rest = state + 2 * work.positions;
-    slope.w_label = w_label;
-    slope.total_weight = weights.total;
-    slope.classes = double(work.classes);
-    gradient_of_tile(y, part.n, slope, &gradient);
+    Incoming<T> incoming;
+    incoming.g_nll = in[0].data<T>() + part.begin;
+    incoming.g_logsumexp = options.logsumexp ? in[1].data<T>() + part.begin : zeros;
+    incoming.g_uniform_nll = options.uniform ? in[options.terms() - 1].data<T>() + part.begin : zeros;
+    incoming.nll = state;
+    incoming.logsumexp = state + work.positions;
+    incoming.rest = state + 2 * work.positions;
+    incoming.w_label = w_label;
+    incoming.total_weight = weights.total;
+    incoming.classes = double(work.classes);
+    gradient_of_tile(y, part.n, incoming, &gradient);
     if (!work.rows) write_lines(pred, w, work, part, gradient, to);
     for (int t = 0; t < part.n; t++) {
       if (work.rows) write_row(pred + part.at[t], w, part, gradient, t, to + part.at[t]);
