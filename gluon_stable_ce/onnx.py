@@ -207,7 +207,7 @@ class _Node:
     def __init__(self, node, stock, kwargs):
         sources = [kwargs['outputs_lookup'][source][output] for source, output, *_ in node['inputs']]
         self.inputs, self.dtypes = [source.name for source in sources], [source.dtype for source in sources]
-        self.op, self.attrs, self.made = node['op'], node.get('attrs', {}), []
+        self.name, self.op, self.attrs, self.made = node['name'], node['op'], node.get('attrs', {}), []
         self.opset = kwargs['opset_version']
         self.stock = partial(stock, node, **kwargs) if stock else None  # MXNet's converter
         self._initializers = kwargs['initializer']
@@ -273,15 +273,56 @@ def _pick(at):
         at.make_over([axis], 'Squeeze', picked)
 
 
-@_converts('_equal', '_not_equal_scalar')
+@_converts('_equal', '_not_equal_scalar', '_lesser_equal_scalar')
 def _compare(at):
     """Convert comparisons, for which MXNet has no converter: 1 or 0 in the dtype of the inputs."""
-    if at.op == '_equal':
-        is_true = at.make('Equal', *at.inputs)
-    else:
-        scalar = at.constant(float(at.attrs['scalar']), at.dtypes[0])
-        is_true = at.make('Not', at.make('Equal', *at.inputs, scalar))
-    at.cast(is_true, at.dtypes[0])
+    if at.op != '_equal':
+        at.inputs.append(at.constant(float(at.attrs['scalar']), at.dtypes[0]))
+    is_true = at.make('LessOrEqual' if at.op == '_lesser_equal_scalar' else 'Equal', *at.inputs)
+    at.cast(at.make('Not', is_true) if at.op == '_not_equal_scalar' else is_true, at.dtypes[0])
+
+
+@_converts('log1p')
+def _log1p(at):
+    """Convert `log1p`, which ONNX lacks: log(1 + x) x / ((1 + x) - 1) has no error of the rounded 1 + x.
+
+    See Higham, "Accuracy and Stability of Numerical Algorithms", 2002, section 1.14.1.
+    """
+    (x,), one = at.inputs, at.constant(1, at.dtypes[0])
+    above = at.make('Add', x, one)
+    rounded = at.make('Sub', above, one)
+    is_0 = at.make('Equal', rounded, at.constant(0, at.dtypes[0]))
+    ratio = at.make('Div', at.make('Log', above), rounded)
+    # inf / inf is NaN, and log(1 + inf) is inf
+    is_infinite = at.make('IsInf', at.cast(x, 'float32'))
+    at.make('Where', at.make('Or', is_0, is_infinite), x, at.make('Mul', x, ratio))
+
+
+@_converts('expm1')
+def _expm1(at):
+    """Convert `expm1`, which ONNX lacks, in the same way: (exp(x) - 1) x / log(exp(x))."""
+    (x,), one = at.inputs, at.constant(1, at.dtypes[0])
+    exp = at.make('Exp', x)
+    less = at.make('Sub', exp, one)
+    is_0 = at.make('Equal', less, at.constant(0, at.dtypes[0]))
+    is_minus_1 = at.make('Equal', less, at.constant(-1, at.dtypes[0]))
+    exact = at.make('Div', at.make('Mul', less, x), at.make('Log', exp))
+    at.make('Where', is_0, x, at.make('Where', is_minus_1, less, exact))
+
+
+@_converts('_rpower_scalar')
+def _rpower(at):
+    """Convert a scalar to the power of an array, for which MXNet has no converter."""
+    at.make('Pow', at.constant(float(at.attrs['scalar']), at.dtypes[0]), *at.inputs)
+
+
+@_converts('_npi_add')
+def _add(at):
+    """Convert the addition that promotes: float16 and float32 are added in float32."""
+    dtype = np.result_type(*at.dtypes)
+    at.make('Add', *(at.cast(data, dtype) for data in at.inputs))
+    at.made[-1].output[0] = at.name
+    return at.made, (dtype,)
 
 
 @_converts('broadcast_maximum')

@@ -1,11 +1,11 @@
 r"""The class axis reduced by MXNet's log_softmax and pick, in every MXNet 1.x, on every device, exportable.
 
-The NLL of a label y is the softplus of the log-odds L against it, which is as exact for p near 1 as for p near 0:
+The NLL of a label y is the softplus of the log-odds L against it, as exact for p near 1 as for p near 0:
 
 .. math:: -\log p_y = \log(1 + e^L), \qquad L = \log \sum_{j \ne y} e^{z_j} - z_y
 
-`log_softmax` of the logits cannot tell L: its result is a difference of numbers near z, and rounds what is below
-1e-6. So the label's logit is lowered by T = 64 first. Then
+`log_softmax` of the logits cannot tell L: its result is a difference of numbers near z, and rounds what is
+below 1e-6. So the label's logit is lowered by T = 64 first. Then
 
 .. math:: u = -\log \mathrm{softmax}(z - T e_y)_y = \log(1 + e^{L + T}), \qquad L = u - T + \log(1 - e^{-u})
 
@@ -15,7 +15,7 @@ The layout of the class axis, casts of 16-bit floats and graphs of unknown rank 
 only this kernel needs it.
 """
 
-from typing import Any, NamedTuple, Optional, Tuple
+from typing import Any, NamedTuple, Optional
 
 from .. import array_api, graph_checks
 from ..array_api import Array, F
@@ -93,7 +93,7 @@ def _terms_of_logits(F, call, logits, index, class_weight):
 
 
 def _lower(F: F, call: Call, logits: Array, index: Array) -> Array:
-    """Lower the label's logit by T. With an addition, MXNet computes no gradient of the array that is added."""
+    """Lower the label's logit by T: by an addition, which has no gradient of what is added."""
     if call.classes is not None:
         by = F.one_hot(index, depth=call.classes, on_value=-T, dtype=call.compute_dtype)
         return logits + F.BlockGrad(by)
