@@ -195,8 +195,8 @@ def gradient_per_position(positions, label_smoothing=0.0, lse_square_scale=0.0, 
     target = (1 - label_smoothing) * positions.target + label_smoothing * positions.uniform
     if from_logits:
         return -target
-    p = np.exp(positions.log_p)
-    gradient = target.sum(-1, keepdims=True) * p - target
+    p, others = np.exp(positions.log_p), target.sum(-1, keepdims=True) - target
+    gradient = others * p + target * np.expm1(positions.log_p)  # which does not cancel where p is nearly 1
     if lse_square_scale:
         gradient = gradient + 2 * lse_square_scale * positions.logsumexp[..., None] * p
     return gradient
