@@ -51,7 +51,8 @@ def class_terms(F: F, call: Call, pred: Array, label: Array, class_weight: Optio
     if call.ndim is None:  # the operator would overwrite their gradients
         inputs = [F.BlockGrad(array) for array in inputs]
     attributes = _attributes(call, class_weight is not None)
-    terms = list(getattr(F, NAME)(pred, *inputs, **attributes))[:-1]  # the last one is for the gradient
+    outputs = getattr(F, NAME)(pred, *inputs, **attributes)
+    terms = list(outputs) if len(attributes.keys() & {'logsumexp', 'uniform'}) else [outputs]
     return ClassTerms(
         nll=terms[0],
         logsumexp=terms[1] if 'logsumexp' in attributes else None,
