@@ -3,10 +3,9 @@
 import os
 import sys
 
+# Processes of tests share the cores. MXNet reads this when it is imported.
 if 'PYTEST_XDIST_WORKER' in os.environ:
-    os.environ.setdefault(
-        'OMP_NUM_THREADS', '1'
-    )  # the workers share the cores; MXNet reads it when it is imported
+    os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 import hypothesis
 import mxnet as mx

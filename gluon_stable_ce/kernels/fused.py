@@ -51,11 +51,14 @@ def class_terms(F: F, call: Call, pred: Array, label: Array, class_weight: Optio
     if call.ndim is None:  # the operator would overwrite their gradients
         inputs = [F.BlockGrad(array) for array in inputs]
     attributes = _attributes(call, class_weight is not None)
-    terms = list(getattr(F, NAME)(pred, *inputs, **attributes))[:-1]  # the last one is for the gradient
+    outputs = getattr(F, NAME)(pred, *inputs, **attributes)
+    has_logsumexp, has_uniform = 'logsumexp' in attributes, 'uniform' in attributes
+    if not has_logsumexp and not has_uniform:
+        return ClassTerms(outputs)
     return ClassTerms(
-        nll=terms[0],
-        logsumexp=terms[1] if 'logsumexp' in attributes else None,
-        uniform_nll=terms[-1] if 'uniform' in attributes else None,
+        nll=outputs[0],
+        logsumexp=outputs[1] if has_logsumexp else None,
+        uniform_nll=outputs[1 + has_logsumexp] if has_uniform else None,
     )
 
 

@@ -139,9 +139,9 @@ KERNEL void terms_of_tile(const Int<T>* y, int n, Terms<T> p) {
     const double base = is_above ? p.log_reference[t] : z, more = (is_above ? log_sum : 0) + distance;
     const T nll = T((is_above ? log_odds : 0) + distance), high = T(base + more), w = p.w_label[t];
     const T fill = y[t] == kIgnored ? p.fill_ignored : p.fill_invalid;
-    p.state_nll[t] = has_class ? nll : T(0);
-    p.state_logsumexp[t] = has_class ? high : T(0);
-    p.state_rest[t] = !has_class || std::fabs(high) == INFINITY ? T(0) : T((base - high) + more);
+    p.kept_nll[t] = has_class ? nll : T(0);
+    p.kept_logsumexp[t] = has_class ? high : T(0);
+    p.kept_rest[t] = !has_class || std::fabs(high) == INFINITY ? T(0) : T((base - high) + more);
     p.nll[t] = !has_class ? fill : w == 0 ? T(0) : w * nll;
     if (p.logsumexp) p.logsumexp[t] = has_class ? high : fill;
     if (p.uniform_nll) {

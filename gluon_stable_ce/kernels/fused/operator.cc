@@ -1,7 +1,7 @@
 /*
  * Cross entropy in one operator: the class axis reduced to one number per position, and the gradient of that.
  *
- *   stable_ce_class_terms(pred, label[, class_weight])  -> nll[, logsumexp][, uniform_nll], state
+ *   stable_ce_class_terms(pred, label[, class_weight]) -> nll[, logsumexp][, uniform_nll]
  *
  * Inputs:
  *   pred          (outer..., C at `axis`, inner...), float16, float32 or float64: the logits z
@@ -14,7 +14,6 @@
  *   nll           w_y times -log p_y, with p the softmax of z
  *   logsumexp     log sum_j exp z_j
  *   uniform_nll   -1/C sum_j w_j log p_j
- *   state         (3, outer..., inner...), what backward needs
  *
  * The symbols below, and their names in the code:
  *   z_j, z_y                             x, z_label
@@ -24,7 +23,7 @@
  *   exp(shift) 2^k                       Reference, whose logarithm is log_reference
  *   L = log S - z_y                      log_odds
  *   d = log1p(exp(-|L|))                 distance
- *   nll = softplus(L) = max(L, 0) + d    nll, state_nll
+ *   nll = softplus(L) = max(L, 0) + d    nll
  *   logsumexp = max(log S, z_y) + d      high + rest: T rounds off up to 4e-6 at 80, which the gradient needs
  *   sum_j w_j (top - z_j)                gaps, with a `top` that no z_j exceeds
  *   the gradients that come in           g_nll, g_logsumexp, g_uniform_nll
@@ -167,8 +166,7 @@ struct Options {
     }
   }
   int inputs() const { return 2 + weighted; }
-  int terms() const { return 1 + logsumexp + uniform; }
-  int outputs() const { return terms() + 1; }
+  int outputs() const { return 1 + logsumexp + uniform; }
   int axis_of(size_t rank) const { return axis < 0 ? axis + int(rank) : axis; }
 };
 
@@ -379,12 +377,15 @@ template <typename S> void restore_infinite(const S* pred, const Work& work, con
   }
 }
 
-// pred, label[, class_weight] -> nll[, logsumexp][, uniform_nll], state
-template <typename S, typename T> void forward_as(const Options& options, Tensors& in, Tensors& out) {
+// pred, label[, class_weight] -> nll[, logsumexp][, uniform_nll]
+template <typename S, typename T>
+void forward_as(const Options& options, Tensors& in, Tensors& out, std::vector<char>* state) {
   const Work work(in[0].shape, options.axis_of(in[0].shape.size()));
   const S* pred = in[0].data<S>();
   const Weights<T> weights(options, options.weighted ? &in[2] : nullptr, work.classes);
   const T* w = options.uniform ? weights.w : nullptr;  // of the gaps
+  state->resize(3 * work.positions * sizeof(T));
+  T* const kept = reinterpret_cast<T*>(state->data());
   std::unique_ptr<Sums[]> partial(work.splits > 1 ? new Sums[work.tiles * work.splits] : nullptr);
 
   const auto write = [&](const Part& part, const Int<T>* y, Sums* sums) {
@@ -395,7 +396,6 @@ template <typename S, typename T> void forward_as(const Options& options, Tensor
     }
     weights.of_labels(y, part.n, w_label);
     restore_infinite(pred, work, part, sums);
-    T* const state = out.back().data<T>() + part.begin;
     Terms<T> terms;
     terms.log_reference = sums->log_reference;
     terms.sum = sums->sum;
@@ -409,10 +409,10 @@ template <typename S, typename T> void forward_as(const Options& options, Tensor
     terms.fill_ignored = T(options.fill_ignored);
     terms.nll = out[0].data<T>() + part.begin;
     terms.logsumexp = options.logsumexp ? out[1].data<T>() + part.begin : nullptr;
-    terms.uniform_nll = options.uniform ? out[options.terms() - 1].data<T>() + part.begin : nullptr;
-    terms.state_nll = state;
-    terms.state_logsumexp = state + work.positions;
-    terms.state_rest = state + 2 * work.positions;
+    terms.uniform_nll = options.uniform ? out.back().data<T>() + part.begin : nullptr;
+    terms.kept_nll = kept + part.begin;
+    terms.kept_logsumexp = terms.kept_nll + work.positions;
+    terms.kept_rest = terms.kept_logsumexp + work.positions;
     terms_of_tile(y, part.n, terms);
   };
   for_each(work.tiles * work.splits, work.positions * work.classes, [&](int64_t i) {
@@ -470,11 +470,13 @@ template <typename S, typename T> void write_lines(const S* pred, const T* w, co
 }
 
 // gradients of the outputs, inputs, outputs -> gradients of the inputs
-template <typename S, typename T> void backward_as(const Options& options, Tensors& in, Tensors& out) {
+template <typename S, typename T>
+void backward_as(const Options& options, Tensors& in, Tensors& out, const std::vector<char>& state) {
   static const T zeros[kTile] = {};
   MXTensor* const inputs = &in[options.outputs()];
   const Work work(inputs[0].shape, options.axis_of(inputs[0].shape.size()));
   const S* pred = inputs[0].data<S>();
+  const T* const kept = reinterpret_cast<const T*>(state.data());
   S* to = out[0].data<S>();
   const Weights<T> weights(options, options.weighted ? &inputs[2] : nullptr, work.classes);
   const T* w = options.uniform ? weights.w : nullptr;  // of the gaps
@@ -487,14 +489,13 @@ template <typename S, typename T> void backward_as(const Options& options, Tenso
     Gradient<T> gradient;
     read_labels(inputs[1], part, options, work.classes, y);
     weights.of_labels(y, part.n, w_label);
-    const T* const state = in.back().data<T>() + part.begin;
     Incoming<T> incoming;
     incoming.g_nll = in[0].data<T>() + part.begin;
     incoming.g_logsumexp = options.logsumexp ? in[1].data<T>() + part.begin : zeros;
-    incoming.g_uniform_nll = options.uniform ? in[options.terms() - 1].data<T>() + part.begin : zeros;
-    incoming.nll = state;
-    incoming.logsumexp = state + work.positions;
-    incoming.rest = state + 2 * work.positions;
+    incoming.g_uniform_nll = options.uniform ? in[options.outputs() - 1].data<T>() + part.begin : zeros;
+    incoming.nll = kept + part.begin;
+    incoming.logsumexp = incoming.nll + work.positions;
+    incoming.rest = incoming.logsumexp + work.positions;
     incoming.w_label = w_label;
     incoming.total_weight = weights.total;
     incoming.classes = double(work.classes);
@@ -577,39 +578,49 @@ mxnet::ext::MXReturnValue infer_shape(const Attributes& attributes, std::vector<
     }
   }
   std::fill(out->begin(), out->end(), positions);
-  out->back().insert(out->back().begin(), 3);
   return mxnet::ext::MX_SUCCESS;
 }
 
-// What computes, for logits of each dtype
-typedef void Compute(const Options& options, Tensors& in, Tensors& out);
-mxnet::ext::MXReturnValue compute(const Options& options, const MXTensor& logits, Compute* of_float16,
-                                  Compute* of_float32, Compute* of_float64, Tensors& in, Tensors& out) {
-  const bool is_float16 = logits.dtype == mxnet::ext::kFloat16;
-  const bool is_float32 = logits.dtype == mxnet::ext::kFloat32;
-  (is_float16 ? of_float16 : is_float32 ? of_float32 : of_float64)(options, in, out);
-  return mxnet::ext::MX_SUCCESS;
-}
+// One call of the operator in a graph. `state` is what forward leaves to backward: nll, logsumexp and rest,
+// neither weighted nor filled in. MXNet takes longer for another output than the operator for a small call.
+class ClassTerms : public mxnet::ext::CustomStatefulOp {
+  const Options options;
+  std::vector<char> state;  // (3, positions)
 
-mxnet::ext::MXReturnValue forward(const Attributes& attributes, Tensors* in, Tensors* out,
-                                  const mxnet::ext::OpResource&) {
-  return compute(Options(attributes), in->at(0), forward_as<Half, float>, forward_as<float, float>,
-                 forward_as<double, double>, *in, *out);
-}
+ public:
+  explicit ClassTerms(const Attributes& attributes) : options(attributes) {}
 
-mxnet::ext::MXReturnValue backward(const Attributes& attributes, Tensors* in, Tensors* out,
-                                   const mxnet::ext::OpResource&) {
-  static const size_t sizes[] = {4, 8, 2, 1, 4, 1, 8};  // of a number, by dtype
-  for (size_t i = 1; i < out->size(); i++) {            // label and class_weight have no gradient
-    memset(out->at(i).data_ptr, 0, out->at(i).size() * sizes[out->at(i).dtype]);
+  mxnet::ext::MXReturnValue Forward(Tensors* in, Tensors* out, const mxnet::ext::OpResource&) override {
+    switch (in->at(0).dtype) {
+      case mxnet::ext::kFloat16: forward_as<Half, float>(options, *in, *out, &state); break;
+      case mxnet::ext::kFloat32: forward_as<float, float>(options, *in, *out, &state); break;
+      default: forward_as<double, double>(options, *in, *out, &state);
+    }
+    return mxnet::ext::MX_SUCCESS;
   }
-  return compute(Options(attributes), out->at(0), backward_as<Half, float>, backward_as<float, float>,
-                 backward_as<double, double>, *in, *out);
+  mxnet::ext::MXReturnValue Backward(Tensors* in, Tensors* out, const mxnet::ext::OpResource&) override {
+    static const size_t sizes[] = {4, 8, 2, 1, 4, 1, 8};  // of a number, by dtype
+    for (size_t i = 1; i < out->size(); i++) {            // label and class_weight have no gradient
+      memset(out->at(i).data_ptr, 0, out->at(i).size() * sizes[out->at(i).dtype]);
+    }
+    switch (out->at(0).dtype) {
+      case mxnet::ext::kFloat16: backward_as<Half, float>(options, *in, *out, state); break;
+      case mxnet::ext::kFloat32: backward_as<float, float>(options, *in, *out, state); break;
+      default: backward_as<double, double>(options, *in, *out, state);
+    }
+    return mxnet::ext::MX_SUCCESS;
+  }
+};
+
+mxnet::ext::MXReturnValue create(const Attributes& attributes, const mxnet::ext::MXContext&,
+                                 const std::vector<Shape>&, const std::vector<int>,
+                                 mxnet::ext::CustomStatefulOp** op) {
+  *op = mxnet::ext::CustomStatefulOp::create<ClassTerms>(attributes);
+  return mxnet::ext::MX_SUCCESS;
 }
 
 REGISTER_OP(stable_ce_class_terms)
-    .setForward(forward, "cpu")
-    .setBackward(backward, "cpu")
+    .setCreateOpState(create, "cpu")
     .setParseAttrs(parse)
     .setInferType(infer_type)
     .setInferShape(infer_shape);

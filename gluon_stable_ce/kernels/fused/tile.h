@@ -20,8 +20,8 @@ template <typename T> struct Terms {
   const T *w_label;
   double total_weight, classes;
   T fill_invalid, fill_ignored;
-  T *nll, *logsumexp, *uniform_nll;             // null for what is not asked for
-  T *state_nll, *state_logsumexp, *state_rest;  // not weighted, not filled in
+  T *nll, *logsumexp, *uniform_nll;          // null for what is not asked for
+  T *kept_nll, *kept_logsumexp, *kept_rest;  // not weighted, not filled in
 };
 
 // What gradient_of_tile reads: the gradients that come in, and what terms_of_tile wrote
