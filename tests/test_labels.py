@@ -14,7 +14,7 @@ from gluon_stable_ce.call import METRIC_FILL, Call
 from gluon_stable_ce.labels import Labels, align_label, fill, is_counted, read_labels
 from gluon_stable_ce.options import Options
 
-nd, nan = mx.nd, float('nan')
+nd, inf, nan = mx.nd, float('inf'), float('nan')
 C = 3
 MANY = 2**24 + 2  # more classes than float32 can count
 
