@@ -1,6 +1,7 @@
 """The loss as a Gluon block: its options, its calls and its export."""
 
 import inspect
+import math
 from typing import Any, Dict, Optional, Sequence, Tuple, Union
 
 import mxnet as mx
@@ -246,16 +247,20 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
     def __repr__(self) -> str:
         """Show the options that differ from their defaults, and the kernel of float32 arrays on the CPU."""
         shown = {**self._given_options, 'class_weight': self.class_weight}
-        options = self._options
-        kernel = kernels.resolve(options if options.kernel == 'stock' else options._replace(kernel='auto'))
-        del shown['kernel']
+        try:
+            options = self._options
+            shown['kernel'] = kernels.resolve(
+                options if options.kernel == 'stock' else options._replace(kernel='auto')
+            )
+        except (TypeError, ValueError):  # attributes that do not fit each other yet
+            pass
         parameters = inspect.signature(StableSoftmaxCrossEntropyLoss.__init__).parameters
         changed = [
             f'{name}={shown[name]!r}'
             for name, parameter in parameters.items()
             if name in shown and shown[name] != parameter.default
         ]
-        return f'{type(self).__name__}({", ".join([*changed, f"kernel={kernel!r}"])})'
+        return f'{type(self).__name__}({", ".join(changed)})'
 
     @property
     def _has_own_graph(self) -> bool:
@@ -361,7 +366,7 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
             label = mx.nd.array(as_numbers('label', label), dtype='float64')
         check_array_type('label', type(label))
         if not self._options.sparse_label:
-            return label.size // label.shape[self._options.axis]
+            return label.size // math.prod(label.shape[axis] for axis in self._options.class_axes)
         is_counted = labels.is_counted(mx.nd, Call(self._options), array_api.as_classic(label))
         return label.size if is_counted is None else int(is_counted.sum().asscalar())
 
@@ -380,7 +385,7 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         """
         options = self._options
         return StableCrossEntropy(
-            axis=options.axis,
+            axis=options.class_axes if options.summed_axes else options.axis,
             pred_type=options.pred_type,
             ignore_label=options.ignore_label,
             sparse_label=options.sparse_label,

@@ -38,8 +38,11 @@ def loss_of(
 
 def nll_of(F: F, call: Call, pred: Array, label: Array, *_: Optional[Array]) -> Array:
     """Compute the NLL of each position, (positions...), with the marks of `METRIC_FILL`."""
-    terms = class_terms(F, call, array_api.as_classic(pred), array_api.as_classic(label))
-    return array_api.in_style_of(pred, terms.nll)
+    given, pred = pred, array_api.as_classic(pred)
+    nll = class_terms(F, call, pred, array_api.as_classic(label)).nll
+    if call.options.summed_axes:
+        nll = F.squeeze(_expand(F, call, nll, pred), axis=call.options.class_axes)
+    return array_api.in_style_of(given, nll)
 
 
 def combine(F: F, call: Call, terms: ClassTerms) -> Array:
@@ -133,19 +136,19 @@ def align_sample_weight(F: F, call: Call, sample_weight: Array, expanded: Array,
 
 def _align_known_weight(F: F, call: Call, sample_weight: Array) -> Array:
     """Give weights the rank of `pred`, with an axis of length 1 for the classes."""
-    axis, layout = call.options.axis, call.weight_layout
-    if layout == 'positions':  # (positions...)
-        return F.expand_dims(sample_weight, axis=axis)
-    if layout == 'batch':  # (batch...)
-        ndim: Any = call.ndim
-        batch_axes = [batch_axis % ndim for batch_axis in call.options.batch_axes]
-        for other in range(ndim):
-            if other not in batch_axes:
-                sample_weight = F.expand_dims(sample_weight, axis=other)
-        return sample_weight
-    if layout == 'pred':  # pred's shape: the mean over the classes counts
-        return F.mean(sample_weight, axis=axis, keepdims=True)
-    return sample_weight  # 'keepdims'
+    ndim: Any = call.ndim
+    class_axes = [axis % ndim for axis in call.options.class_axes]
+    if call.weight_layout == 'pred':  # pred's shape: the mean over the classes counts
+        return F.mean(sample_weight, axis=tuple(class_axes), keepdims=True)
+    if call.weight_layout == 'positions':  # (positions...)
+        missing = class_axes
+    elif call.weight_layout == 'batch':  # (batch...)
+        missing = sorted(set(range(ndim)) - {axis % ndim for axis in call.options.batch_axes})
+    else:  # 'keepdims'
+        missing = []
+    for axis in sorted(missing):
+        sample_weight = F.expand_dims(sample_weight, axis=axis)
+    return sample_weight
 
 
 def _align_unknown_weight(F: F, call: Call, sample_weight: Array, expanded: Array, pred: Array) -> Array:
@@ -154,10 +157,10 @@ def _align_unknown_weight(F: F, call: Call, sample_weight: Array, expanded: Arra
     It has the shape of `expanded` or of `pred`, or one that broadcasts to them. With the classes last and the
     batch first, it may also have the first axes only, such as (batch,).
     """
-    axis = call.options.axis
-    if axis == -1 and call.options.batch_axes == (0,):
+    if call.options.axis == -1 and call.options.batch_axes == (0,):
         # MXNet broadcasts from the last axis on, so the order of the axes is reversed
         ones = F.transpose(F.ones_like(expanded))  # (1, ..., batch)
         sample_weight = F.transpose(F.broadcast_mul(ones, F.transpose(sample_weight)))  # (batch, ..., 1 or C)
-    sample_weight = graph_checks.with_axis_of_or_1(F, sample_weight, pred, axis)
-    return F.mean(sample_weight, axis=axis, keepdims=True)
+    for axis in call.options.class_axes:
+        sample_weight = graph_checks.with_axis_of_or_1(F, sample_weight, pred, axis)
+    return F.mean(sample_weight, axis=call.options.class_axes, keepdims=True)

@@ -15,7 +15,7 @@ The layout of the class axis, casts of 16-bit floats and graphs of unknown rank 
 only this kernel needs it.
 """
 
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional, Tuple
 
 from .. import array_api, graph_checks
 from ..array_api import Array, F
@@ -180,7 +180,7 @@ def _dense_terms(F: F, call: Call, pred: Array, target: Array, class_weight: Opt
     if call.options.pred_type == 'probs':
         log_p = F.log(pred)
     weighted_target = target if class_weight is None else target * _at_each_position(F, class_weight, log_p)
-    terms = (
+    terms: Tuple[Optional[Array], ...] = (
         _clamped(F, _expected_nll(F, log_p, weighted_target), _has_negative(F, target)),
         _logsumexp_of(F, pred, log_p) if call.options.lse_square_scale else None,
         _clamped(F, _uniform_nll(F, log_p, class_weight)) if call.options.label_smoothing else None,
