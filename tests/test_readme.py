@@ -105,7 +105,7 @@ def test_measurements_of_one_kind_are_those_of_the_benchmark(name):
 def test_bounds_are_those_of_the_docstring():
     stated, *_ = pages.tables_of(StableSoftmaxCELoss.__doc__)
     assert len(stated) > 2
-    pages.check_section('docs/accuracy.md', 'stock bounds', pages.table(stated))
+    pages.check_section('docs/accuracy.md', 'bounds', pages.table(stated))
 
 
 def test_options_are_those_of_the_loss():
