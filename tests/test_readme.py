@@ -24,6 +24,7 @@ pytestmark = pytest.mark.xdist_group('pages')  # with UPDATE_README they write t
 CONTENDERS = ('ours', 'gluon, static_alloc', 'PyTorch')
 BASE = 'gluon, hybridized'
 PROBLEMS = ('64 x 10', '512 x 50257', '2 x 150 x 128 x 128, axis 1', '128 x 50257, float16')
+LARGE = ('128 x 1000', '256 x 10000', '512 x 50257')  # float32, with the classes last
 INSTALL = 'pip install -e ".[cpu]"'
 
 
@@ -87,6 +88,15 @@ def test_measurements_are_those_of_the_benchmark():
         found = results[problem]
         rows.append((problem, *(found[name].both if name in found else '' for name in shown)))
     pages.check_section('README.md', 'speed', pages.table(rows))
+
+
+def test_cost_of_accuracy_is_that_of_the_benchmark():
+    ours, static = 'ours, stock', 'gluon, static_alloc'
+    rows = [('logits', f'{ours}, ms', f'{static}, ms', 'ratio')]
+    for problem in LARGE:
+        times = [pages.results()[problem][name].both for name in (ours, static)]
+        rows.append((problem, *times, f'{float(times[0]) / float(times[1]):.2f}'))
+    pages.check_section('docs/speed.md', 'accuracy', pages.table(rows))
 
 
 @pytest.mark.parametrize('name', ['float16', 'axis 1'])
