@@ -97,15 +97,21 @@ def _lower(F: F, call: Call, logits: Array, index: Array) -> Array:
     if call.classes is not None:
         by = F.one_hot(index, depth=call.classes, on_value=-T, dtype=call.compute_dtype)
         return logits + F.BlockGrad(by)
-    row = F.slice_axis(logits, axis=0, begin=0, end=1)  # arange_like counts in the dtype of its input
-    classes = F.contrib.arange_like(F.cast(row, dtype='float64'), axis=-1)  # (C,)
-    is_label = F.broadcast_equal(F.expand_dims(_distinct(F, index), axis=-1), _distinct(F, classes))
-    by = F.BlockGrad(is_label * -T)  # (positions..., C)
-    return (
-        array_api.add_float32(F, logits, by)
-        if call.dtype is None
-        else logits + F.cast(by, dtype=call.compute_dtype)
-    )
+    by = F.BlockGrad(_is_label(F, call, logits, index) * -T)
+    if call.dtype is None:
+        return array_api.add_float32(F, logits, by)
+    return logits + F.cast(by, dtype=call.compute_dtype)
+
+
+def _is_label(F: F, call: Call, logits: Array, index: Array) -> Array:
+    """Compute 1 at the label and 0 at other classes, (positions..., C)."""
+    if call.ndim is not None:  # few classes, which float32 holds as they are
+        index, classes = F.cast(index, dtype=call.compute_dtype), F.contrib.arange_like(logits, axis=-1)
+    else:
+        row = F.slice_axis(logits, axis=0, begin=0, end=1)  # arange_like counts in the dtype of its input
+        classes = F.contrib.arange_like(F.cast(row, dtype='float64'), axis=-1)  # (C,)
+        index, classes = _distinct(F, index), _distinct(F, classes)
+    return F.broadcast_equal(F.expand_dims(index, axis=-1), classes)
 
 
 def _distinct(F: F, index: Any) -> Array:
