@@ -168,8 +168,8 @@ def markdown(errors):
     lines = [
         f"The largest relative errors with MXNet {mx.__version__}. The label's logit is from {LAST} below to "
         f'{LAST} above the logsumexp of the other logits, which are normally distributed. So p is from 1e-27 '
-        'to 1 - 1e-27. A relative error of 1 is that of a loss of 0. The gradient of float16 logits is rounded '
-        'to float16.\n',
+        'to 1 - 1e-27. A relative error of 1 is that of a loss of 0. The gradient of float16 logits is '
+        'rounded to float16.\n',
         '| contender | dtype | classes | loss, p up to 1/2 | loss, p above 1/2 | gradient at the label '
         '| at the other classes |',
         '| --- | --- | --- | --- | --- | --- | --- |',
