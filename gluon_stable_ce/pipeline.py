@@ -22,8 +22,8 @@ def loss_of(
     pred, label, sample_weight, class_weight = map(
         array_api.as_classic, (pred, label, sample_weight, class_weight)
     )
-    loss = combine(F, call, class_terms(F, call, pred, label, class_weight))  # (positions...)
-    loss = reduce(F, call, loss, pred, label, sample_weight)  # (batch,)
+    terms = class_terms(F, call, pred, label, class_weight)  # (positions...) each
+    loss = reduce(F, call, combine(F, call, terms), pred, label, sample_weight)  # (batch,)
     if options.reduction == 'none' and options.sparse_label and call.label_ndim in (None, call.ndim):
         loss = F.reshape_like(loss, label)  # which may have the class axis, of length 1
     return array_api.in_style_of(given, loss if options.weight is None else loss * options.weight)

@@ -5,8 +5,8 @@ from typing import Any, Optional
 from . import array_api, graph_checks
 from .array_api import Array, F
 from .call import Call
-from .kernels.terms import ClassTerms, weighted
 from .labels import align_label, is_counted
+from .terms import ClassTerms, weighted
 
 
 def combine(F: F, call: Call, terms: ClassTerms) -> Array:

@@ -60,7 +60,7 @@ ORDER = [
     'exact_sums',
     'distributed',
     'metric_queue',
-    'kernels.terms',
+    'terms',
     'kernels.stock',
     'kernels.fused',
     'kernels.library',

@@ -166,7 +166,10 @@ class Copy:
             arguments = [f'tests/{word}' if word.endswith('.py') else word for word in stage]
             markers = [] if '-m' in stage else ['-m', 'not slow and not dist']
             # 5: no tests are left by -k
-            if pytest.main(['-x', '-q', '-p', 'no:warnings', '--tb=short', *markers, *arguments]) not in (0, 5):
+            if pytest.main(['-x', '-q', '-p', 'no:warnings', '--tb=short', *markers, *arguments]) not in (
+                0,
+                5,
+            ):
                 return 1
         return 0
 
