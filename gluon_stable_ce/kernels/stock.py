@@ -25,7 +25,7 @@ from .. import array_api, graph_checks
 from ..array_api import Array, F
 from ..call import Call
 from ..labels import fill, read_labels
-from .terms import ClassTerms, weighted
+from ..terms import ClassTerms, weighted
 
 HALF = ('float16', 'bfloat16')
 T = 64.0  # by which the label's logit is lowered: the NLL is exact down to exp(-T)
