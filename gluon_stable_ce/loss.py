@@ -8,11 +8,12 @@ import mxnet as mx
 import numpy as np
 from mxnet import gluon
 
-from . import array_api, graphs, kernels, labels
+from . import array_api, graphs, labels
 from .array_api import Array, F
 from .call import INPUTS, Call
 from .class_weight import ClassWeight
 from .inputs import check_array_type, check_pred_dtype
+from .kernels import choice
 from .metric import StableCrossEntropy
 from .options import Options, as_numbers, check_loss_options
 from .pipeline import loss_of
@@ -212,7 +213,7 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         """The checked options."""
         checked = self.__dict__.get('_checked_options')
         if checked is None:
-            checked = kernels.configured(check_loss_options(self._given_options))
+            checked = choice.configured(check_loss_options(self._given_options))
             self.__dict__['_checked_options'] = checked
         return checked
 
@@ -255,7 +256,7 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         shown = {**self._given_options, 'class_weight': self.class_weight}
         try:
             options = self._options
-            shown['kernel'] = kernels.resolve(
+            shown['kernel'] = choice.resolve(
                 options if options.kernel == 'stock' else options._replace(kernel='auto')
             )
         except (TypeError, ValueError):  # attributes that do not fit each other yet

@@ -8,11 +8,12 @@ import mxnet as mx
 import numpy as np
 from mxnet import autograd
 
-from . import array_api, graphs, kernels
+from . import array_api, graphs
 from .array_api import Array, Arrays
 from .call import METRIC_FILL
 from .exact_sums import ExactSums
 from .inputs import check_array_type
+from .kernels import choice
 from .metric_queue import RunningMean
 from .options import check_metric_options
 from .pipeline import nll_of
@@ -148,7 +149,7 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric):
             'sparse_label': sparse_label,
             'kernel': kernel,
         }
-        self._options = kernels.configured(check_metric_options(given))
+        self._options = choice.configured(check_metric_options(given))
         kwargs = {name: getattr(self._options, name) for name in given if name != 'kernel'}
         if self._options.summed_axes:
             kwargs['axis'] = list(self._options.class_axes)  # as JSON has it

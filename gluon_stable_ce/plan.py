@@ -6,9 +6,9 @@ from typing import Any, Optional, Tuple
 
 from mxnet import autograd
 
-from . import array_api, inputs, kernels
+from . import array_api, inputs
 from .call import INPUTS, LOSS_FILL, Call, Fill
-from .kernels import fused
+from .kernels import choice, fused
 from .options import Options
 
 FEW = 2048  # classes
@@ -73,7 +73,7 @@ def _plan_symbols(options, pred, sample_weight, class_weights, fill):
         _names(sample_weight is not None, class_weights is not None),
         np_style=array_api.is_np_style(pred),
         dtype=dtype,
-        kernel=kernels.resolve(options, dtype, is_symbol=True),
+        kernel=choice.resolve(options, dtype, is_symbol=True),
     )
 
 
@@ -89,7 +89,7 @@ def _describe_use(options: Options, pred: Any, context: Any) -> Tuple[str, bool,
     if options.kernel == 'stock' or context is None:
         return 'cpu', True, True
     is_guarded = autograd.is_recording() and not fused.is_gradient_read(pred)
-    return context.device_type, kernels.is_main_thread(), is_guarded
+    return context.device_type, choice.is_main_thread(), is_guarded
 
 
 @lru_cache(maxsize=1024)  # most calls look like one before
@@ -119,7 +119,7 @@ def _plan_arrays(
     if sample_weight is not None:
         layout = inputs.weight_layout(sample_weight[2], shape, options.class_axes, options.batch_axes)
     is_empty = 0 in shape
-    is_stock = is_empty or kernels.resolve(options, dtype, device_type, False, is_main_thread) == 'stock'
+    is_stock = is_empty or choice.resolve(options, dtype, device_type, False, is_main_thread) == 'stock'
     return Call(
         options,
         fill,

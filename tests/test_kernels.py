@@ -12,7 +12,9 @@ from mxnet import autograd, gluon
 
 from gluon_stable_ce import StableCrossEntropy, StableSoftmaxCELoss
 from gluon_stable_ce.call import LOSS_FILL, METRIC_FILL, Call
-from gluon_stable_ce.kernels import ClassTerms, class_terms, library, resolve
+from gluon_stable_ce.class_terms import ClassTerms
+from gluon_stable_ce.kernels import class_terms, library
+from gluon_stable_ce.kernels.choice import resolve
 from gluon_stable_ce.options import Options
 from gluon_stable_ce.plan import plan
 

@@ -6,9 +6,10 @@ import pytest
 import reference
 
 from gluon_stable_ce.call import Call
-from gluon_stable_ce.kernels import ClassTerms
+from gluon_stable_ce.class_terms import ClassTerms
+from gluon_stable_ce.formula import combine
 from gluon_stable_ce.options import Options
-from gluon_stable_ce.reduction import align_sample_weight, combine, reduce
+from gluon_stable_ce.reduction import align_sample_weight, reduce
 
 nd = mx.nd
 nan, inf = float('nan'), float('inf')

@@ -7,7 +7,7 @@ import mxnet as mx
 
 from ..array_api import Array, F, MXNetError
 from ..call import LOSS_FILL, Call
-from ..terms import ClassTerms
+from ..class_terms import ClassTerms
 
 NAME = 'stable_ce_class_terms'
 

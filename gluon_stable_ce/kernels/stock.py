@@ -24,8 +24,8 @@ from typing import Any, NamedTuple, Optional, Tuple
 from .. import array_api, graph_checks
 from ..array_api import Array, F
 from ..call import Call
+from ..class_terms import ClassTerms, weighted
 from ..labels import fill, read_labels
-from ..terms import ClassTerms, weighted
 
 HALF = ('float16', 'bfloat16')
 T = 64.0  # by which the label's logit is lowered: the NLL is exact down to exp(-T)
@@ -54,7 +54,7 @@ def _read_class_weight(F: F, call: Call, pred: Array, class_weight: Array) -> Ar
     class_weight = F.BlockGrad(F.cast(class_weight, dtype=call.compute_dtype))
     if call.ndim is not None:
         return class_weight
-    return graph_checks.with_length(F, class_weight, pred, call.options.axis)
+    return graph_checks.require_length(F, class_weight, pred, call.options.axis)
 
 
 # Sparse labels

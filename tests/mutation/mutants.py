@@ -101,7 +101,7 @@ class Python:
         arguments = [
             a for a in node.args if self.text(a) not in ('F', 'call') and not isinstance(a, ast.Starred)
         ]
-        if not (hasattr(builtins, name) or name[0].isupper() and '.' not in name):
+        if not (hasattr(builtins, name) or (name[0].isupper() and '.' not in name)):
             for argument in arguments[1:] if name.endswith('.where') else arguments[:1]:
                 yield from self.replaced(node, f'({self.text(argument)})')
         for keyword in node.keywords:

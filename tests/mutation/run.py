@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from typing import Dict, Iterable, List, NamedTuple, Set, Tuple
+from typing import Dict, Iterable, List, NamedTuple, Set
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(HERE))
@@ -176,6 +176,7 @@ class Copy:
     def _compile(self) -> bool:
         """Compile the operator in the fastest way, for one instruction set, unless it is there."""
         import mxnet as mx
+
         from gluon_stable_ce.kernels import library
 
         if library.find():
