@@ -1,6 +1,6 @@
 """Whether the arrays of a call are right: checks that raise an error with the argument's name; contexts."""
 
-from typing import Any, List, Optional, Tuple
+from typing import Any, Optional, Sequence, Tuple
 
 import mxnet as mx
 
@@ -64,7 +64,7 @@ def check_shapes(
     return positions
 
 
-def check_axes(name: str, axes: Tuple[int, ...], shape: Shape, class_axes: List[int]) -> None:
+def check_axes(name: str, axes: Sequence[int], shape: Shape, class_axes: Sequence[int]) -> None:
     """Raise ValueError unless these are different axes of `shape`, and none is a class axis."""
     ndim = len(shape)
     known = {axis % ndim for axis in axes if -ndim <= axis < ndim}
@@ -83,16 +83,18 @@ def check_class_weights(weights: int, classes: int) -> None:
         )
 
 
-def weight_layout(got: Shape, shape: Shape, positions: Shape, axis: int, batch_axes: Tuple[int, ...]) -> str:
+def weight_layout(got: Shape, shape: Shape, class_axes: Sequence[int], batch_axes: Sequence[int]) -> str:
     """Name the layout of a sample_weight of shape `got`; ValueError if it has none.
 
     Returns
     -------
-    'keepdims', what broadcasts to `shape`, pred's, with 1 at `axis`; 'pred', what broadcasts to `shape`;
-    'positions', `shape` without `axis`; or 'batch', the batch axes alone
+    'keepdims', what broadcasts to `shape`, pred's, with 1 at the class axes; 'pred', what broadcasts to
+    `shape`; 'positions', `shape` without the class axes; or 'batch', the batch axes alone
     """
     ndim = len(shape)
-    keepdims = tuple(1 if i == axis % ndim else size for i, size in enumerate(shape))
+    classes = {axis % ndim for axis in class_axes}
+    keepdims = tuple(1 if i in classes else size for i, size in enumerate(shape))
+    positions = tuple(size for i, size in enumerate(shape) if i not in classes)
     batch = tuple(shape[i] for i in sorted(axis % ndim for axis in batch_axes))
     for layout, full in (('keepdims', keepdims), ('pred', shape), ('positions', positions)):
         if len(got) == len(full) and all(size in (1, whole) for size, whole in zip(got, full)):

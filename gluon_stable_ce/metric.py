@@ -2,7 +2,7 @@
 
 import math
 from functools import partial
-from typing import Any, List, Optional
+from typing import Any, List, Optional, Sequence, Union
 
 import mxnet as mx
 import numpy as np
@@ -34,7 +34,7 @@ class StableLoss(RunningMean, mx.metric.Loss):
     ----------
     name : str, default 'loss'
     output_names, label_names : list of str, optional
-        What ``update_dict`` picks.
+        The names of the outputs and labels that ``update_dict`` passes to `update`.
 
     Raises
     ------
@@ -44,7 +44,7 @@ class StableLoss(RunningMean, mx.metric.Loss):
     Notes
     -----
     *Numerics.* The values are added up without rounding, and divided with one
-    (``test_running_mean.py::test_sums_are_exact``).
+    (``test_exact_sums.py::test_sum_is_that_of_fractions``).
 
     Examples
     --------
@@ -83,7 +83,7 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric):
     Parameters
     ----------
     axis : int, default -1
-        Class axis of the predictions.
+        Class axis of the predictions. With dense log-probabilities it may be several, as in the loss.
     pred_type : 'probs', 'logits' or 'log_probs'
         What the predictions are.
     ignore_label : int, optional
@@ -94,7 +94,7 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric):
         What reduces the class axis of logits, as for the loss.
     name : str, default 'cross-entropy'
     output_names, label_names : list of str, optional
-        What ``update_dict`` picks.
+        The names of the outputs and labels that ``update_dict`` passes to `update`.
 
     Raises
     ------
@@ -108,9 +108,10 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric):
     with as many rows, as in `mx.metric`.
 
     *Numerics.* Probabilities are picked first, and their logarithm is taken in float64 (1e-15 relative).
-    Logits are reduced as in the loss, with its error. Sums are exact and the division rounds once. So with
-    one kernel, the result is the same to the last bit however the data is split into batches, devices and
-    workers (``test_metric.py::test_results_do_not_depend_on_batches_devices_or_when_get_is_called``).
+    Logits are reduced as in the loss, with its relative error (``test_exactness.py``). Sums are exact and the
+    division rounds once. So with one kernel, the result is the same to the last bit however the data is split
+    into batches, devices and workers
+    (``test_metric.py::test_results_do_not_depend_on_batches_devices_or_when_get_is_called``).
 
     *Memory.* An update only waits for the one two updates ago. The arrays of the last two stay in memory, to
     be computed again if an error on the device skips them.
@@ -129,7 +130,7 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric):
     def __init__(
         self,
         *args: Any,
-        axis: int = -1,
+        axis: Union[int, Sequence[int]] = -1,
         pred_type: str = 'probs',
         ignore_label: Optional[int] = None,
         sparse_label: bool = True,
@@ -149,6 +150,8 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric):
         }
         self._options = kernels.configured(check_metric_options(given))
         kwargs = {name: getattr(self._options, name) for name in given if name != 'kernel'}
+        if self._options.summed_axes:
+            kwargs['axis'] = list(self._options.class_axes)  # as JSON has it
         _EvalMetric.__init__(
             self, name, output_names, label_names, has_global_stats=True, **kwargs, kernel=kernel
         )

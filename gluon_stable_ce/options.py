@@ -30,6 +30,11 @@ class Options(NamedTuple):
     invalid_label: str = 'nan'
     kernel: str = 'auto'
 
+    @property
+    def class_axes(self) -> Tuple[int, ...]:
+        """All axes of `pred` that are no positions."""
+        return (self.axis, *self.summed_axes)
+
 
 def check_loss_options(given: Dict[str, Any]) -> Options:
     """Check the options of a loss, by the names of its arguments.
@@ -63,14 +68,18 @@ def check_loss_options(given: Dict[str, Any]) -> Options:
 def check_metric_options(given: Dict[str, Any]) -> Options:
     """Check the options of a metric, by the names of its arguments; errors as `check_loss_options`."""
     sparse_label = check_flag('sparse_label', given['sparse_label'])
-    return Options(
-        axis=check_number('axis', given['axis'], Integral),
+    axis, *summed_axes = _as_axes('axis', given['axis'])
+    options = Options(
+        axis=axis,
+        summed_axes=tuple(summed_axes),
         batch_axes=(),
         sparse_label=sparse_label,
         pred_type=check_choice('pred_type', given['pred_type'], PRED_TYPES),
         ignore_label=check_ignore_label(given['ignore_label'], sparse_label),
         kernel=check_choice('kernel', given['kernel'], KERNELS),
     )
+    _check_combination(options)
+    return options
 
 
 def _check_combination(options: Options) -> None:
@@ -78,11 +87,11 @@ def _check_combination(options: Options) -> None:
     if options.summed_axes and (options.sparse_label or options.pred_type == 'logits'):
         raise ValueError(
             'axis: expected one class axis unless sparse_label=False and from_logits=True, '
-            f'got {(options.axis, *options.summed_axes)}'
+            f'got {options.class_axes}'
         )
     if options.summed_axes and (options.label_smoothing or options.reduction == 'none'):
         raise ValueError("axis: expected one class axis with label_smoothing or reduction='none'")
-    shared = {options.axis, *options.summed_axes} & set(options.batch_axes)
+    shared = set(options.class_axes) & set(options.batch_axes)
     if shared:
         raise ValueError(
             f'batch_axis: expected an axis other than the class axis, got {shared.pop()} for both'
@@ -103,9 +112,10 @@ def _as_axes(name: str, axes: Any) -> Tuple[int, ...]:
     """Return one axis or several as a tuple; TypeError or ValueError if they are something else."""
     axes = axes.tolist() if isinstance(axes, np.ndarray) else axes
     axes = axes if isinstance(axes, (list, tuple)) else (axes,)
-    if not axes or len(set(axes)) < len(axes):
+    checked = tuple(check_number(name, axis, Integral) for axis in axes)
+    if not checked or len(set(checked)) < len(checked):
         raise ValueError(f'{name}: expected one axis or several different ones, got {axes}')
-    return tuple(check_number(name, axis, Integral) for axis in axes)
+    return checked
 
 
 def check_number(

@@ -123,15 +123,14 @@ def _plan_arrays(
     (kind, dtype, shape), (_, label_dtype, label_shape) = pred, label
     dtype, label_dtype = array_api.name_of(dtype), array_api.name_of(label_dtype)
     inputs.check_pred_dtype('pred', dtype)
-    positions = inputs.check_shapes(shape, label_shape, label_dtype, options.axis, options.sparse_label)
-    class_axes = [options.axis, *options.summed_axes]
-    inputs.check_axes('axis', options.summed_axes, shape, class_axes[:1])
-    inputs.check_axes('batch_axis', options.batch_axes, shape, class_axes)
+    inputs.check_shapes(shape, label_shape, label_dtype, options.axis, options.sparse_label)
+    inputs.check_axes('axis', options.summed_axes, shape, options.class_axes[:1])
+    inputs.check_axes('batch_axis', options.batch_axes, shape, options.class_axes)
     if class_weights is not None:
         inputs.check_class_weights(class_weights, shape[options.axis])
     layout = None
     if sample_weight is not None:
-        layout = inputs.weight_layout(sample_weight[2], shape, positions, options.axis, options.batch_axes)
+        layout = inputs.weight_layout(sample_weight[2], shape, options.class_axes, options.batch_axes)
     is_empty = 0 in shape
     is_stock = is_empty or kernels.resolve(options, dtype, device_type, False, is_main_thread) == 'stock'
     return Call(

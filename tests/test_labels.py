@@ -59,8 +59,11 @@ def test_ignore_label_does_not_ignore_its_neighbour(kernel):
 
 @pytest.mark.slow
 @pytest.mark.xdist_group('gigabytes')
-@pytest.mark.parametrize('dtype', ['int32', 'int64', 'float64'])
-@modes.parametrize([modes.default, modes.nested])
+@pytest.mark.parametrize(
+    ('mode', 'dtype'),
+    [(modes.default, 'int32'), (modes.default, 'float64'), (modes.nested, 'int64')],
+    ids=['int32', 'float64', 'int64-nested'],
+)
 def test_more_classes_than_float32_can_count(kernel, mode, dtype):
     pred = np.zeros((3, MANY), 'float32')
     pred[:, -1], pred[:, -2] = 30, -30

@@ -1,5 +1,7 @@
 """Values and gradients of the loss against float64: every row of the semantics table, however the loss is called."""
 
+import json
+
 import cases
 import modes
 import mxnet as mx
@@ -463,3 +465,45 @@ def test_step_divided_by_valid_count_is_the_step_of_the_whole_batch(rng):
     nothing = nd.zeros((1, 1, 8), ctx=mx.cpu(1)), nd.full((1, 1), -1, ctx=mx.cpu(1))
     whole = [(nd.array(data), nd.array(label)), nothing]
     assert_close(weights_after_one_step(parts), weights_after_one_step(whole), tolerances.TRAINED)
+
+
+SEVERAL_CLASS_AXES = {'axis': (1, 2), 'sparse_label': False, 'from_logits': True}
+
+
+@pytest.fixture
+def joint(rng):
+    """Log-probabilities and targets over two axes at once."""
+    pred = reference.log_softmax(rng.normal(0, 1, (2, 12))).reshape(2, 3, 4).astype('float32')
+    return pred, rng.dirichlet(np.ones(12), 2).reshape(2, 3, 4).astype('float32')
+
+
+@every_mode
+@pytest.mark.parametrize('shape', [None, (2, 3, 4), (2, 1, 4), (2, 3, 1), (2, 1, 1), (1, 1, 1)], ids=str)
+def test_several_class_axes_are_gluons(mode, shape, joint, rng, ctx):
+    """They are summed over; of a weight per class, the mean counts."""
+    arrays = joint if shape is None else (*joint, rng.uniform(0, 2, shape).astype('float32'))
+    expected = modes.eager(gluon.loss.SoftmaxCELoss(**SEVERAL_CLASS_AXES), *arrays)
+    for got, value in zip(mode(StableSoftmaxCELoss(**SEVERAL_CLASS_AXES), *arrays), expected):
+        assert_close(got, value, tolerances.ROUNDED_FLOAT32)
+
+
+def test_several_class_axes_in_the_metric_and_the_count(joint, ctx):
+    loss_fn = StableSoftmaxCELoss(**SEVERAL_CLASS_AXES)
+    pred, target = map(nd.array, joint)
+    metric = loss_fn.create_metric()
+    metric.update(target, pred)
+    assert metric.get()[1] == tolerances.ROUNDED_FLOAT32.approx(loss_fn(pred, target).mean().asscalar())
+    assert metric.num_inst == loss_fn.valid_count(target) == 2
+    resumed = loss_fn.create_metric()
+    resumed.load_state_dict(json.loads(json.dumps(metric.state_dict())))
+    assert resumed.get() == metric.get()
+
+
+def test_repr_between_two_options_that_are_set_later():
+    loss_fn = StableSoftmaxCELoss()
+    loss_fn._axis = 0  # which is the batch axis, too
+    assert repr(loss_fn) == 'StableSoftmaxCrossEntropyLoss(axis=0)'
+    with pytest.raises(ValueError, match='^batch_axis: expected an axis other than the class axis'):
+        loss_fn(nd.zeros((3, 4)), nd.zeros(4))
+    loss_fn._batch_axis = 1
+    assert loss_fn(nd.zeros((3, 4)), nd.zeros(4)).shape == (4,)

@@ -65,6 +65,7 @@ ORDER = [
     'kernels.fused',
     'kernels.library',
     'kernels',
+    'reduction',
     'pipeline',
     'inputs',
     'plan',

@@ -1,0 +1,117 @@
+"""Values and each entry of gradients against 60 digits or long double, relatively: with each kernel, in each mode."""
+
+import modes
+import mpmath
+import mxnet as mx
+import numpy as np
+import pytest
+import tolerances
+from checks import every_mode
+from tolerances import assert_close
+
+from gluon_stable_ce import StableCrossEntropy, StableSoftmaxCELoss
+
+pytestmark = pytest.mark.usefixtures('kernel')
+
+INF = float('inf')
+LEAST_NORMAL = 2.0**-126  # of float32: smaller entries have fewer digits
+GAPS = [-1e4, -200, -90, -20, -1, 0, 1, 15, 20, 40, 60, 69, 100, 300, 690, 1e4]
+DTYPES = pytest.mark.parametrize('dtype', ['float32', 'float64'])
+
+
+def exact(pred, label):
+    """The NLL and its gradient in long double, in the form that is exact for p near 0 and near 1; (N, C) logits."""
+    z, rows = pred.astype(np.longdouble), np.arange(len(pred))
+    others = z - z[rows, label][:, None]
+    others[rows, label] = -INF
+    most = others.max(1, keepdims=True)
+    log_odds = (most + np.log(np.exp(others - most).sum(1, keepdims=True)))[:, 0]
+    nll = np.where(log_odds > 0, log_odds, 0) + np.log1p(np.exp(-np.abs(log_odds)))
+    gradient = np.exp(others - nll[:, None])
+    gradient[rows, label] = np.expm1(-nll)
+    return nll.astype('float64'), gradient.astype('float64')
+
+
+def assert_exact(kernel, mode, pred, label):
+    """The loss and each entry of its gradient, within the stated bounds."""
+    kernel = 'stock' if mode is modes.exported_alone else kernel
+    value, entry = tolerances.stated(kernel, pred.dtype, pred.shape[1])
+    loss, gradient = mode(StableSoftmaxCELoss(), pred, label.astype('float32'))
+    expected, expected_gradient = exact(pred, label)
+    assert (loss >= 0).all()
+    assert_close(loss, expected, value)
+    # a loss below 1e-27 has the gradient of one that may be as large
+    assert_close(gradient, expected_gradient, entry._replace(absolute=max(entry.absolute, LEAST_NORMAL)))
+
+
+@DTYPES
+@every_mode
+@pytest.mark.parametrize('classes', [2, 10, 300])
+@pytest.mark.parametrize('scale', [0.1, 10])
+@pytest.mark.parametrize('offset', [0, -30, 1e4])
+def test_random_logits_and_gaps(kernel, mode, dtype, classes, scale, offset, rng):
+    label = rng.randint(0, classes, 40)
+    pred = rng.normal(offset, scale, (40, classes))
+    pred[np.arange(40), label] += np.linspace(-100, 100, 40)
+    assert_exact(kernel, mode, pred.astype(dtype), label)
+
+
+@DTYPES
+@pytest.mark.parametrize('gap', GAPS)
+@pytest.mark.parametrize('classes', [2, 3, 1000, pytest.param(1_000_000, marks=pytest.mark.slow)])
+@modes.parametrize([modes.default, modes.nested])
+def test_one_logit_above_or_below_equal_ones(kernel, mode, dtype, classes, gap):
+    pred, label = np.zeros((1, classes), dtype), classes // 2
+    pred[0, label] = gap
+    with mpmath.workdps(60):
+        expected = mpmath.log1p((classes - 1) * mpmath.e ** -mpmath.mpf(gap))
+        at_label, other = mpmath.expm1(-expected), -mpmath.expm1(-expected) / (classes - 1)
+    loss, gradient = mode(StableSoftmaxCELoss(), pred, np.array([label], 'float32'))
+    value, entry = tolerances.stated(kernel, dtype, classes)
+    assert_close(loss, [float(expected)], value)
+    assert_close(gradient[0, [label, 0]], [float(at_label), float(other)], entry)
+
+
+@DTYPES
+@every_mode
+@pytest.mark.parametrize(
+    ('pred', 'nll', 'gradient'),
+    [
+        pytest.param([5], 0, [0], id='one class'),
+        pytest.param([1e5, 0], 0, [0, 0], id='certain'),
+        pytest.param([1e30, 0], 0, [0, 0], id='huge'),
+        pytest.param([0, -1e30], 0, [0, 0], id='hugely negative'),
+        pytest.param([0, 1e30], 1e30, [-1, 1], id='hugely unlikely'),
+        pytest.param([1e30, 1e30], np.log(2), [-0.5, 0.5], id='huge and equal'),
+        pytest.param(
+            [1e8 + 8, 1e8], np.log1p(np.exp(-8)), [-1 / (1 + np.exp(8)), 1 / (1 + np.exp(8))], id='offset'
+        ),
+        pytest.param([1e-30, -1e-30], np.log(2), [-0.5, 0.5], id='tiny'),
+        pytest.param([3, -INF, -INF], 0, [0, 0, 0], id='all others masked'),
+        pytest.param([1, 1, -INF], np.log(2), [-0.5, 0.5, 0], id='masked'),
+        pytest.param([-INF, 1, 1], INF, [-1, 0.5, 0.5], id='label masked'),
+    ],
+)
+def test_special_logits(kernel, mode, dtype, pred, nll, gradient):
+    loss, got = mode(StableSoftmaxCELoss(), np.array([pred], dtype), np.zeros(1, 'float32'))
+    kernel = 'stock' if mode is modes.exported_alone else kernel
+    value, entry = tolerances.stated(kernel, dtype, len(pred))
+    assert_close(loss, [nll], value)
+    assert_close(got, [gradient], entry)
+
+
+@pytest.mark.parametrize('mode', [modes.default, modes.nested], ids=['default', 'nested'])
+def test_float16_logits_are_those_of_their_rounded_values(kernel, mode, rng):
+    label = rng.randint(0, 3000, 8)
+    pred = rng.normal(0, 3, (8, 3000)).astype('float16')
+    loss, _ = mode(StableSoftmaxCELoss(), pred, label.astype('float32'))
+    assert_close(loss, exact(pred, label)[0], tolerances.stated(kernel, 'float32', 3000)[0])
+
+
+@DTYPES
+@pytest.mark.parametrize('gap', [-60, 0, 20, 60])
+def test_the_metric_of_logits_is_as_exact(kernel, dtype, gap):
+    pred, label = np.array([[gap, 0, 0]], dtype), np.array([0])
+    metric = StableCrossEntropy(pred_type='logits')
+    metric.update(mx.nd.array(label), mx.nd.array(pred, dtype=dtype))
+    assert_close(metric.get()[1], exact(pred, label)[0][0], tolerances.stated(kernel, dtype, 3)[0])
