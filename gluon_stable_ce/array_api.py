@@ -5,15 +5,16 @@ in np mode as well: a NumPy-style array or symbol is viewed as a classic one (no
 the way in, and the result is viewed back on the way out.
 """
 
-from functools import lru_cache
+from functools import lru_cache, wraps
 from string import ascii_lowercase
 from types import ModuleType
-from typing import Any, Dict, List, Optional, Sequence, Union
+from typing import Any, Callable, Dict, List, Optional, Sequence, Union
 
 import mxnet as mx
 import numpy as np
 from mxnet import ndarray, numpy, symbol
 from mxnet.base import MXNetError
+from mxnet.contrib.amp import amp
 from mxnet.symbol.numpy import _Symbol as NumpySymbol
 from mxnet.util import is_np_array
 
@@ -57,8 +58,47 @@ def add_float32(F: F, array: Array, other: Array) -> Array:
     array, other = array.as_np_ndarray(), other.as_np_ndarray()
     if HAS_MIXED_ADD:
         return F.np.add(array, other).as_nd_ndarray()
-    array = F.np.multiply(array, F.ones(1).as_np_ndarray())
+    array = F.np.multiply(array, F.np.ones(1, dtype='float32'))
     return F.np.add(array, F.np.multiply(F.np.ones_like(array), other)).as_nd_ndarray()
+
+
+def promoted(F: F, array: Array) -> Array:
+    """Return an array of unknown dtype as float32, or float64 if it is that."""
+    # AMP does not let a graph have the classic operator, as that has no input to cast
+    return add_float32(F, array, F.np.zeros(1, dtype='float32'))
+
+
+def is_amp_on() -> bool:
+    """Whether ``amp.init`` was called, since when MXNet's operators cast their inputs."""
+    return bool(amp._amp_initialized)
+
+
+def without_amp(build: Callable[..., Array]) -> Callable[..., Array]:
+    """Keep AMP's casts out of the graph that ``build(F, call, *inputs)`` makes.
+
+    On a CPU these casts fail for 64-bit arrays, in which labels are compared.
+    """
+
+    @wraps(build)
+    def build_alone(F: F, call: Any, *inputs: Optional[Array]) -> Array:
+        if not is_amp_on() or not is_symbol(inputs[0]):
+            return build(F, call, *inputs)
+        given = {f'input{i}': array for i, array in enumerate(inputs) if array is not None}
+        variables = [
+            None if array is None else variable(f'input{i}', is_np_style(array))
+            for i, array in enumerate(inputs)
+        ]
+        graph = build(F, call, *variables)
+        graph_alone = mx.sym.load_json(graph.tojson())  # JSON leaves AMP's casts out
+        return in_style_of(graph, graph_alone(**given))
+
+    return build_alone
+
+
+def amp_float32(array: Array) -> Array:
+    """Cast bfloat16 and float16 to float32, in the way that exports leave out."""
+    F = mx.sym if is_symbol(array) else mx.nd
+    return in_style_of(array, F.amp_cast(as_classic(array), dtype='float32'))
 
 
 def with_zero_gradient(array: Array) -> Array:

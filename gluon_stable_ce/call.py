@@ -51,7 +51,5 @@ class Call(NamedTuple):
 
     @property
     def label_compare_dtype(self) -> str:
-        """In what labels are compared: float64 holds all. AMP, which makes bfloat16, can't read that."""
-        if self.has_few_classes:
-            return self.compute_dtype
-        return 'float32' if self.dtype == 'bfloat16' else 'float64'
+        """In what labels are compared: float64 holds all."""
+        return self.compute_dtype if self.has_few_classes else 'float64'

@@ -46,12 +46,18 @@ def plan(
         If the inputs are no arrays, or do not fit each other. Symbols are not checked.
     """
     if array_api.is_symbol(pred):
-        return _plan_symbols(options, pred, sample_weight, class_weights, fill), (pred, label, sample_weight)
+        pred, dtype = _read_symbol(pred)
+        call = _plan_symbols(options, pred, dtype, sample_weight, class_weights, fill)
+        return call, (pred, label, sample_weight)
     context = pred.context if array_api.is_array(pred) else None
+    described = _describe(pred)
+    if context is not None and array_api.name_of(described[1]) == 'bfloat16':  # no kernel reads it
+        pred = array_api.amp_float32(pred)
+        described = _describe(pred)
     call = _plan_arrays(
         options,
         fill,
-        _describe(pred),
+        described,
         _describe(label),
         None if sample_weight is None else _describe(sample_weight),
         class_weights,
@@ -65,8 +71,15 @@ def plan(
     return call, (pred, _readable(call, label), sample_weight)
 
 
-def _plan_symbols(options, pred, sample_weight, class_weights, fill):
+def _read_symbol(pred: Any) -> Tuple[Any, Optional[str]]:
+    """Return a symbol and its dtype. What may be bfloat16 is cast."""
     dtype = array_api.dtype_name(pred)
+    if dtype == 'bfloat16' or (dtype is None and array_api.is_amp_on()):
+        return array_api.amp_float32(pred), 'float32'
+    return pred, dtype
+
+
+def _plan_symbols(options, pred, dtype, sample_weight, class_weights, fill):
     return Call(
         options,
         fill,
@@ -153,8 +166,6 @@ def _readable(call: Call, label: Any) -> Any:
     """Return a sparse label as its readers need it: without a gradient that they would overwrite."""
     if not call.options.sparse_label:
         return label
-    if call.dtype == 'bfloat16':  # AMP's casts in a graph cannot read 64-bit labels
-        return label.astype('float32')
     is_overwritten = call.kernel == 'fused' and autograd.is_recording()
     if label.grad is not None:
         return array_api.with_zero_gradient(label) if is_overwritten else label

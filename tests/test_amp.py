@@ -1,78 +1,93 @@
-"""Mixed precision, in processes of its own, since amp.init cannot be undone."""
+"""AMP, MXNet's automatic mixed precision, in processes of its own: amp.init cannot be undone."""
 
+import os
 import subprocess
 import sys
 
-import mxnet as mx
 import pytest
 from modes import VERSION
 
-# A net learns, with and without a graph, from labels of several dtypes.
-BFLOAT16 = """
-import mxnet as mx, numpy as np
-from mxnet import autograd, gluon
-from mxnet.contrib import amp
-amp.init(target_dtype='bfloat16')
-from gluon_stable_ce import StableSoftmaxCELoss
-mx.random.seed(0)
-rng = np.random.RandomState(0)
-label = rng.randint(0, 4, 256)
-data = mx.nd.array(rng.normal(0, 1, (256, 8)) + 3 * np.eye(4, 8)[label])
-for dtype in ('float32', 'int32', 'int64'):
-    for hybridize in (False, True):
-        net = gluon.nn.HybridSequential()
-        net.add(gluon.nn.Dense(16, activation='relu'), gluon.nn.Dense(4))
-        net.initialize(mx.init.Xavier())
-        net.hybridize(hybridize)
-        trainer = gluon.Trainer(net.collect_params(), 'sgd', {'learning_rate': 0.1})
-        loss_fn = StableSoftmaxCELoss(ignore_label=-1, class_weight=[1, 1, 1, 2], label_smoothing=0.01)
-        losses = []
-        for _ in range(30):
-            with autograd.record():
-                loss = loss_fn(net(data), mx.nd.array(label, dtype=dtype))
-            loss.backward()
-            trainer.step(256)
-            assert loss.dtype == np.float32, loss.dtype
-            losses.append(float(loss.mean().asscalar()))
-        assert losses[-1] < losses[0] / 3, (dtype, hybridize, losses)
-"""
-# A layer learns with a loss scaler.
-FLOAT16 = """
-import mxnet as mx, numpy as np
-from mxnet import autograd, gluon
-from mxnet.contrib import amp
-amp.init()
-from gluon_stable_ce import StableSoftmaxCELoss
-rng = np.random.RandomState(0)
-label = rng.randint(0, 4, 256)
-with mx.gpu():
-    data = mx.nd.array(rng.normal(0, 1, (256, 8)) + 3 * np.eye(4, 8)[label])
-    net = gluon.nn.Dense(4)
-    net.initialize()
-    trainer = gluon.Trainer(net.collect_params(), 'sgd', {'learning_rate': 0.1}, update_on_kvstore=False)
-    amp.init_trainer(trainer)
-    loss_fn, losses = StableSoftmaxCELoss(), []
-    for _ in range(30):
-        with autograd.record():
-            loss = loss_fn(net(data), mx.nd.array(label))
-            with amp.scale_loss(loss, trainer) as scaled:
-                autograd.backward(scaled)
-        trainer.step(256)
-        losses.append(float(loss.mean().asscalar()))
-assert loss.dtype == np.float32 and losses[-1] < losses[0] / 3, losses
-"""
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(HERE)
 NO_BFLOAT16 = pytest.mark.skipif(VERSION < (1, 7), reason='MXNet has bfloat16 since 1.7')
-NO_GPU = pytest.mark.skipif(not mx.context.num_gpus(), reason="MXNet's float16 layers need a GPU")
+UNDER_AMP = """
+import os, sys
+import pytest
+from mxnet.contrib import amp
+amp.init(os.environ['AMP'])
+sys.exit(pytest.main(sys.argv[1:]))
+"""
+# A script that knows nothing of this package.
+SCRIPT = """
+import sys
+import mxnet as mx
+import numpy as np
+from mxnet import autograd, gluon
+from mxnet.contrib import amp
+amp.init(sys.argv[1])
+mx.random.seed(0)
+net = gluon.nn.HybridSequential()
+net.add(gluon.nn.Embedding(8, 4), gluon.nn.LayerNorm())
+if sys.argv[1] == 'bfloat16':
+    net.add(gluon.nn.Dense(4))
+net.initialize(mx.init.Normal(1))
+net.hybridize()
+trainer = gluon.Trainer(net.collect_params(), 'sgd', {'learning_rate': 1})
+loss_fn, metric = gluon.loss.SoftmaxCrossEntropyLoss(), mx.metric.CrossEntropy()
+data, label = mx.nd.arange(8), mx.nd.array(np.arange(8) % 4, dtype='int64')
+print(type(loss_fn).__module__)
+for _ in range(20):
+    with autograd.record():
+        pred = net(data)
+        loss = loss_fn(pred, label)
+    loss.backward()
+    trainer.step(8)
+    metric.reset()
+    metric.update(label, mx.nd.softmax(pred))
+    print(loss.mean().asscalar(), metric.get()[1])
+"""
+
+
+def python(*arguments, **variables):
+    """Run Python with the package and the tests' modules. Return what it prints."""
+    paths = [ROOT, HERE, os.environ.get('PYTHONPATH', '')]
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, 'PYTHONPATH': os.pathsep.join(paths), **variables},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    'code',
-    [pytest.param(BFLOAT16, marks=NO_BFLOAT16), pytest.param(FLOAT16, marks=NO_GPU)],
-    ids=['bfloat16', 'float16'],
+    ('dtype', 'tests'),
+    [
+        pytest.param('bfloat16', 'under_amp.py', marks=NO_BFLOAT16),
+        # the numbers are those without AMP
+        pytest.param('bfloat16', 'test_labels.py -k stock', marks=NO_BFLOAT16),
+        pytest.param('bfloat16', 'test_values.py -k stock', marks=NO_BFLOAT16),
+        ('float16', 'under_amp.py'),
+    ],
 )
-def test_a_net_learns(code):
-    done = subprocess.run(
-        [sys.executable, '-c', code], capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr
+def test_tests_pass_under_amp(dtype, tests):
+    name, *chosen = tests.split()
+    options = ['-q', '--tb=short', '-p', 'no:cacheprovider', '-p', 'no:xdist', '-m', 'not slow']
+    assert ' passed' in python('-c', UNDER_AMP, *options, os.path.join(HERE, name), *chosen, AMP=dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('dtype', [pytest.param('bfloat16', marks=NO_BFLOAT16), 'float16'])
+def test_a_script_under_run(dtype, tmp_path):
+    script = tmp_path / 'script.py'
+    script.write_text(SCRIPT)
+    module, *lines = python('-m', 'gluon_stable_ce', 'run', str(script), dtype).splitlines()
+    losses = [list(map(float, line.split())) for line in lines]
+    assert module == 'gluon_stable_ce.patching'
+    assert losses[-1][0] < losses[0][0] / 2
+    for loss, metric in losses:
+        assert metric == pytest.approx(loss, rel=1e-4)

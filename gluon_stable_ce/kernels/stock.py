@@ -247,8 +247,7 @@ def _clamped(F: F, nll: Any, is_signed: Optional[Array] = None) -> Array:
 
 
 def _promoted(F: F, call: Call, array: Array) -> Array:
-    """Return an array of unknown dtype as float32, or float64 if it is that."""
-    return array if call.dtype is not None else array_api.add_float32(F, array, F.zeros(1))
+    return array if call.dtype is not None else array_api.promoted(F, array)
 
 
 def class_axis_last(F: F, array: Array, axis: int, ndim: Optional[int] = None) -> Array:
