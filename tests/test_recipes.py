@@ -91,11 +91,7 @@ def tokens(rng):
     """Data (5, 4, 3), labels (5, 4) of which a third is -1, and a weight (6, 3)."""
     label = np.where(rng.uniform(size=(5, 4)) < 0.3, -1, rng.randint(0, 6, (5, 4))).astype('float32')
     label[3] = -1
-    return (
-        rng.normal(size=(5, 4, 3)).astype('float32'),
-        label,
-        rng.normal(size=(6, 3)).astype('float32'),
-    )
+    return (rng.normal(size=(5, 4, 3)).astype('float32'), label, rng.normal(size=(6, 3)).astype('float32'))
 
 
 def test_every_recipe_has_a_test():
