@@ -1,15 +1,10 @@
-"""Loss and metrics inside MXNet's own training loops: Estimator, Module, their callbacks and checkpoints; and a run that gets killed."""
+"""Loss and metrics inside MXNet's own training loops: Estimator, Module, their callbacks and checkpoints; DataLoader."""
 
 import contextlib
-import json
 import logging
 import math
 import os
 import re
-import shutil
-import signal
-import subprocess
-import sys
 
 import modes
 import mxnet as mx
@@ -318,52 +313,6 @@ def test_speedometer_and_log_validation(ctx, caplog):
     assert len(logged) == 4  # the callback's and the Module's own, in each epoch
 
 
-# A run that gets killed
-
-
-def train(folder, *wait_at):
-    """Run resumable.py; what it printed of each epoch. With a step to wait at, kill it there."""
-    env = dict(
-        os.environ,
-        PYTHONPATH=os.pathsep.join([os.path.dirname(HERE), os.environ.get('PYTHONPATH', '')]),
-        OMP_NUM_THREADS='1',
-    )  # so that the net itself comes out the same to the last bit
-    command = [sys.executable, os.path.join(HERE, 'resumable.py'), str(folder), *map(str, wait_at)]
-    epochs = []
-    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, universal_newlines=True) as process:
-        for line in process.stdout:
-            if line.startswith('waiting at '):
-                os.kill(process.pid, signal.SIGKILL)
-            else:
-                epochs.append(json.loads(line))
-    assert process.returncode == (-signal.SIGKILL if wait_at else 0)
-    return epochs
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not hasattr(signal, 'SIGKILL'), reason='this system has no SIGKILL')
-def test_a_run_that_was_killed_twice_reports_what_it_would_have(tmp_path):
-    """To the last bit, local and global window. A metric that starts anew with the second process does not."""
-    whole = tmp_path / 'whole'
-    killed = tmp_path / 'killed'
-    for folder in (whole, killed):
-        folder.mkdir()
-    expected = train(whole)
-    assert [epoch['count'] for epoch in expected] == [30 * 32] * 2
-    assert train(killed, 25) == []
-    assert json.loads((killed / 'checkpoint.json').read_text())['done'] == 21
-    assert train(killed, 55) == expected[:1]
-    forgetful = tmp_path / 'forgetful'
-    shutil.copytree(str(killed), str(forgetful))
-    assert train(killed) == expected[1:]
-
-    checkpoint = json.loads((forgetful / 'checkpoint.json').read_text())
-    (forgetful / 'checkpoint.json').write_text(
-        json.dumps(dict(checkpoint, metric=StableCrossEntropy(pred_type='logits').state_dict()))
-    )
-    assert train(forgetful)[0]['global'] != expected[1]['global']
-
-
 # DataLoader
 
 
@@ -382,34 +331,3 @@ def test_batches_of_a_data_loader(workers, pin_memory):
     expected = reference.loss_and_gradient(2 * data, label)[0]
     assert_close(np.concatenate(losses), expected, NLL)
     assert metric.get()[1] == NLL.approx(expected.mean())
-
-
-# The patterns of MXNet's own tests of losses
-
-
-@pytest.mark.parametrize('weighted', [False, True], ids=['', 'sample-weight'])
-def test_module_trains_on_a_symbol_of_the_loss(weighted):
-    """A Module of `make_loss` with (N,) weights: those of weight 0 are not learned."""
-    mx.random.seed(0)
-    data, label = blobs(0)
-    weight = (np.arange(SAMPLES) < SAMPLES // 2).astype('float32')
-    inputs = {'label': label, 'weight': weight} if weighted else {'label': label}
-    batches = mx.io.NDArrayIter(data, inputs, SAMPLES, label_name='label')
-    logits = mx.sym.FullyConnected(mx.sym.var('data'), num_hidden=CLASSES)
-    loss = mx.sym.make_loss(StableSoftmaxCELoss()(logits, *map(mx.sym.var, inputs)))
-    module = mx.mod.Module(loss, data_names=['data'], label_names=list(inputs))
-    module.fit(
-        batches,
-        num_epoch=60,
-        optimizer_params={'learning_rate': 0.5},
-        initializer=mx.init.Xavier(),
-        eval_metric=StableLoss(),
-    )
-    module.forward(next(iter(batches)), is_train=False)
-    values = module.get_outputs()[0].asnumpy()
-    params = {name: value.asnumpy() for name, value in module.get_params()[0].items()}
-    pred = data @ next(value for name, value in params.items() if name.endswith('weight')).T
-    pred = pred + next(value for name, value in params.items() if name.endswith('bias'))
-    expected = reference.loss_and_gradient(pred, label, *([weight] if weighted else []))[0]
-    assert_close(values, expected, tolerances.SUMS['float32'])
-    assert values[:10].mean() < 0.5

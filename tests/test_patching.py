@@ -13,7 +13,6 @@ import mxnet as mx
 import numpy as np
 import pytest
 from mxnet import autograd, gluon
-from mxnet.gluon.contrib import estimator
 from mxnet.gluon.loss import SoftmaxCELoss as ImportedBefore
 
 from gluon_stable_ce import (
@@ -476,18 +475,3 @@ def test_counts_from_several_threads(patched):
         thread.join()
     assert patched.metrics == 200
     assert repr(patched) == '<patch(): 0 losses and 200 metrics were replaced>'
-
-
-def test_estimator(patched, rng):
-    data = gluon.data.ArrayDataset(
-        rng.normal(0, 1, (16, 4)).astype('float32'), rng.randint(0, 3, 16).astype('float32')
-    )
-    net = gluon.nn.Dense(3)
-    net.initialize()
-    job = estimator.Estimator(
-        net, gluon.loss.SoftmaxCELoss(), trainer=gluon.Trainer(net.collect_params(), 'sgd')
-    )
-    job.fit(gluon.data.DataLoader(data, 4), val_data=gluon.data.DataLoader(data, 4), epochs=1)
-    accuracy, loss = job.train_metrics
-    assert type(accuracy) is mx.metric.Accuracy
-    assert loss.name == 'training softmaxcrossentropyloss'
