@@ -218,23 +218,10 @@ def test_labels_are_ignored_or_invalid_as_in_the_loss():
     assert audit(pred, np.full(9, 2**53 + 2)).invalid == 9
 
 
-@pytest.mark.parametrize(
-    'dtype',
-    [
-        'int8',
-        'uint8',
-        'int16',
-        'uint16',
-        'int32',
-        'uint32',
-        'int64',
-        'uint64',
-        'float16',
-        'float32',
-        'float64',
-        '>i4',
-    ],
-)
+@pytest.mark.parametrize('dtype', [
+    'int8', 'uint8', 'int16', 'uint16', 'int32', 'uint32', 'int64', 'uint64', 'float16', 'float32', 'float64',
+    '>i4',
+])  # fmt: skip
 def test_label_dtypes_change_nothing(dtype):
     pred, label = distributions(50, 9), labels_for(50, 9)
     assert same(audit(pred, label.astype(dtype)), audit(pred, label))
@@ -393,55 +380,46 @@ def test_a_memory_map_of_100_mb_needs_less_than_60_mb(tmp_path, pred_type, axis)
         (tmp_path / 'pred.npy').unlink()
 
 
-@pytest.mark.parametrize(
-    ('change', 'error', 'message'),
-    [
-        ({'pred': [[0.5, 0.5]]}, TypeError, 'pred: expected a NumPy array or an MXNet array, got list'),
-        ({'pred': np.eye(4, dtype=int)}, TypeError, 'pred: expected float16, float32 or float64, got int64'),
-        ({'pred': np.eye(4, dtype=complex)}, TypeError, 'pred: .* got complex128'),
-        (
-            {'pred': np.ones(4)},
-            ValueError,
-            r'pred: expected at least 2 axes, with the classes on axis -1, got shape \(4,\)',
-        ),
-        ({'pred': np.ones((4, 0))}, ValueError, r'got shape \(4, 0\)'),
-        (
-            {'pred': mx.nd.ones((4, 2)).tostype('row_sparse')},
-            TypeError,
-            'pred: expected a dense array, got row_sparse',
-        ),
-        (
-            {'label': np.zeros((4, 2))},
-            ValueError,
-            r'label: expected class indices of shape \(4,\) .* got \(4, 2\); if the labels are one-hot',
-        ),
-        (
-            {'pred': np.ones((2, 4)), 'label': np.zeros((2, 4)), 'axis': 0},
-            ValueError,
-            r'shape \(4,\) .* their argmax over axis 0',
-        ),
-        ({'label': np.zeros(3)}, ValueError, r'label: expected shape \(4,\)'),
-        ({'label': np.array(list('abcd'))}, TypeError, 'label: expected integers or floats, got <U1'),
-        ({'label': np.array([None] * 4)}, TypeError, 'label: expected integers or floats, got object'),
-        ({'label': np.zeros(4, bool)}, TypeError, 'label: expected integers or floats, got bool'),
-        (
-            {'pred': np.ones((4, 2049)), 'label': np.zeros(4, 'float16')},
-            TypeError,
-            'label: expected a dtype that can name 2049 classes, got float16',
-        ),
-        ({'axis': 2}, ValueError, 'classes on axis 2'),
-        ({'axis': 1.0}, TypeError, 'axis: expected an integer'),
-        (
-            {'pred_type': 'odds'},
-            ValueError,
-            "pred_type: expected one of 'probs', 'logits', 'log_probs', got 'odds'",
-        ),
-        ({'ignore_label': 0.5}, TypeError, 'ignore_label: expected an integer'),
-        ({'eps': -1.0}, ValueError, 'eps: expected a number from 0 to 1'),
-        ({'eps': float('nan')}, ValueError, 'eps: expected a number'),
-        ({'worst': -1}, ValueError, 'worst: expected a number from 0'),
-    ],
-)
+@pytest.mark.parametrize(('change', 'error', 'message'), [
+    ({'pred': [[0.5, 0.5]]}, TypeError, 'pred: expected a NumPy array or an MXNet array, got list'),
+    ({'pred': np.eye(4, dtype=int)}, TypeError, 'pred: expected float16, float32 or float64, got int64'),
+    ({'pred': np.eye(4, dtype=complex)}, TypeError, 'pred: .* got complex128'),
+    (
+        {'pred': np.ones(4)}, ValueError,
+        r'pred: expected at least 2 axes, with the classes on axis -1, got shape \(4,\)',
+    ),
+    ({'pred': np.ones((4, 0))}, ValueError, r'got shape \(4, 0\)'),
+    (
+        {'pred': mx.nd.ones((4, 2)).tostype('row_sparse')}, TypeError,
+        'pred: expected a dense array, got row_sparse',
+    ),
+    (
+        {'label': np.zeros((4, 2))}, ValueError,
+        r'label: expected class indices of shape \(4,\) .* got \(4, 2\); if the labels are one-hot',
+    ),
+    (
+        {'pred': np.ones((2, 4)), 'label': np.zeros((2, 4)), 'axis': 0}, ValueError,
+        r'shape \(4,\) .* their argmax over axis 0',
+    ),
+    ({'label': np.zeros(3)}, ValueError, r'label: expected shape \(4,\)'),
+    ({'label': np.array(list('abcd'))}, TypeError, 'label: expected integers or floats, got <U1'),
+    ({'label': np.array([None] * 4)}, TypeError, 'label: expected integers or floats, got object'),
+    ({'label': np.zeros(4, bool)}, TypeError, 'label: expected integers or floats, got bool'),
+    (
+        {'pred': np.ones((4, 2049)), 'label': np.zeros(4, 'float16')}, TypeError,
+        'label: expected a dtype that can name 2049 classes, got float16',
+    ),
+    ({'axis': 2}, ValueError, 'classes on axis 2'),
+    ({'axis': 1.0}, TypeError, 'axis: expected an integer'),
+    (
+        {'pred_type': 'odds'}, ValueError,
+        "pred_type: expected one of 'probs', 'logits', 'log_probs', got 'odds'",
+    ),
+    ({'ignore_label': 0.5}, TypeError, 'ignore_label: expected an integer'),
+    ({'eps': -1.0}, ValueError, 'eps: expected a number from 0 to 1'),
+    ({'eps': float('nan')}, ValueError, 'eps: expected a number'),
+    ({'worst': -1}, ValueError, 'worst: expected a number from 0'),
+])  # fmt: skip
 def test_bad_arguments_raise(change, error, message):
     arguments = {'pred': np.full((4, 2), 0.5), 'label': np.zeros(4, int), **change}
     with pytest.raises(error, match=message):

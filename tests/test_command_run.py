@@ -171,16 +171,12 @@ def test_a_script_that_forks_is_reported_once(write):
     assert run_in_new_process(write(script))[1].count('were replaced') == 1
 
 
-@pytest.mark.parametrize(
-    ('args', 'message'),
-    [
-        (['no-such-file.py'], "script: expected a file, got 'no-such-file.py'"),
-        (['--label-smoothing', '2', __file__], 'label_smoothing: expected a number from 0 to 1, got 2'),
-        ([], 'the following arguments are required: script'),
-        (['--ignore', '1', __file__], 'error:'),
-    ],
-    ids=['file', 'option', 'nothing', 'abbreviation'],
-)
+@pytest.mark.parametrize(('args', 'message'), [
+    (['no-such-file.py'], "script: expected a file, got 'no-such-file.py'"),
+    (['--label-smoothing', '2', __file__], 'label_smoothing: expected a number from 0 to 1, got 2'),
+    ([], 'the following arguments are required: script'),
+    (['--ignore', '1', __file__], 'error:'),
+], ids=['file', 'option', 'nothing', 'abbreviation'])  # fmt: skip
 def test_refuses(run, args, message):
     code, out, err = run(*args)
     assert (code, out) == (2, '')
@@ -194,16 +190,12 @@ print(mx.gluon.loss.SoftmaxCELoss()(pred, label).asnumpy().tolist())
 """
 
 
-@pytest.mark.parametrize(
-    ('option', 'losses'),
-    [
-        (['--ignore-label', '7'], r'0\.69\d*, 0\.0'),
-        (['--invalid-label', 'clip'], r'0\.69\d*, 0\.0001\d*'),
-        (['--class-weight', '2,1'], r'1\.38\d*, nan'),
-        (['--lse-square-scale', '1'], r'1\.17\d*, nan'),
-        (['--reduction', 'sum', '--label-smoothing', '0.5'], r'0\.69\d*, nan'),
-    ],
-    ids=lambda value: value[0][2:] if isinstance(value, list) else '',
-)
+@pytest.mark.parametrize(('option', 'losses'), [
+    (['--ignore-label', '7'], r'0\.69\d*, 0\.0'),
+    (['--invalid-label', 'clip'], r'0\.69\d*, 0\.0001\d*'),
+    (['--class-weight', '2,1'], r'1\.38\d*, nan'),
+    (['--lse-square-scale', '1'], r'1\.17\d*, nan'),
+    (['--reduction', 'sum', '--label-smoothing', '0.5'], r'0\.69\d*, nan'),
+], ids=lambda value: value[0][2:] if isinstance(value, list) else '')  # fmt: skip
 def test_options_reach_the_losses_of_the_script(run, write, option, losses):
     assert re.search(losses, run(*option, write(LOSSES))[1])

@@ -294,29 +294,22 @@ def test_a_store_of_one_worker_is_accepted_in_a_horovod_job_of_one(says, monkeyp
     assert all_reduce(mx.kv.create('horovod'), [3]) == [3]
 
 
-@pytest.mark.parametrize(
-    ('store', 'numbers', 'error', 'message'),
-    [
-        (
-            None,
-            [1],
-            TypeError,
-            'store: expected a store as mx.kv.create makes it, the module horovod.mxnet, or an object with rank, num_workers and pushpull; got None',
-        ),
-        ('dist_sync', [1], TypeError, "store: expected a store .* got 'dist_sync'"),
-        (threading.Event(), [1], TypeError, 'store: expected a store'),
-        ('local', 1, TypeError, 'numbers: expected a list of integers, got 1'),
-        ('local', [1.0], TypeError, r'numbers: expected a list of integers, got \[1.0\]'),
-        ('local', '12', TypeError, "numbers: expected a list of integers, got '12'"),
-        (
-            'local',
-            [0, 2**2239],
-            ValueError,
-            r'numbers: expected integers from -2\*\*2239 to 2\*\*2239 - 1, got one of 2240 bits',
-        ),
-        ('local', [-(2**2239) - 1], ValueError, 'numbers: expected integers from'),
-    ],
-)
+@pytest.mark.parametrize(('store', 'numbers', 'error', 'message'), [
+    (
+        None, [1], TypeError,
+        'store: expected a store as mx.kv.create makes it, the module horovod.mxnet, or an object with rank, num_workers and pushpull; got None',
+    ),
+    ('dist_sync', [1], TypeError, "store: expected a store .* got 'dist_sync'"),
+    (threading.Event(), [1], TypeError, 'store: expected a store'),
+    ('local', 1, TypeError, 'numbers: expected a list of integers, got 1'),
+    ('local', [1.0], TypeError, r'numbers: expected a list of integers, got \[1.0\]'),
+    ('local', '12', TypeError, "numbers: expected a list of integers, got '12'"),
+    (
+        'local', [0, 2**2239], ValueError,
+        r'numbers: expected integers from -2\*\*2239 to 2\*\*2239 - 1, got one of 2240 bits',
+    ),
+    ('local', [-(2**2239) - 1], ValueError, 'numbers: expected integers from'),
+])  # fmt: skip
 def test_all_reduce_rejects_bad_arguments(store, numbers, error, message):
     store = mx.kv.create('local') if store == 'local' else store
     with pytest.raises(error, match=message):

@@ -62,19 +62,15 @@ def test_from_dict_rejects_malformed(change):
         ExactSums.from_dict({**ExactSums().as_dict(), **change})
 
 
-@pytest.mark.parametrize(
-    ('values', 'mean'),
-    [
-        ([inf, 1], inf),
-        ([-inf, 1], -inf),
-        ([inf, -inf], nan),
-        ([nan, inf], nan),
-        ([], nan),
-        ([1.7e308, 1.7e308], 1.7e308),
-        ([0.1] * 10, 0.1),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(('values', 'mean'), [
+    ([inf, 1], inf),
+    ([-inf, 1], -inf),
+    ([inf, -inf], nan),
+    ([nan, inf], nan),
+    ([], nan),
+    ([1.7e308, 1.7e308], 1.7e308),
+    ([0.1] * 10, 0.1),
+], ids=str)  # fmt: skip
 def test_mean(values, mean):
     np.testing.assert_array_equal(ExactSums.of(np.array(values, 'float64')).over(len(values)), mean)
 

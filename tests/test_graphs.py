@@ -159,16 +159,12 @@ def test_hybridize_false_compiles_nothing(graphs, batch):
     assert graphs().hits == before.hits + 1
 
 
-@pytest.mark.parametrize(
-    ('flags', 'expected'),
-    [
-        ({}, {'static_alloc': True, 'static_shape': True}),
-        ({'static_alloc': False}, {'static_alloc': False, 'static_shape': False}),
-        ({'static_alloc': True, 'static_shape': False}, {'static_alloc': True, 'static_shape': False}),
-        ({'inline_limit': 3}, {'static_alloc': True, 'static_shape': True, 'inline_limit': 3}),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(('flags', 'expected'), [
+    ({}, {'static_alloc': True, 'static_shape': True}),
+    ({'static_alloc': False}, {'static_alloc': False, 'static_shape': False}),
+    ({'static_alloc': True, 'static_shape': False}, {'static_alloc': True, 'static_shape': False}),
+    ({'inline_limit': 3}, {'static_alloc': True, 'static_shape': True, 'inline_limit': 3}),
+], ids=str)  # fmt: skip
 def test_hybridize_flags_reach_the_graph(flags, expected, batch, monkeypatch):
     given = []
     make = mx.nd.CachedOp
