@@ -7,9 +7,11 @@ import mpmath
 import mxnet as mx
 import numpy as np
 import pytest
+import tolerances
 from audit_cases import as_pred_type, distributions, labels_for, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tolerances import AUDIT, FLOAT64, STOCK_METRIC, assert_close
 
 from gluon_stable_ce import Audit, StableCrossEntropy, audit
 from gluon_stable_ce.auditing import arrays
@@ -33,8 +35,8 @@ def test_mean_nll_equals_mpmath(pred_type, dtype):
         truth = mpmath.fsum(true_nll(row, y, pred_type) for row, y in zip(pred, label)) / 61
         perplexity = mpmath.exp(truth)
     found = audit(pred, label, pred_type=pred_type)
-    np.testing.assert_allclose(found.nll, float(truth), rtol=1e-14)
-    np.testing.assert_allclose(found.perplexity, float(perplexity), rtol=1e-13)
+    assert_close(found.nll, float(truth), AUDIT)
+    assert_close(found.perplexity, float(perplexity), FLOAT64)
     assert found.samples == 61
 
 
@@ -58,9 +60,7 @@ def test_mean_nll_equals_mpmath(pred_type, dtype):
 def test_nll_is_exact_for_probabilities_near_0_and_near_1(pred, label, pred_type):
     truth = float(true_nll(pred, label, pred_type))
     assert truth > 0
-    np.testing.assert_allclose(
-        audit(np.array([pred]), np.array([label]), pred_type=pred_type).nll, truth, rtol=1e-14
-    )
+    assert_close(audit(np.array([pred]), np.array([label]), pred_type=pred_type).nll, truth, AUDIT)
 
 
 @pytest.mark.parametrize(
@@ -102,11 +102,8 @@ def test_stock_values_equal_the_stock_metrics(dtype, eps, ignore_label):
     pred, label = distributions(20000, 11, dtype=dtype, sharpness=9), labels_for(20000, 11)
     found = audit(pred, label, eps=eps, ignore_label=ignore_label)
     cross_entropy, perplexity = real_metrics(pred, label, eps, ignore_label)
-    rtol = 1e-6 if dtype == 'float32' else 1e-12
-    np.testing.assert_allclose(found.stock_cross_entropy, cross_entropy, rtol=rtol)
-    np.testing.assert_allclose(
-        found.stock_perplexity, perplexity, rtol=20 * rtol
-    )  # the exponential of 13 or so
+    assert_close(found.stock_cross_entropy, cross_entropy, STOCK_METRIC[dtype])
+    assert_close(np.log(found.stock_perplexity), np.log(perplexity), STOCK_METRIC[dtype])
     if eps:
         assert found.under_eps > 20
         assert found.nll - found.stock_cross_entropy > 1e-3  # so that the test can distinguish the two
@@ -120,11 +117,8 @@ def test_stock_values_in_float16_equal_the_stock_metrics(dtype, count):
     pred = np.maximum(pred, np.float16(2.0**-14)).astype(dtype)  # without a p = 0, which would be inf at once
     found = audit(pred, label)
     cross_entropy, perplexity = real_metrics(pred, label)
-    np.testing.assert_allclose(
-        [found.stock_cross_entropy, np.log(found.stock_perplexity)],
-        [cross_entropy, np.log(perplexity)],
-        rtol=2e-3,
-    )
+    stock = [found.stock_cross_entropy, np.log(found.stock_perplexity)]
+    assert_close(stock, [cross_entropy, np.log(perplexity)], STOCK_METRIC['float16'])
     assert math.isinf(found.stock_cross_entropy) == (dtype == 'float16' and count == 30000)
     assert math.isfinite(found.nll)
 
@@ -135,9 +129,8 @@ def test_stock_values_of_logits_and_log_probs_equal_the_stock_metrics_of_probs(p
     p = mx.nd.softmax(mx.nd.array(z))
     pred = z if pred_type == 'logits' else mx.nd.log_softmax(mx.nd.array(z)).asnumpy()
     found = audit(pred, labels_for(5000, 6), pred_type=pred_type)
-    np.testing.assert_allclose(
-        found.stock_cross_entropy, real_metrics(p.asnumpy(), labels_for(5000, 6))[0], rtol=1e-5
-    )
+    cross_entropy, _ = real_metrics(p.asnumpy(), labels_for(5000, 6))
+    assert_close(found.stock_cross_entropy, cross_entropy, tolerances.NLL)
     assert found.under_eps > 100
     assert found.nll > found.stock_cross_entropy * 1.01
 
@@ -146,12 +139,9 @@ def test_under_eps_counts_samples_and_their_share_of_the_loss():
     p = np.array([1e-13, 1e-20, 0.5, 1e-12, 2e-12])
     found = audit(np.stack([p, 1 - p], axis=1), np.zeros(5, int))
     assert (found.samples, found.under_eps, found.zero, found.bad_rows) == (5, 2, 0, 0)
-    np.testing.assert_allclose(
-        found.under_eps_share, (math.log(1e-13) + math.log(1e-20)) / np.log(p).sum(), rtol=1e-14
-    )
-    np.testing.assert_allclose(
-        found.error, (np.log(p + 1e-12).sum() - np.log(p).sum()) / -np.log(p).sum(), rtol=1e-12
-    )
+    nll = -np.log(p)
+    assert_close(found.under_eps_share, nll[:2].sum() / nll.sum(), AUDIT)
+    assert_close(found.error, (nll + np.log(p + 1e-12)).sum() / nll.sum(), FLOAT64)
     p[0] = 0
     found = audit(np.stack([p, 1 - p], axis=1), np.zeros(5, int))
     assert (found.under_eps, found.zero, found.under_eps_share, found.nll, found.error) == (
@@ -182,9 +172,8 @@ def test_under_eps_counts_samples_and_their_share_of_the_loss():
 def test_relative_error(stock, exact, error):
     found = audit(np.array([[0.5, 0.5]]), np.array([0]))
     fields = {name: getattr(found, name) for name in found.__dataclass_fields__}
-    np.testing.assert_allclose(
-        Audit(**{**fields, 'nll': exact, 'stock_cross_entropy': stock}).error, error, rtol=1e-12
-    )
+    found = Audit(**{**fields, 'nll': exact, 'stock_cross_entropy': stock})
+    assert_close(found.error, error, FLOAT64)
 
 
 def test_bad_rows_counts_rows_that_do_not_sum_to_1():
@@ -279,10 +268,9 @@ def test_worst_does_not_depend_on_chunks(monkeypatch, worst, chunk):
     pred, label = distributions(5000, 3), labels_for(5000, 3)
     nll = -np.log(pred.astype('float64')[np.arange(5000), label])
     found = audit(pred, label, worst=worst).worst
-    np.testing.assert_allclose([sample.nll for sample in found], -np.sort(-nll)[:worst], rtol=1e-14)
-    np.testing.assert_allclose(
-        [nll[sample.index] for sample in found], [sample.nll for sample in found], rtol=1e-14
-    )
+    values = [sample.nll for sample in found]
+    assert_close(values, -np.sort(-nll)[:worst], AUDIT)
+    assert_close([nll[sample.index] for sample in found], values, AUDIT)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)

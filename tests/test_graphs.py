@@ -7,15 +7,16 @@ import pickle
 import subprocess
 import sys
 
-import cases
 import modes
 import mxnet as mx
 import numpy as np
 import pytest
 import reference
 import thread_worker
+import tolerances
 from checks import assert_loss_is_reference
 from mxnet import autograd, gluon
+from tolerances import assert_close
 
 from gluon_stable_ce import StableCrossEntropy, StableSoftmaxCELoss
 from gluon_stable_ce import graphs as graphs_module
@@ -101,10 +102,10 @@ def test_number_of_graphs_does_not_grow_with_the_number_of_classes(graphs, rng, 
         label = rng.randint(-1, classes, 5).astype('float32')
         expected, _ = reference.loss_and_gradient(pred, label, ignore_label=-1)
         loss = loss_fn(nd.array(pred), nd.array(label))
-        np.testing.assert_allclose(loss.asnumpy(), expected, **cases.CLOSE)
+        assert_close(loss.asnumpy(), expected)
         metric.update(nd.array(label), nd.softmax(nd.array(pred)))
         losses.append(expected[label != -1])
-    np.testing.assert_allclose(metric.get()[1], np.concatenate(losses).mean(), rtol=1e-6)
+    assert_close(metric.get()[1], np.concatenate(losses).mean(), tolerances.ROUNDED_FLOAT32)
     assert graphs().currsize == 2
 
 
@@ -120,7 +121,7 @@ def test_calls_of_every_kind_interleaved(rng, ctx):
     for arrays in calls + calls[::-1]:
         for mode in (modes.default, modes.np_mode):
             expected, _ = reference.loss_and_gradient(*arrays, ignore_label=-1)
-            np.testing.assert_allclose(mode(loss_fn, *arrays)[0], expected, **cases.CLOSE)
+            assert_close(mode(loss_fn, *arrays)[0], expected)
 
 
 def test_outputs_are_fresh(rng, ctx):
@@ -130,7 +131,7 @@ def test_outputs_are_fresh(rng, ctx):
     losses = [loss_fn(*batch) for batch in batches]
     for (pred, label), loss in zip(batches, losses):
         expected, _ = reference.loss_and_gradient(pred.asnumpy(), label.asnumpy())
-        np.testing.assert_allclose(loss.asnumpy(), expected, **cases.CLOSE)
+        assert_close(loss.asnumpy(), expected)
 
 
 def test_many_losses_in_one_record(rng, ctx):
@@ -143,8 +144,8 @@ def test_many_losses_in_one_record(rng, ctx):
     autograd.backward(losses)
     for (pred, label), loss in zip(batches, losses):
         expected, expected_gradient = reference.loss_and_gradient(pred.asnumpy(), label.asnumpy())
-        np.testing.assert_allclose(loss.asnumpy(), expected, **cases.CLOSE)
-        np.testing.assert_allclose(pred.grad.asnumpy(), expected_gradient, **cases.CLOSE)
+        assert_close(loss.asnumpy(), expected)
+        assert_close(pred.grad.asnumpy(), expected_gradient)
 
 
 def test_hybridize_false_compiles_nothing(graphs, batch):
@@ -152,7 +153,7 @@ def test_hybridize_false_compiles_nothing(graphs, batch):
     expected = loss_fn(*batch).asnumpy()
     before = graphs()
     loss_fn.hybridize(False)
-    np.testing.assert_allclose(loss_fn(*batch).asnumpy(), expected, **cases.CLOSE)
+    assert_close(loss_fn(*batch).asnumpy(), expected)
     assert graphs() == before
     loss_fn.hybridize()
     loss_fn(*batch)
@@ -218,7 +219,7 @@ def test_copies_compute_the_same(make_copy, class_weight, is_used, batch):
     for one in (other, loss_fn):
         np.testing.assert_array_equal(one(*batch).asnumpy(), expected)
         one.hybridize(False)
-        np.testing.assert_allclose(one(*batch).asnumpy(), expected, **cases.CLOSE)
+        assert_close(one(*batch).asnumpy(), expected)
 
 
 @CLASS_WEIGHT
@@ -251,7 +252,7 @@ def test_export_before_any_call(class_weight, weighted, batch, tmp_path):
     loss_fn = StableSoftmaxCELoss(class_weight=class_weight, ignore_label=0)
     inputs = (*batch, nd.array([1, 2, 3, 4])) if weighted else batch
     loaded = modes.load_exported(loss_fn, len(inputs), **({'sample_weight': True} if weighted else {}))
-    np.testing.assert_allclose(loaded(*inputs).asnumpy(), loss_fn(*inputs).asnumpy(), **cases.CLOSE)
+    assert_close(loaded(*inputs).asnumpy(), loss_fn(*inputs).asnumpy())
 
 
 @CLASS_WEIGHT
@@ -286,7 +287,7 @@ def test_export_of_a_dtype(tmp_path, rng):
     loaded = modes.load_exported(loss_fn, 2, dtype='float64')
     loss = loaded(pred, label)
     assert loss.dtype == np.float64
-    np.testing.assert_allclose(loss.asnumpy(), loss_fn(pred, label).asnumpy(), rtol=1e-12)
+    assert_close(loss.asnumpy(), loss_fn(pred, label).asnumpy(), tolerances.FLOAT64)
     with pytest.raises(TypeError, match='^dtype: expected one of the dtypes .*, got int8$'):
         loss_fn.export(str(tmp_path / 'loss'), dtype='int8')
 
