@@ -27,6 +27,7 @@ numpydoc_show_class_members = False  # api.rst names them, so that gluon's do no
 numpydoc_show_inherited_class_members = False
 numpydoc_class_members_toctree = False
 myst_heading_anchors = 4
+myst_enable_extensions = ['dollarmath']
 suppress_warnings = [
     'myst.xref_missing'
 ]  # MyST knows no sections of .rst pages; tests/test_docs.py checks all links

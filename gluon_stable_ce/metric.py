@@ -34,7 +34,7 @@ class StableLoss(RunningMean, mx.metric.Loss):
     ----------
     name : str, default 'loss'
     output_names, label_names : list of str, optional
-        What ``update_dict`` picks.
+        The names of the outputs and labels that ``update_dict`` passes to `update`.
 
     Raises
     ------
@@ -94,7 +94,7 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric):
         What reduces the class axis of logits, as for the loss.
     name : str, default 'cross-entropy'
     output_names, label_names : list of str, optional
-        What ``update_dict`` picks.
+        The names of the outputs and labels that ``update_dict`` passes to `update`.
 
     Raises
     ------
@@ -108,9 +108,10 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric):
     with as many rows, as in `mx.metric`.
 
     *Numerics.* Probabilities are picked first, and their logarithm is taken in float64 (1e-15 relative).
-    Logits are reduced as in the loss, with its error. Sums are exact and the division rounds once. So with
-    one kernel, the result is the same to the last bit however the data is split into batches, devices and
-    workers (``test_metric.py::test_results_do_not_depend_on_batches_devices_or_when_get_is_called``).
+    Logits are reduced as in the loss, with its relative error (``test_exactness.py``). Sums are exact and the
+    division rounds once. So with one kernel, the result is the same to the last bit however the data is split
+    into batches, devices and workers
+    (``test_metric.py::test_results_do_not_depend_on_batches_devices_or_when_get_is_called``).
 
     *Memory.* An update only waits for the one two updates ago. The arrays of the last two stay in memory, to
     be computed again if an error on the device skips them.

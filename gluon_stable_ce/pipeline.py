@@ -1,17 +1,12 @@
-r"""What a graph computes: the loss of each sample, or the NLL of each position.
+"""What a graph computes: the loss of each sample, or the NLL of each position, in nats."""
 
-Both begin with `kernels.class_terms`, the only step that reads the class axis or the labels. The others work
-on arrays of one number per position. Everything is in nats.
-"""
+from typing import Optional
 
-from typing import Any, Optional
-
-from . import array_api, graph_checks
+from . import array_api
 from .array_api import Array, F
 from .call import Call
-from .kernels import ClassTerms, class_terms
-from .kernels.terms import weighted
-from .labels import align_label, is_counted
+from .kernels import class_terms
+from .reduction import combine, reduce, sum_over_classes
 
 
 def loss_of(
@@ -23,17 +18,15 @@ def loss_of(
     class_weight: Optional[Array] = None,
 ) -> Array:
     """Compute the loss of each sample, (batch,), or of each position."""
-    given_pred, given_label, options = pred, label, call.options
+    given, options = pred, call.options
     pred, label, sample_weight, class_weight = map(
         array_api.as_classic, (pred, label, sample_weight, class_weight)
     )
-    loss = combine(F, call, class_terms(F, call, pred, label, class_weight))  # (positions...)
-    loss = reduce(F, call, loss, pred, label, sample_weight)  # (batch,)
+    terms = class_terms(F, call, pred, label, class_weight)  # (positions...) each
+    loss = reduce(F, call, combine(F, call, terms), pred, label, sample_weight)  # (batch,)
     if options.reduction == 'none' and options.sparse_label and call.label_ndim in (None, call.ndim):
-        loss = F.reshape_like(
-            loss, array_api.as_classic(given_label)
-        )  # it may have the class axis, of length 1
-    return array_api.in_style_of(given_pred, loss if options.weight is None else loss * options.weight)
+        loss = F.reshape_like(loss, label)  # which may have the class axis, of length 1
+    return array_api.in_style_of(given, loss if options.weight is None else loss * options.weight)
 
 
 def nll_of(F: F, call: Call, pred: Array, label: Array, *_: Optional[Array]) -> Array:
@@ -41,126 +34,5 @@ def nll_of(F: F, call: Call, pred: Array, label: Array, *_: Optional[Array]) -> 
     given, pred = pred, array_api.as_classic(pred)
     nll = class_terms(F, call, pred, array_api.as_classic(label)).nll
     if call.options.summed_axes:
-        nll = F.squeeze(_expand(F, call, nll, pred), axis=call.options.class_axes)
+        nll = F.squeeze(sum_over_classes(F, call, nll), axis=call.options.class_axes)
     return array_api.in_style_of(given, nll)
-
-
-def combine(F: F, call: Call, terms: ClassTerms) -> Array:
-    r"""Combine the terms of each position.
-
-    .. math:: \ell = (1-a)\, w_y (-\log p_y) + \frac{a}{C} \sum_j w_j (-\log p_j) + s \log^2 \sum_j e^{z_j}
-
-    with label smoothing a, class weights w and `lse_square_scale` s.
-    """
-    smoothing, scale = call.options.label_smoothing, call.options.lse_square_scale
-    loss: Any = terms.nll
-    if smoothing == 1:  # 0 * inf would be NaN
-        loss = terms.uniform_nll
-    elif smoothing:
-        uniform: Any = terms.uniform_nll
-        loss = (1 - smoothing) * loss + smoothing * uniform
-    if scale:
-        logsumexp: Any = terms.logsumexp
-        # the gradient of an infinite one's square is infinite, and NaN where it is multiplied by 0
-        is_finite = logsumexp - logsumexp == 0
-        logsumexp = F.where(is_finite, logsumexp, F.BlockGrad(logsumexp))
-        loss = loss + scale * F.square(logsumexp)
-    return loss
-
-
-def reduce(
-    F: F, call: Call, loss: Array, pred: Array, label: Array, sample_weight: Optional[Array] = None
-) -> Array:
-    """Weigh the losses of all positions and reduce them to one per sample.
-
-    Parameters
-    ----------
-    loss : (positions...)
-    pred : (..., C at the class axis, ...)
-        Only its shape is read.
-    label : as `class_terms` takes it
-        Read to count the positions of a sample.
-    sample_weight : optional
-
-    Returns
-    -------
-    loss : (batch,), or with ``reduction='none'`` the shape of `loss`
-    """
-    options = call.options
-    expanded = _expand(F, call, loss, pred)  # of pred's rank
-    if sample_weight is not None and not call.is_empty:  # MXNet fails to broadcast some empty arrays
-        expanded = weighted(F, expanded, align_sample_weight(F, call, sample_weight, expanded, pred))
-        loss = expanded if options.summed_axes else F.reshape_like(expanded, loss)
-    counts_positions = options.ignore_label is not None and options.reduction in ('mean', 'valid')
-    each_is_a_sample = call.ndim == 1 + len(options.batch_axes)
-    if options.reduction == 'none' or (
-        each_is_a_sample and not (counts_positions and options.reduction == 'valid')
-    ):
-        return loss
-    if call.is_empty:
-        return array_api.sum_of_none(F, expanded, options.batch_axes, call.ndim)
-    over = {'axis': options.batch_axes, 'exclude': True}
-    if not counts_positions:
-        return F.sum(expanded, **over) if options.reduction == 'sum' else F.mean(expanded, **over)
-    total = F.sum(expanded, **over)  # (batch,)
-    counted = is_counted(F, call, align_label(F, call, label, pred))  # (positions...)
-    counted = F.where(counted, F.ones_like(loss), F.zeros_like(loss))
-    count = F.sum(F.expand_dims(counted, axis=options.axis), **over)  # (batch,)
-    if options.reduction == 'valid':
-        count = F.mean(count, keepdims=True)
-    return F.broadcast_div(
-        total, F.where(count == 0, F.ones_like(count), count)
-    )  # where nothing counts, 0 / 1
-
-
-def _expand(F: F, call: Call, loss: Array, pred: Array) -> Array:
-    """Give losses an axis of length 1 for the classes, so that axes are counted as in `pred`."""
-    options = call.options
-    expanded = F.expand_dims(loss, axis=options.axis)
-    for batch_axis in options.batch_axes:
-        if call.ndim is None and (batch_axis < 0) != (options.axis < 0):  # it may be the class axis
-            expanded = graph_checks.with_axis_of(F, expanded, pred, batch_axis)
-    return F.sum(expanded, axis=options.summed_axes, keepdims=True) if options.summed_axes else expanded
-
-
-def align_sample_weight(F: F, call: Call, sample_weight: Array, expanded: Array, pred: Array) -> Array:
-    """Give sample weights the shape of `expanded`, the losses with an axis of length 1 for the classes."""
-    if call.dtype is not None:
-        sample_weight = F.cast(sample_weight, dtype=call.compute_dtype)
-    if call.ndim is None:
-        sample_weight = _align_unknown_weight(F, call, sample_weight, expanded, pred)
-    else:
-        sample_weight = _align_known_weight(F, call, sample_weight)
-    return F.broadcast_like(sample_weight, expanded)
-
-
-def _align_known_weight(F: F, call: Call, sample_weight: Array) -> Array:
-    """Give weights the rank of `pred`, with an axis of length 1 for the classes."""
-    ndim: Any = call.ndim
-    class_axes = [axis % ndim for axis in call.options.class_axes]
-    if call.weight_layout == 'pred':  # pred's shape: the mean over the classes counts
-        return F.mean(sample_weight, axis=tuple(class_axes), keepdims=True)
-    if call.weight_layout == 'positions':  # (positions...)
-        missing = class_axes
-    elif call.weight_layout == 'batch':  # (batch...)
-        missing = sorted(set(range(ndim)) - {axis % ndim for axis in call.options.batch_axes})
-    else:  # 'keepdims'
-        missing = []
-    for axis in sorted(missing):
-        sample_weight = F.expand_dims(sample_weight, axis=axis)
-    return sample_weight
-
-
-def _align_unknown_weight(F: F, call: Call, sample_weight: Array, expanded: Array, pred: Array) -> Array:
-    """Do the same for symbols, whose shapes are unknown. A weight of another shape is MXNet's shape error.
-
-    It has the shape of `expanded` or of `pred`, or one that broadcasts to them. With the classes last and the
-    batch first, it may also have the first axes only, such as (batch,).
-    """
-    if call.options.axis == -1 and call.options.batch_axes == (0,):
-        # MXNet broadcasts from the last axis on, so the order of the axes is reversed
-        ones = F.transpose(F.ones_like(expanded))  # (1, ..., batch)
-        sample_weight = F.transpose(F.broadcast_mul(ones, F.transpose(sample_weight)))  # (batch, ..., 1 or C)
-    for axis in call.options.class_axes:
-        sample_weight = graph_checks.with_axis_of_or_1(F, sample_weight, pred, axis)
-    return F.mean(sample_weight, axis=call.options.class_axes, keepdims=True)

@@ -7,8 +7,8 @@ from typing import Optional
 from ..array_api import Array, F
 from ..call import Call
 from ..options import KERNELS, Options, check_choice
+from ..terms import ClassTerms
 from . import fused, library, stock
-from .terms import ClassTerms
 
 __all__ = ['ClassTerms', 'class_terms', 'configured', 'resolve']
 

@@ -7,7 +7,7 @@ import mxnet as mx
 
 from ..array_api import Array, F, MXNetError
 from ..call import LOSS_FILL, Call
-from .terms import ClassTerms
+from ..terms import ClassTerms
 
 NAME = 'stable_ce_class_terms'
 
@@ -37,11 +37,13 @@ def class_terms(F: F, call: Call, pred: Array, label: Array, class_weight: Optio
     term                  float16, float32 float64
     ===================== ================ =======
     nll, logsumexp        3e-7             2e-13
-    gradient at the label 3e-7             2e-13
+    gradient              3e-7             2e-13
     ===================== ================ =======
 
     For a logsumexp between -1 and 1, the error is absolute. The gradient of float16 logits is rounded to
-    float16.
+    float16. Where thousands of logits are equal, all additions round to the same side: the error is at most
+    1e-6 then.
+
     A label at -inf has an infinite nll, and so has one beside a class at +inf. A label at +inf has NaN. NaN
     in any class of a position is NaN.
     """

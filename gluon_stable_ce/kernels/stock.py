@@ -4,12 +4,16 @@ The NLL of a label y is the softplus of the log-odds L against it, as exact for 
 
 .. math:: -\log p_y = \log(1 + e^L), \qquad L = \log \sum_{j \ne y} e^{z_j} - z_y
 
-`log_softmax` of the logits cannot tell L: its result is a difference of numbers near z, and rounds what is
-below 1e-6. So the label's logit is lowered by T = 64 first. Then
+`log_softmax` of the logits does not give L: it adds 1 for the largest logit to the sum, and so rounds off
+what is below 1e-7. So the label's logit is lowered by T = 64 first. Then
 
 .. math:: u = -\log \mathrm{softmax}(z - T e_y)_y = \log(1 + e^{L + T}), \qquad L = u - T + \log(1 - e^{-u})
 
-and the gradient that autograd makes of this is as exact, in each entry.
+and the gradient that autograd makes of this is as exact, in each entry. An error in L is the relative error
+of the NLL: 1e-5 in float32, up to 50,257 classes, most of it the rounding of numbers near 64; 1e-13 in
+float64, up to 10,000 (``test_exactness.py``). Where thousands of logits are equal, `log_softmax` rounds each
+addition to the same side: that adds up to 8e-9 per class, and 1.2e-16 in float64. The page on accuracy
+derives the formula.
 
 The layout of the class axis, casts of 16-bit floats and graphs of unknown rank are dealt with here, because
 only this kernel needs it.
@@ -21,7 +25,7 @@ from .. import array_api, graph_checks
 from ..array_api import Array, F
 from ..call import Call
 from ..labels import fill, read_labels
-from .terms import ClassTerms, weighted
+from ..terms import ClassTerms, weighted
 
 HALF = ('float16', 'bfloat16')
 T = 64.0  # by which the label's logit is lowered: the NLL is exact down to exp(-T)

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple, Optional
 
-from ..array_api import Array, F
+from .array_api import Array, F
 
 
 class ClassTerms(NamedTuple):

@@ -8,7 +8,7 @@ import reference
 from gluon_stable_ce.call import Call
 from gluon_stable_ce.kernels import ClassTerms
 from gluon_stable_ce.options import Options
-from gluon_stable_ce.pipeline import align_sample_weight, combine, reduce
+from gluon_stable_ce.reduction import align_sample_weight, combine, reduce
 
 nd = mx.nd
 nan, inf = float('nan'), float('inf')
