@@ -40,44 +40,38 @@ def test_mean_nll_equals_mpmath(pred_type, dtype):
     assert found.samples == 61
 
 
-@pytest.mark.parametrize(
-    ('pred', 'label', 'pred_type'),
-    [
-        ([20.0, 0.0], 0, 'logits'),
-        ([40.0, 0.0], 0, 'logits'),
-        ([700.0, 0.0], 0, 'logits'),
-        ([0.0, 1e5], 0, 'logits'),
-        ([1.0, 2.0, 3.0], 2, 'logits'),
-        ([-5e4, -5e4], 1, 'logits'),
-        ([float('-inf'), 0.0, 3.0], 1, 'logits'),
-        ([2.0, 2.0, 2.0], 0, 'logits'),
-        ([1e-43, 1.0], 0, 'probs'),
-        ([5e-324, 1.0], 0, 'probs'),
-        ([0.0, 1 - 2.0**-53], 1, 'probs'),
-        ([-1e-300, -800.0], 0, 'log_probs'),
-    ],
-)
+@pytest.mark.parametrize(('pred', 'label', 'pred_type'), [
+    ([20.0, 0.0], 0, 'logits'),
+    ([40.0, 0.0], 0, 'logits'),
+    ([700.0, 0.0], 0, 'logits'),
+    ([0.0, 1e5], 0, 'logits'),
+    ([1.0, 2.0, 3.0], 2, 'logits'),
+    ([-5e4, -5e4], 1, 'logits'),
+    ([float('-inf'), 0.0, 3.0], 1, 'logits'),
+    ([2.0, 2.0, 2.0], 0, 'logits'),
+    ([1e-43, 1.0], 0, 'probs'),
+    ([5e-324, 1.0], 0, 'probs'),
+    ([0.0, 1 - 2.0**-53], 1, 'probs'),
+    ([-1e-300, -800.0], 0, 'log_probs'),
+])  # fmt: skip
 def test_nll_is_exact_for_probabilities_near_0_and_near_1(pred, label, pred_type):
     truth = float(true_nll(pred, label, pred_type))
     assert truth > 0
     assert_close(audit(np.array([pred]), np.array([label]), pred_type=pred_type).nll, truth, AUDIT)
 
 
-@pytest.mark.parametrize(
-    ('pred', 'label', 'pred_type', 'nll'),
-    [
-        ([1.0, 0.0], 1, 'probs', float('inf')),
-        ([1.0, 0.0], 0, 'probs', 0.0),
-        ([float('nan'), 0.5], 0, 'probs', float('nan')),
-        ([-0.5, 1.5], 0, 'probs', float('nan')),
-        ([0.0, 1.0000001], 1, 'probs', 0.0),
-        ([float('-inf'), 0.0], 0, 'log_probs', float('inf')),
-        ([float('-inf'), 0.0], 0, 'logits', float('inf')),
-        ([float('nan'), 0.0], 1, 'logits', float('nan')),
-        ([float('inf'), 0.0], 0, 'logits', float('nan')),
-        ([float('-inf'), float('-inf')], 0, 'logits', float('nan')),
-    ],
-)
+@pytest.mark.parametrize(('pred', 'label', 'pred_type', 'nll'), [
+    ([1.0, 0.0], 1, 'probs', float('inf')),
+    ([1.0, 0.0], 0, 'probs', 0.0),
+    ([float('nan'), 0.5], 0, 'probs', float('nan')),
+    ([-0.5, 1.5], 0, 'probs', float('nan')),
+    ([0.0, 1.0000001], 1, 'probs', 0.0),
+    ([float('-inf'), 0.0], 0, 'log_probs', float('inf')),
+    ([float('-inf'), 0.0], 0, 'logits', float('inf')),
+    ([float('nan'), 0.0], 1, 'logits', float('nan')),
+    ([float('inf'), 0.0], 0, 'logits', float('nan')),
+    ([float('-inf'), float('-inf')], 0, 'logits', float('nan')),
+])  # fmt: skip
 def test_infinite_and_nan_nll_are_counted_apart(pred, label, pred_type, nll):
     found = audit(np.array([pred, pred]), np.array([label] * 2), pred_type=pred_type)
     np.testing.assert_equal(found.nll, nll)
@@ -153,22 +147,19 @@ def test_under_eps_counts_samples_and_their_share_of_the_loss():
     )
 
 
-@pytest.mark.parametrize(
-    ('stock', 'exact', 'error'),
-    [
-        (1.0, 2.0, 0.5),
-        (2.5, 2.0, 0.25),
-        (-1e-9, 1e-3, 1.000001),
-        (0.0, 0.0, 0.0),
-        (float('inf'), float('inf'), 0.0),
-        (float('inf'), 1.0, float('inf')),
-        (27.6, float('inf'), float('inf')),
-        (-1e-12, 0.0, float('inf')),
-        (float('nan'), 1.0, float('nan')),
-        (1.0, float('nan'), float('nan')),
-        (float('nan'), float('inf'), float('nan')),
-    ],
-)
+@pytest.mark.parametrize(('stock', 'exact', 'error'), [
+    (1.0, 2.0, 0.5),
+    (2.5, 2.0, 0.25),
+    (-1e-9, 1e-3, 1.000001),
+    (0.0, 0.0, 0.0),
+    (float('inf'), float('inf'), 0.0),
+    (float('inf'), 1.0, float('inf')),
+    (27.6, float('inf'), float('inf')),
+    (-1e-12, 0.0, float('inf')),
+    (float('nan'), 1.0, float('nan')),
+    (1.0, float('nan'), float('nan')),
+    (float('nan'), float('inf'), float('nan')),
+])  # fmt: skip
 def test_relative_error(stock, exact, error):
     found = audit(np.array([[0.5, 0.5]]), np.array([0]))
     fields = {name: getattr(found, name) for name in found.__dataclass_fields__}
@@ -221,15 +212,12 @@ def test_byte_order_of_predictions_changes_nothing():
     assert same(audit(pred.astype('>f4'), label), audit(pred, label))
 
 
-@pytest.mark.parametrize(
-    ('pred', 'label'),
-    [
-        pytest.param(distributions(3, 4), np.full(3, -1), id='all ignored'),
-        pytest.param(distributions(3, 4), np.full(3, 4), id='all invalid'),
-        pytest.param(np.zeros((0, 4)), np.zeros(0), id='no samples'),
-        pytest.param(np.zeros((3, 0, 4)), np.zeros((3, 0)), id='no positions'),
-    ],
-)
+@pytest.mark.parametrize(('pred', 'label'), [
+    pytest.param(distributions(3, 4), np.full(3, -1), id='all ignored'),
+    pytest.param(distributions(3, 4), np.full(3, 4), id='all invalid'),
+    pytest.param(np.zeros((0, 4)), np.zeros(0), id='no samples'),
+    pytest.param(np.zeros((3, 0, 4)), np.zeros((3, 0)), id='no positions'),
+])  # fmt: skip
 def test_means_are_nan_where_no_sample_counts(pred, label):
     found = audit(pred, label, ignore_label=-1)
     assert (found.samples, found.worst, found.under_eps, found.zero) == (0, (), 0, 0)

@@ -75,17 +75,14 @@ def test_flags_reach_the_function(tmp_path, capsys):
     assert found.ignored == (label == 2).sum() > 0
 
 
-@pytest.mark.parametrize(
-    ('p', 'bound', 'code'),
-    [
-        pytest.param(0.5, '0.01', 0, id='equal'),
-        pytest.param(1e-20, '0.01', 1, id='stock 27.63, exact 46.05'),
-        pytest.param(1e-20, '0.39', 1, id='just above the bound'),
-        pytest.param(1e-20, '0.41', 0, id='just below the bound'),
-        pytest.param(0.0, '0.01', 1, id='exact is infinite'),
-        pytest.param(float('nan'), '0.01', 1, id='nothing to compare'),
-    ],
-)
+@pytest.mark.parametrize(('p', 'bound', 'code'), [
+    pytest.param(0.5, '0.01', 0, id='equal'),
+    pytest.param(1e-20, '0.01', 1, id='stock 27.63, exact 46.05'),
+    pytest.param(1e-20, '0.39', 1, id='just above the bound'),
+    pytest.param(1e-20, '0.41', 0, id='just below the bound'),
+    pytest.param(0.0, '0.01', 1, id='exact is infinite'),
+    pytest.param(float('nan'), '0.01', 1, id='nothing to compare'),
+])  # fmt: skip
 def test_max_error_sets_the_exit_code(tmp_path, capsys, p, bound, code):
     np.savez(tmp_path / 'a.npz', pred=np.array([[p, 1 - p]] * 3), label=np.zeros(3, int))
     assert command(tmp_path / 'a.npz', '--max-error', bound) == code

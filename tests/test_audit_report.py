@@ -97,14 +97,11 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.mark.parametrize(
-    ('stream', 'progress', 'shown'),
-    [
-        pytest.param(Terminal(), True, True, id='terminal'),
-        pytest.param(Terminal(), False, False, id='terminal, not asked for'),
-        pytest.param(io.StringIO(), True, False, id='no terminal'),
-    ],
-)
+@pytest.mark.parametrize(('stream', 'progress', 'shown'), [
+    pytest.param(Terminal(), True, True, id='terminal'),
+    pytest.param(Terminal(), False, False, id='terminal, not asked for'),
+    pytest.param(io.StringIO(), True, False, id='no terminal'),
+])  # fmt: skip
 def test_progress_bar_is_shown_only_on_a_terminal(monkeypatch, stream, progress, shown):
     monkeypatch.setattr(sys, 'stderr', stream)
     audit(distributions(50, 4), labels_for(50, 4), progress=progress)

@@ -15,7 +15,7 @@ from gluon_stable_ce.__main__ import main
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SCRIPTS = os.path.join(HERE, 'scripts')
-SCRIPT_NAMES = ['bucketing.py', 'segmentation.py', 'seq2seq.py', 'ssd.py']
+SCRIPT_NAMES = ['bucketing.py', 'segmentation.py', 'seq2seq.py']
 
 
 def run_in_new_process(*args, folder=None):

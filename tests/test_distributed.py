@@ -115,16 +115,13 @@ def test_keys_of_many_calls_have_a_server():
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(
-    ('job', 'optimizer', 'update_on_kvstore', 'devices'),
-    [
-        ('sgd', 'sgd', True, 1),  # with multi_precision, where servers keep float64 values in float32
-        ('adam', 'adam', True, 2),
-        ('sync', 'sgd', False, 1),
-        ('device', 'sgd', False, 2),
-        ('async', 'sgd', True, 1),
-    ],
-)
+@pytest.mark.parametrize(('job', 'optimizer', 'update_on_kvstore', 'devices'), [
+    ('sgd', 'sgd', True, 1),  # with multi_precision, where servers keep float64 values in float32
+    ('adam', 'adam', True, 2),
+    ('sync', 'sgd', False, 1),
+    ('device', 'sgd', False, 2),
+    ('async', 'sgd', True, 1),
+])  # fmt: skip
 def test_store_of_a_trainer_reduces_too_and_trains_the_same(job, optimizer, update_on_kvstore, devices):
     """As one process with all data does. But for 'dist_async', where the result depends on who comes first."""
     answers = answers_of(job, f'training:{optimizer},{update_on_kvstore},{devices}')

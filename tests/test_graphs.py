@@ -27,11 +27,6 @@ pytestmark = pytest.mark.usefixtures('kernel')
 nd = mx.nd
 HERE = os.path.dirname(os.path.abspath(__file__))
 CLASS_WEIGHT = pytest.mark.parametrize('class_weight', [None, [1, 2, 3]], ids=['plain', 'class-weight'])
-COPIES = pytest.mark.parametrize(
-    'make_copy',
-    [copy.deepcopy, lambda loss_fn: pickle.loads(pickle.dumps(loss_fn))],
-    ids=['deepcopy', 'pickle'],
-)
 
 
 @pytest.fixture
@@ -206,7 +201,9 @@ def test_op_hooks_are_called_until_removed(is_used, batch):
     assert not names
 
 
-@COPIES
+@pytest.mark.parametrize('make_copy', [
+    copy.copy, copy.deepcopy, lambda loss_fn: pickle.loads(pickle.dumps(loss_fn)),
+], ids=['copy', 'deepcopy', 'pickle'])  # fmt: skip
 @CLASS_WEIGHT
 @pytest.mark.parametrize('is_used', [False, True], ids=['before-use', 'after-use'])
 def test_copies_compute_the_same(make_copy, class_weight, is_used, batch):
@@ -220,12 +217,6 @@ def test_copies_compute_the_same(make_copy, class_weight, is_used, batch):
         np.testing.assert_array_equal(one(*batch).asnumpy(), expected)
         one.hybridize(False)
         assert_close(one(*batch).asnumpy(), expected)
-
-
-@CLASS_WEIGHT
-def test_shallow_copies_compute_the_same(class_weight, batch):
-    loss_fn = StableSoftmaxCELoss(class_weight=class_weight)
-    np.testing.assert_array_equal(copy.copy(loss_fn)(*batch).asnumpy(), loss_fn(*batch).asnumpy())
 
 
 @CLASS_WEIGHT
@@ -260,24 +251,12 @@ def test_export_before_any_call(class_weight, weighted, batch, tmp_path):
 def test_export_does_not_depend_on_the_order_of_calls(class_weight, sample_weight, batch, tmp_path):
     calls = [batch, (*batch, nd.ones(4)), (nd.zeros((2, 4, 3)), nd.zeros((2, 4)))]
     files = []
-    for order in ([0, 1, 2], [2, 1, 0], [1, 0, 2, 1]):
+    for order in ([], [0, 1, 2], [2, 1, 0], [1, 0, 2, 1]):
         loss_fn = StableSoftmaxCELoss(class_weight=class_weight, prefix='loss_')
         for i in order:
             loss_fn(*calls[i])
         files.append(exported_files(loss_fn, tmp_path / 'loss', sample_weight=sample_weight))
-    assert files[0] == files[1] == files[2]
-
-
-@pytest.mark.parametrize('sample_weight', [False, True], ids=['', 'sample-weight'])
-def test_export_has_the_inputs_that_it_is_asked_for(sample_weight, batch, tmp_path):
-    """Whatever the calls before it had."""
-    for calls in ([], [batch], [(*batch, nd.ones(4))]):
-        loss_fn = StableSoftmaxCELoss()
-        for arrays in calls:
-            loss_fn(*arrays)
-        graph, _ = exported_files(loss_fn, tmp_path / 'loss', sample_weight=sample_weight)
-        names = {node['name'] for node in graph['nodes'] if node['op'] == 'null'}
-        assert names == {'data0', 'data1'} | ({'data2'} if sample_weight else set())
+    assert files == files[:1] * 4
 
 
 def test_export_of_a_dtype(tmp_path, rng):
@@ -302,13 +281,10 @@ def test_exported_graph_serves_any_number_of_classes(rng):
         np.testing.assert_array_equal(np.isnan(loaded(pred, label).asnumpy()), [False, False, True, False])
 
 
-@pytest.mark.parametrize(
-    ('engine', 'calls'),
-    [
-        pytest.param('ThreadedEnginePerDevice', 2500, marks=pytest.mark.slow),
-        pytest.param('NaiveEngine', 2500, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize(('engine', 'calls'), [
+    pytest.param('ThreadedEnginePerDevice', 2500, marks=pytest.mark.slow),
+    pytest.param('NaiveEngine', 2500, marks=pytest.mark.slow),
+])  # fmt: skip
 def test_four_threads_with_four_kinds_of_call(kernel, engine, calls):
     done = subprocess.run(
         [sys.executable, thread_worker.__file__, str(calls)],

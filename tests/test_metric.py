@@ -51,18 +51,15 @@ def test_probability_of_1e_43(ctx):
     assert round(ours.get()[1], 1) == 99.0  # 1e-43 itself is not a float32
 
 
-@pytest.mark.parametrize(
-    ('prob', 'nll'),
-    [
-        (0, math.inf),
-        (1, 0),
-        (1e-45, 103.2789),
-        (5e-324, 744.4401),
-        (1 + 2**-23, 0),
-        (math.nan, math.nan),
-        (-0.1, math.nan),
-    ],
-)
+@pytest.mark.parametrize(('prob', 'nll'), [
+    (0, math.inf),
+    (1, 0),
+    (1e-45, 103.2789),
+    (5e-324, 744.4401),
+    (1 + 2**-23, 0),
+    (math.nan, math.nan),
+    (-0.1, math.nan),
+])  # fmt: skip
 def test_probabilities_of_0_and_1_and_beyond(prob, nll, ctx):
     metric = StableCrossEntropy()
     metric.update(nd.array([1]), nd.array([[0.5, prob]], dtype='float64' if prob == 5e-324 else 'float32'))
@@ -310,25 +307,6 @@ def test_labels_elsewhere_are_moved(kind):
     metric, place = StableCrossEntropy(), mx.Context(kind, 1 if kind == 'cpu' else 0)
     metric.update(nd.array([1]).as_in_context(place), nd.array([[0.5, 0.5]]))
     assert metric.get()[1] == tolerances.FLOAT64.approx(math.log(2))
-
-
-@pytest.mark.parametrize(
-    'change',
-    [
-        *[{field: -1} for field in ('count', 'infinite', 'minus_infinite', 'nan', 'invalid')],
-        {'infinite': 2, 'count': 1},
-        {'total': ' 0x1f '},
-        {'total': '1_0'},
-        {'total': 'f', 'count': 0},
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize('window', ['local', 'global'])
-def test_load_state_dict_rejects_sums_that_no_metric_has(change, window):
-    state = StableLoss().state_dict()
-    state[window].update(change)
-    with pytest.raises(ValueError, match='^state: expected '):
-        StableLoss().load_state_dict(state)
 
 
 def test_load_state_dict_rejects_another_metrics_state():
