@@ -406,32 +406,6 @@ class TestSubclasses:
         assert_close(loss.asnumpy(), expected)
 
 
-def test_step_divided_by_valid_count_is_the_step_of_the_whole_batch(rng):
-    """Uneven batches on two contexts, summed and divided by what counts, against the mean over one concatenated batch."""
-    data, label = rng.normal(0, 1, (10, 6, 8)).astype('float32'), rng.randint(0, 5, (10, 6)).astype('float32')
-    for sample, length in enumerate(rng.randint(0, 7, 10)):
-        label[sample, length:] = -1
-
-    def weights_after_one_step(batches):
-        net = gluon.nn.Dense(5, flatten=False, in_units=8)
-        net.initialize(mx.init.Constant(0.1), ctx=[mx.cpu(0), mx.cpu(1)])
-        trainer = gluon.Trainer(net.collect_params(), 'sgd', {'learning_rate': 1}, update_on_kvstore=False)
-        loss_fn = StableSoftmaxCELoss(ignore_label=-1, reduction='sum')
-        with autograd.record():
-            losses = [loss_fn(net(x), y) for x, y in batches]
-        autograd.backward(losses)
-        trainer.step(loss_fn.valid_count([y for _, y in batches]))
-        return net.weight.data(mx.cpu(0)).asnumpy()
-
-    parts = [
-        (nd.array(data[rows], ctx=mx.cpu(i)), nd.array(label[rows], ctx=mx.cpu(i)))
-        for i, rows in enumerate((slice(0, 7), slice(7, 10)))
-    ]
-    nothing = nd.zeros((1, 1, 8), ctx=mx.cpu(1)), nd.full((1, 1), -1, ctx=mx.cpu(1))
-    whole = [(nd.array(data), nd.array(label)), nothing]
-    assert_close(weights_after_one_step(parts), weights_after_one_step(whole), tolerances.TRAINED)
-
-
 SEVERAL_CLASS_AXES = {'axis': (1, 2), 'sparse_label': False, 'from_logits': True}
 
 

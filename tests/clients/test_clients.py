@@ -22,7 +22,7 @@ JOBS = {
     'gluonts': [
         'wavenet_with_weights_of_positions', 'wavenet_with_weights_of_positions_hybridized', 'feed_forward',
     ],
-    'sockeye': ['with_softmax_output', 'without_softmax_output', 'with_gluons_loss', 'perplexity_metric'],
+    'sockeye': ['with_gluons_loss', 'perplexity_metric'],
 }  # fmt: skip
 # Losses and metrics that are replaced in all jobs.
 COUNTS = {
