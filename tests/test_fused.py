@@ -180,20 +180,6 @@ def test_small_probabilities_have_gradients_down_to_the_least_number():
     assert grad[0, 1] > 0
 
 
-@pytest.mark.parametrize('wrong', [NAN, INF, -1.0, 5.0, 2.5])
-@pytest.mark.parametrize(('shape', 'axis'), [((6, 5), -1), ((3, 5, 4), 1), ((1, 5, 80), 1), ((5, 7), 0)])
-def test_a_label_may_keep_the_class_axis(shape, axis, wrong, rng):
-    pred = rng.standard_normal(shape).astype('float32')
-    label = rng.randint(0, 5, np.delete(shape, axis)).astype('float32')
-    label.flat[-1] = wrong
-    (nll,), grad = run(pred, label, axis)
-    (kept,), grad_of_kept = run(pred, np.expand_dims(label, axis), axis)
-    np.testing.assert_array_equal(nll, kept)
-    np.testing.assert_array_equal(grad, grad_of_kept)
-    assert nll.shape == label.shape
-    assert np.isnan(nll).sum() == 1
-
-
 LAYOUTS = {
     'lines': (0, 1),
     'rows': (100, 1),
@@ -294,41 +280,6 @@ class NLL(gluon.HybridBlock):
     def hybrid_forward(self, F, pred, label):
         ndim = None if F is mx.sym else 2
         return class_terms(F, pred, label, ndim=ndim, is_guarded=True).nll
-
-
-@pytest.mark.parametrize('static', [False, True])
-def test_a_guarded_leaf_with_grad_req_add_adds(static, rng):
-    pred, label = mx.nd.array(rng.standard_normal((8, 100))), mx.nd.array(rng.randint(0, 100, 8))
-    block = NLL()
-    block.hybridize(static_alloc=static, static_shape=static)
-    grads = {}
-    for grad_req, times in (('write', 1), ('add', 3)):
-        pred.attach_grad(grad_req)
-        for _ in range(times):
-            with autograd.record():
-                nll = block(pred, label)
-            nll.backward()
-        grads[grad_req] = pred.grad.asnumpy()
-    np.testing.assert_allclose(grads['add'], 3 * grads['write'], rtol=1e-6)
-
-
-@pytest.mark.parametrize('hybridize', [False, True])
-@pytest.mark.parametrize('losses', [1, 2, 5])
-def test_several_losses_on_one_prediction_add_up(losses, hybridize, rng):
-    leaf = mx.nd.array(rng.standard_normal((8, 100)))
-    leaf.attach_grad()
-    labels = [mx.nd.array(rng.randint(0, 100, 8)) for _ in range(losses)]
-    block = NLL()
-    if hybridize:
-        block.hybridize()
-    total = np.zeros(leaf.shape)
-    with autograd.record():
-        pred = leaf * 2
-        values = [block(pred, label) for label in labels]
-    autograd.backward(values)
-    for label in labels:
-        total += 2 * run(leaf.asnumpy() * 2, label.asnumpy())[1]
-    np.testing.assert_allclose(leaf.grad.asnumpy(), total, rtol=0, atol=2 * losses * ROUNDING)
 
 
 @pytest.mark.parametrize('losses', [2, 8, 20])
@@ -502,29 +453,6 @@ def test_is_gradient_read_of_operators_and_compiled_graphs():
         }
         for name, (pred, expected) in is_read.items():
             assert fused.is_gradient_read(pred) == expected, name
-
-
-class Sum(gluon.HybridBlock):
-    def hybrid_forward(self, F, x, y):
-        return F.elemwise_add(x, y)
-
-
-@pytest.mark.parametrize('hybridize', [False, True])
-def test_a_leaf_behind_a_sum_needs_a_guard(hybridize):
-    """MXNet passes the gradient of a sum on to the leaf, where it must be added."""
-    net, leaf = Sum(), mx.nd.array([[1, 2, 3]])
-    net.hybridize(hybridize)
-    grads = {}
-    for grad_req, times in (('write', 1), ('add', 3)):
-        leaf.attach_grad(grad_req)
-        for _ in range(times):
-            with autograd.record():
-                pred = net(leaf, mx.nd.zeros((1, 3)))
-                is_guarded = not fused.is_gradient_read(pred)
-                nll = class_terms(mx.nd, pred, mx.nd.zeros(1), is_guarded=is_guarded).nll
-            nll.backward()
-        grads[grad_req] = leaf.grad.asnumpy()
-    np.testing.assert_allclose(grads['add'], 3 * grads['write'], rtol=1e-6)
 
 
 def test_other_threads_compute_with_the_stock_kernel(rng):
