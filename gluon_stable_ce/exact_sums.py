@@ -5,7 +5,7 @@ Metrics, the audit and the sums over workers are made of them.
 
 import math
 import re
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, replace
 from fractions import Fraction
 from operator import add
 
@@ -73,6 +73,16 @@ class ExactSums:
             nan=int(np.isnan(others).sum()),
             invalid=invalid,
         )
+
+    def with_count(self, count):
+        """Return these sums with another count, a float: of 0 values, only the total is left."""
+        # a fraction at times: gluoncv's RPNL1LossMetric counts a sum of weights divided by 4
+        sums = self if count else ExactSums(self.total)
+        return replace(sums, count=int(count) if count.is_integer() else count)
+
+    def with_sum(self, value):
+        """Return sums with the same counts of values and of invalid labels, whose sum is a float."""
+        return replace(ExactSums.of(np.array([value]), self.invalid), count=self.count)
 
     def as_dict(self):
         """Return JSON values by name; the total in hexadecimal, as other readers take no such number."""

@@ -6,6 +6,7 @@ import runpy
 import sys
 import textwrap
 import threading
+from typing import Any, Dict, Optional, Tuple
 
 from ..patching import PLACES, patch
 
@@ -15,7 +16,7 @@ def _numbers(text):
 
 
 # of the loss: type, what stands for the value, help
-_OPTIONS = {
+_OPTIONS: Dict[str, Tuple[Any, Optional[str], str]] = {
     'ignore_label': (int, 'LABEL', 'label of positions that do not count'),
     'class_weight': (_numbers, 'W,W,...', 'one weight for each class'),
     'label_smoothing': (float, 'A', 'how much of the target is spread over all classes'),
