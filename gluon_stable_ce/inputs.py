@@ -123,13 +123,7 @@ def check_labels(call: Call, pred: Array, label: Array) -> None:
 
 
 def on_context(name: str, array: Array, wanted: Any) -> Array:
-    """Return an array on the context of ``pred``. All memory of the CPU is one place, as it is for gluon.
-
-    Raises
-    ------
-    ValueError
-        If the array is on another device.
-    """
+    """Return an array on the context of ``pred``, the CPU being one for gluon; ValueError if it is elsewhere."""
     context = array.context
     if context == wanted:
         return array

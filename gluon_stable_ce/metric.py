@@ -18,23 +18,14 @@ from .options import check_metric_options
 from .pipeline import nll_of
 from .plan import plan
 
-__all__ = ['StableBitsPerToken', 'StableCrossEntropy', 'StableLoss', 'StablePerplexity']
-
-_EvalMetric = mx.metric.EvalMetric
-
 
 @mx.metric.register
 @mx.metric.alias('stable_loss')
 class StableLoss(RunningMean, mx.metric.Loss):
     """Mean of given loss values, in the place of `mx.metric.Loss`, of which it is a subclass.
 
-    The values are copied on their device and read some updates later, so they may be written over afterwards.
-
-    Parameters
-    ----------
-    name : str, default 'loss'
-    output_names, label_names : list of str, optional
-        What ``update_dict`` picks.
+    The parameters are those of `mx.metric.Loss`. The values are copied on their device and read some updates
+    later, so they may be written over afterwards.
 
     Raises
     ------
@@ -63,7 +54,7 @@ class StableLoss(RunningMean, mx.metric.Loss):
         label_names: Optional[List[str]] = None,
     ) -> None:
         # not through mx.metric.Loss.__init__, which may be ours if that was put in its place
-        _EvalMetric.__init__(self, name, output_names, label_names, has_global_stats=True)
+        mx.metric.EvalMetric.__init__(self, name, output_names, label_names, has_global_stats=True)
 
     def update(self, _: Any, preds: Arrays) -> None:
         """Take in an array of loss values of any shape, or a list of them, each on its own context."""
@@ -151,7 +142,7 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric):
         kwargs = {name: getattr(self._options, name) for name in given if name != 'kernel'}
         if self._options.summed_axes:
             kwargs['axis'] = list(self._options.class_axes)  # as JSON has it
-        _EvalMetric.__init__(
+        mx.metric.EvalMetric.__init__(
             self, name, output_names, label_names, has_global_stats=True, **kwargs, kernel=kernel
         )
 
@@ -174,12 +165,8 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric):
             return graphs.compiled(nll_of, call, graphs.STATIC)(*inputs)
 
     def _sums_of(self, values: np.ndarray) -> ExactSums:
-        if not self._options.sparse_label:
-            return ExactSums.of(values)
-        is_marked = values < 0
-        if not is_marked.any():
-            return ExactSums.of(values)
-        return ExactSums.of(values[~is_marked], invalid=int((values == METRIC_FILL.invalid).sum()))
+        is_marked = (values < 0) & self._options.sparse_label
+        return ExactSums.of(values[~is_marked], int((values[is_marked] == METRIC_FILL.invalid).sum()))
 
     def _value_of(self, sums: ExactSums) -> float:
         if sums.invalid:

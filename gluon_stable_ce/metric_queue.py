@@ -111,8 +111,7 @@ class RunningMean:
             raise ValueError(f'other: expected a metric with {self._identity()}, got {other._identity()}')
         theirs = {window: other._window(window) for window in _WINDOWS}
         with self._lock:
-            self._drain()
-            self._sums = {window: self._sums[window] + theirs[window] for window in _WINDOWS}
+            self._sums = {window: self._window(window) + theirs[window] for window in _WINDOWS}
 
     def state_dict(self) -> Dict[str, Any]:
         """Return all that the metric holds as plain JSON values, which can go into a checkpoint."""

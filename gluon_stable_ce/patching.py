@@ -14,8 +14,6 @@ from mxnet import gluon
 from .loss import StableSoftmaxCrossEntropyLoss
 from .metric import StableCrossEntropy, StableLoss, StablePerplexity
 
-__all__ = ['Patch', 'patch', 'unpatch']
-
 # Where each name is found, and the class that takes its place.
 PLACES = {
     'SoftmaxCrossEntropyLoss': (gluon.loss, StableSoftmaxCrossEntropyLoss),
@@ -195,10 +193,7 @@ def _changes(replacements):
 def _with_global(function, name, value):
     """Copy `function`, so that it reads `value` as its global `name`."""
     names = {**function.__globals__, name: value}
-    copy = types.FunctionType(
-        function.__code__, names, argdefs=function.__defaults__, closure=function.__closure__
-    )
-    copy.__kwdefaults__ = function.__kwdefaults__
+    copy = types.FunctionType(function.__code__, names, None, function.__defaults__, function.__closure__)
     return functools.update_wrapper(copy, function)
 
 
