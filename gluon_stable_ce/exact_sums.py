@@ -4,7 +4,6 @@ Metrics, the audit and the sums over workers are made of them.
 """
 
 import math
-import re
 from dataclasses import asdict, astuple, dataclass, replace
 from fractions import Fraction
 from operator import add
@@ -94,18 +93,18 @@ class ExactSums:
         names = [*cls.__dataclass_fields__]
         try:
             total, *counts = (state[name] for name in names)
-            is_sums = (
-                isinstance(total, str)
-                and re.fullmatch('-?[0-9a-f]+', total)
+            sums = cls(int(total, 16), *counts)
+            is_right = (
+                sums.as_dict()['total'] == total
                 and all(type(count) is int and count >= 0 for count in counts)
-                and sum(counts[1:4]) <= counts[0]  # of the values, as many are not finite
-                and (counts[0] or not int(total, 16))
+                and sums.infinite + sums.minus_infinite + sums.nan <= sums.count
+                and (sums.count or not sums.total)
             )
-        except (TypeError, KeyError):
-            is_sums = False
-        if not is_sums:
+        except (TypeError, KeyError, ValueError):
+            is_right = False
+        if not is_right:
             raise ValueError(f'state: expected sums with {", ".join(names)}, got {state!r:.200}')
-        return cls(int(total, 16), *counts)
+        return sums
 
     def __add__(self, other):
         return ExactSums(*map(add, astuple(self), astuple(other)))

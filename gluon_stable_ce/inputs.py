@@ -123,7 +123,10 @@ def check_labels(call: Call, pred: Array, label: Array) -> None:
 
 
 def on_context(name: str, array: Array, wanted: Any) -> Array:
-    """Return an array on the context of ``pred``, the CPU being one for gluon; ValueError if it is elsewhere."""
+    """Return an array on the context of ``pred``; ValueError if it is on another device.
+
+    All memory of the CPU is one place, as it is for gluon.
+    """
     context = array.context
     if context == wanted:
         return array

@@ -73,16 +73,10 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric):
 
     Parameters
     ----------
-    axis : int, default -1
-        Class axis of the predictions. With dense log-probabilities it may be several, as in the loss.
+    axis, ignore_label, sparse_label, kernel
+        As those of `StableSoftmaxCrossEntropyLoss`.
     pred_type : 'probs', 'logits' or 'log_probs'
         What the predictions are.
-    ignore_label : int, optional
-        Label of positions that do not count.
-    sparse_label : bool, default True
-        Whether labels are class indices, and not distributions over the classes.
-    kernel : 'auto', 'stock' or 'fused'
-        What reduces the class axis of logits, as for the loss.
     name : str, default 'cross-entropy'
     output_names, label_names : list of str, optional
         What ``update_dict`` picks.

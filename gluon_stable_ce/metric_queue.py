@@ -48,9 +48,6 @@ class RunningMean:
     name: str  # EvalMetric's
     _kwargs: Dict[str, Any]  # EvalMetric's: the options
     _lock: Any
-    _computing: Deque[Tuple[Array, Optional[Callable[[], Array]]]]  # the last updates
-    _computed: Deque[Array]  # those before
-    _sums: Dict[str, ExactSums]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Let `help` show the arguments of ``__init__``, and not those of ``__new__``, which takes any."""
@@ -68,7 +65,8 @@ class RunningMean:
     def reset(self) -> None:
         """Forget everything."""
         with self._lock:
-            self._computing, self._computed = deque(), deque()
+            self._computing: Deque[Tuple[Array, Optional[Callable[[], Array]]]] = deque()  # the last updates
+            self._computed: Deque[Array] = deque()  # those before
             self._sums = {window: ExactSums() for window in _WINDOWS}
 
     def reset_local(self) -> None:
