@@ -39,8 +39,7 @@ def all_reduce(store: Any, numbers: List[int]) -> List[int]:
         numbers.
 
         In a job of Horovod 0.24 or later: the module, that is `hvd` of ``import horovod.mxnet as hvd``, after
-        ``hvd.init()``. MXNet 1.x has no store for Horovod: ``mx.kv.create('horovod')`` returns a store of one
-        worker.
+        ``hvd.init()``; ``mx.kv.create('horovod')`` returns a store of one worker.
 
         Any other store, such as one that is registered with ``mx.kv.KVStoreBase.register``, must sum float64
         arrays in ``pushpull(key, value, out=out)``.
