@@ -39,8 +39,7 @@ def all_reduce(store: Any, numbers: List[int]) -> List[int]:
         numbers.
 
         In a job of Horovod 0.24 or later: the module, that is `hvd` of ``import horovod.mxnet as hvd``, after
-        ``hvd.init()``. MXNet 1.x has no store for Horovod: ``mx.kv.create('horovod')`` returns a store of one
-        worker.
+        ``hvd.init()``; ``mx.kv.create('horovod')`` returns a store of one worker.
 
         Any other store, such as one that is registered with ``mx.kv.KVStoreBase.register``, must sum float64
         arrays in ``pushpull(key, value, out=out)``.
@@ -88,12 +87,12 @@ def all_reduce(store: Any, numbers: List[int]) -> List[int]:
     heads = np.stack([np.arange(1, workers + 1), limbs[:, 2:].sum(axis=1) % 2**16], axis=1)
     if not (np.array_equal(limbs, rows) and np.array_equal(limbs[:, :2], heads)):
         raise RuntimeError(f'store: expected the sum of what {workers} workers gave, got something else')
-    data = limbs[:, 2:].tobytes()
-    parts = [
-        int.from_bytes(data[start : start + _BYTES], 'little', signed=True)
-        for start in range(0, len(data), _BYTES)
-    ]
-    return [sum(parts[index :: len(numbers)]) for index in range(len(numbers))]
+    parts = limbs[:, 2:].reshape(workers, len(numbers), _BYTES // 2)
+    return [sum(map(_integer_of, parts[:, index])) for index in range(len(numbers))]
+
+
+def _integer_of(limbs):
+    return int.from_bytes(limbs.tobytes(), 'little', signed=True)
 
 
 def _over_servers(store, rank, workers, row):

@@ -123,12 +123,9 @@ def check_labels(call: Call, pred: Array, label: Array) -> None:
 
 
 def on_context(name: str, array: Array, wanted: Any) -> Array:
-    """Return an array on the context of ``pred``. All memory of the CPU is one place, as it is for gluon.
+    """Return an array on the context of ``pred``; ValueError if it is on another device.
 
-    Raises
-    ------
-    ValueError
-        If the array is on another device.
+    All memory of the CPU is one place, as it is for gluon.
     """
     context = array.context
     if context == wanted:

@@ -2,6 +2,8 @@
 
 import inspect
 import math
+from contextlib import suppress
+from functools import cached_property, partial
 from typing import Any, Dict, Optional, Sequence, Tuple, Union
 
 import mxnet as mx
@@ -19,10 +21,6 @@ from .options import Options, as_numbers, check_loss_options
 from .pipeline import loss_of
 from .plan import plan
 
-__all__ = ['StableSoftmaxCELoss', 'StableSoftmaxCrossEntropyLoss']
-
-
-_Loss = gluon.loss.Loss
 _GLUON_OPTIONS = ('_axis', '_sparse_label', '_from_logits', '_weight', '_batch_axis')
 _FLAGS = ('static_alloc', 'static_shape', 'inline_limit', 'forward_bulk_size', 'backward_bulk_size')
 
@@ -179,7 +177,7 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         **kwargs: Any,
     ) -> None:
         # not through SoftmaxCrossEntropyLoss.__init__, which looks up its own name and may find ours there
-        _Loss.__init__(self, weight, batch_axis, **kwargs)
+        gluon.loss.Loss.__init__(self, weight, batch_axis, **kwargs)
         self._axis, self._sparse_label, self._from_logits = axis, sparse_label, from_logits  # as gluon's
         self._keyword_options: Dict[str, Any] = {
             'ignore_label': ignore_label,
@@ -201,21 +199,17 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         """Set an attribute. Gluon's options may be set later and in any order: the next call checks them."""
         super().__setattr__(name, value)
         if name in _GLUON_OPTIONS:
-            self.__dict__.pop('_checked_options', None)
+            self.__dict__.pop('_options', None)
 
     @property
     def _given_options(self) -> Dict[str, Any]:
         """The options as they were given or set."""
         return {**{name[1:]: getattr(self, name) for name in _GLUON_OPTIONS}, **self._keyword_options}
 
-    @property
+    @cached_property
     def _options(self) -> Options:
         """The checked options."""
-        checked = self.__dict__.get('_checked_options')
-        if checked is None:
-            checked = choice.configured(check_loss_options(self._given_options))
-            self.__dict__['_checked_options'] = checked
-        return checked
+        return choice.configured(check_loss_options(self._given_options))
 
     def forward(
         self, pred: Array, label: Array, sample_weight: Optional[Array] = None, *others: Array
@@ -227,10 +221,9 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         if others:
             raise TypeError(f'expected pred, label and sample_weight, got {3 + len(others)} inputs')
         call, (pred, label, sample_weight) = self._plan(pred, label, sample_weight)
-        if call.is_empty or not self._is_compiled:
-            return loss_of(mx.nd, call, pred, label, sample_weight, self._class_weight_for(pred))
-        class_weight = None if self.class_weight is None else self.class_weight.on(pred.context)
-        return self._graph(call)(pred, label, sample_weight, class_weight)
+        is_compiled = self._is_compiled and not call.is_empty
+        compute = self._graph(call) if is_compiled else partial(loss_of, mx.nd, call)
+        return compute(pred, label, sample_weight, self._class_weight_for(pred))
 
     def hybrid_forward(self, F: F, pred: Array, label: Array, sample_weight: Optional[Array] = None) -> Array:
         """Build the loss from symbols. After ``hybridize(False)``, run it on arrays by single operators."""
@@ -242,7 +235,7 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         return plan(self._options, pred, label, sample_weight, weights)
 
     def _class_weight_for(self, pred):
-        return None if self.class_weight is None else self.class_weight(pred)
+        return None if self.class_weight is None else self.class_weight.beside(pred)
 
     def _graph(self, call):
         if self._op_hook is None:
@@ -254,13 +247,8 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
     def __repr__(self) -> str:
         """Show the options that differ from their defaults, and the kernel of float32 arrays on the CPU."""
         shown = {**self._given_options, 'class_weight': self.class_weight}
-        try:
-            options = self._options
-            shown['kernel'] = choice.resolve(
-                options if options.kernel == 'stock' else options._replace(kernel='auto')
-            )
-        except (TypeError, ValueError):  # attributes that do not fit each other yet
-            pass
+        with suppress(TypeError, ValueError):  # attributes that do not fit each other yet
+            shown['kernel'] = choice.resolve(self._options)
         parameters = inspect.signature(StableSoftmaxCrossEntropyLoss.__init__).parameters
         changed = [
             f'{name}={shown[name]!r}'
@@ -392,7 +380,7 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         """
         options = self._options
         return StableCrossEntropy(
-            axis=options.class_axes if options.summed_axes else options.axis,
+            axis=options.class_axes,
             pred_type=options.pred_type,
             ignore_label=options.ignore_label,
             sparse_label=options.sparse_label,

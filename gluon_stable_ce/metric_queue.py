@@ -3,7 +3,7 @@
 import copy
 import inspect
 from collections import deque
-from dataclasses import astuple, replace
+from dataclasses import astuple
 from itertools import zip_longest
 from threading import RLock
 from typing import Any, Callable, Deque, Dict, List, Optional, Sequence, Tuple
@@ -19,29 +19,22 @@ _AT_ONCE = 32  # arrays that are read together
 _WINDOWS = ('local', 'global')
 
 
-def _count_property(window: str, doc: str) -> Any:
-    """Make a property of how many values there are. Subclasses that count by themselves set it."""
+def _window_property(window: str, read: Callable, replaced: Callable, doc: str) -> Any:
+    """Make a property of the sums of a window. Subclasses that add up by themselves set it."""
 
-    def set_count(metric, value):
-        # float32 or a fraction at times: gluoncv's RPNL1LossMetric counts a sum of weights divided by 4
-        value = float(value)
+    def set_value(metric, value):
         with metric._lock:
-            sums = metric._window(window) if value else ExactSums(metric._window(window).total)
-            metric._sums[window] = replace(sums, count=int(value) if value.is_integer() else value)
+            metric._sums[window] = replaced(metric._window(window), float(value))
 
-    return property(lambda metric: metric._window(window).count, set_count, doc=doc)
+    return property(lambda metric: read(metric._window(window)), set_value, doc=doc)
+
+
+def _count_property(window: str, doc: str) -> Any:
+    return _window_property(window, lambda sums: sums.count, ExactSums.with_count, doc)
 
 
 def _sum_property(window: str, doc: str) -> Any:
-    """Make a property of the sum of all values. Subclasses that add up by themselves set it."""
-
-    def set_sum(metric, value):
-        with metric._lock:
-            before = metric._window(window)
-            sums = ExactSums.of(np.array([float(value)]), before.invalid)
-            metric._sums[window] = replace(sums, count=before.count)
-
-    return property(lambda metric: metric._window(window).over(1), set_sum, doc=doc)
+    return _window_property(window, lambda sums: sums.over(1), ExactSums.with_sum, doc)
 
 
 class RunningMean:
@@ -55,9 +48,6 @@ class RunningMean:
     name: str  # EvalMetric's
     _kwargs: Dict[str, Any]  # EvalMetric's: the options
     _lock: Any
-    _computing: Deque[Tuple[Array, Optional[Callable[[], Array]]]]  # the last updates
-    _computed: Deque[Array]  # those before
-    _sums: Dict[str, ExactSums]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Let `help` show the arguments of ``__init__``, and not those of ``__new__``, which takes any."""
@@ -75,7 +65,8 @@ class RunningMean:
     def reset(self) -> None:
         """Forget everything."""
         with self._lock:
-            self._computing, self._computed = deque(), deque()
+            self._computing: Deque[Tuple[Array, Optional[Callable[[], Array]]]] = deque()  # the last updates
+            self._computed: Deque[Array] = deque()  # those before
             self._sums = {window: ExactSums() for window in _WINDOWS}
 
     def reset_local(self) -> None:
@@ -118,8 +109,7 @@ class RunningMean:
             raise ValueError(f'other: expected a metric with {self._identity()}, got {other._identity()}')
         theirs = {window: other._window(window) for window in _WINDOWS}
         with self._lock:
-            self._drain()
-            self._sums = {window: self._sums[window] + theirs[window] for window in _WINDOWS}
+            self._sums = {window: self._window(window) + theirs[window] for window in _WINDOWS}
 
     def state_dict(self) -> Dict[str, Any]:
         """Return all that the metric holds as plain JSON values, which can go into a checkpoint."""

@@ -11,30 +11,10 @@ from numpy.lib import format as npy
 
 
 def read_files(paths: List[str]) -> Tuple[np.ndarray, np.ndarray]:
-    """Read predictions and labels from files.
+    """Read predictions and labels from files; OSError or ValueError says what is wrong with one.
 
-    Parameters
-    ----------
-    paths : list of str
-        One ``.npz`` with the keys ``pred`` and ``label``, which is read whole; or two ``.npy``, predictions,
-        then labels, which are memory-mapped.
-
-    Raises
-    ------
-    OSError
-        If a file is not there.
-    ValueError
-        If a file is not a regular one, is not what its suffix says, is damaged, holds pickled objects or
-        lacks one of the two arrays, or if an array is empty.
-
-    Examples
-    --------
-    >>> import os, tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     path = os.path.join(folder, 'predictions.npz')
-    ...     np.savez(path, pred=[[0.5, 0.5]], label=[1])
-    ...     read_files([path])
-    (array([[0.5, 0.5]]), array([1]))
+    `paths` are one ``.npz`` with the keys ``pred`` and ``label``, which is read whole; or two ``.npy``,
+    predictions, then labels, which are memory-mapped.
     """
     suffixes = [os.path.splitext(path)[1].lower() for path in paths]
     if suffixes == ['.npz']:
