@@ -38,6 +38,20 @@ def test_plan_of_arrays():
     assert (call.compute_dtype, call.label_compare_dtype) == ('float32', 'float64')
 
 
+@pytest.mark.parametrize(
+    ('facts', 'expected'),
+    [
+        ({}, 'float64'),
+        ({'dtype': 'bfloat16'}, 'float32'),
+        ({'dtype': 'float32', 'has_few_classes': True}, 'float32'),
+        ({'dtype': 'float64', 'has_few_classes': True}, 'float64'),
+    ],
+    ids=str,
+)
+def test_label_compare_dtype(facts, expected):
+    assert Call(**facts).label_compare_dtype == expected
+
+
 def test_plan_of_symbols_knows_little():
     pred, label = mx.sym.var('pred'), mx.sym.var('label')
     assert call_of(pred, label) == Call(STOCK)

@@ -64,3 +64,8 @@ def test_a_sample_weight_of_another_layout(options, pred, weight):
 def test_a_batch_axis_that_is_the_class_axis():
     with pytest.raises(mx.MXNetError):
         modes.nested(StableSoftmaxCELoss(axis=-1, batch_axis=1), *zeros((4, 5), 4))
+
+
+def test_predictions_without_a_batch_axis():
+    with pytest.raises(mx.MXNetError):
+        modes.nested(StableSoftmaxCELoss(), *zeros(5, 1))
