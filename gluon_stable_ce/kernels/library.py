@@ -23,7 +23,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 SOURCES = os.path.join(HERE, 'fused')
 # -ffast-math is not among them: it would make the whole process round denormals to 0
 FLAGS = (
-    *('-O3', '-std=c++11', '-fPIC', '-shared', '-pthread', '-fopenmp-simd', '-w'),
+    *('-O3', '-std=c++14', '-fPIC', '-shared', '-pthread', '-fopenmp-simd', '-w'),
     *('-fno-math-errno', '-fno-trapping-math', '-ffp-contract=fast'),
 )
 END = b'end of stable_ce_class_terms'  # the last bytes of the file: one that was cut off crashes when loaded
