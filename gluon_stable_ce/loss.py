@@ -3,7 +3,7 @@
 import inspect
 import math
 from contextlib import suppress
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, Dict, Optional, Sequence, Tuple, Union
 
 import mxnet as mx
@@ -221,9 +221,10 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         if others:
             raise TypeError(f'expected pred, label and sample_weight, got {3 + len(others)} inputs')
         call, (pred, label, sample_weight) = self._plan(pred, label, sample_weight)
-        is_compiled = self._is_compiled and not call.is_empty
-        compute = self._graph(call) if is_compiled else partial(loss_of, mx.nd, call)
-        return compute(pred, label, sample_weight, self._class_weight_for(pred))
+        class_weight = self._class_weight_for(pred)
+        if call.is_empty or not self._is_compiled:
+            return loss_of(mx.nd, call, pred, label, sample_weight, class_weight)
+        return self._graph(call)(pred, label, sample_weight, class_weight)
 
     def hybrid_forward(self, F: F, pred: Array, label: Array, sample_weight: Optional[Array] = None) -> Array:
         """Build the loss from symbols. After ``hybridize(False)``, run it on arrays by single operators."""

@@ -60,7 +60,7 @@ def class_terms(F, pred, label, axis=-1, class_weight=None, logsumexp=False, uni
     options = {name: call.pop(name) for name in ('ignore_label', 'invalid_label') if name in call}
     options.update(axis=axis, lse_square_scale=float(logsumexp), label_smoothing=float(uniform))
     ndim = None if F is mx.sym else pred.ndim
-    call = Call(Options(**options), **{'ndim': ndim, 'is_guarded': False, **call})
+    call = Call(Options(**options), **{'ndim': ndim, 'needs_guard': False, **call})
     return fused.class_terms(F, call, pred, label, class_weight)
 
 
@@ -279,7 +279,7 @@ class NLL(gluon.HybridBlock):
 
     def hybrid_forward(self, F, pred, label):
         ndim = None if F is mx.sym else 2
-        return class_terms(F, pred, label, ndim=ndim, is_guarded=True).nll
+        return class_terms(F, pred, label, ndim=ndim, needs_guard=True).nll
 
 
 @pytest.mark.parametrize('losses', [2, 8, 20])
@@ -289,7 +289,7 @@ def test_losses_in_one_graph_add_up(losses, grad_req, rng):
 
     class Net(gluon.HybridBlock):
         def hybrid_forward(self, F, pred, *labels):
-            return F.add_n(*[class_terms(F, pred, label, is_guarded=True).nll for label in labels])
+            return F.add_n(*[class_terms(F, pred, label, needs_guard=True).nll for label in labels])
 
     net = Net()
     net.hybridize(static_alloc=True)
@@ -307,7 +307,7 @@ def test_losses_in_one_graph_add_up(losses, grad_req, rng):
 
 @pytest.mark.parametrize('req', ['null', 'write'])
 def test_symbols_run_with_and_without_gradients(req, rng):
-    terms = class_terms(mx.sym, mx.sym.var('pred'), mx.sym.var('label'), uniform=True, is_guarded=True)
+    terms = class_terms(mx.sym, mx.sym.var('pred'), mx.sym.var('label'), uniform=True, needs_guard=True)
     symbol = mx.sym.load_json((terms.nll + terms.uniform_nll).tojson())
     pred, label = rng.standard_normal((3, 7)).astype('float32'), np.array([0, 3, 6])
     executor = symbol.simple_bind(mx.cpu(), pred=(3, 7), grad_req={'pred': req, 'label': 'null'})
@@ -380,7 +380,7 @@ def test_label_and_class_weight_get_gradients_of_0(rng):
 def test_in_a_graph_of_symbols_label_and_class_weight_keep_their_gradients(rng):
     names = ('pred', 'label', 'class_weight')
     pred, label, weight = map(mx.sym.var, names)
-    nll = class_terms(mx.sym, pred, label, class_weight=weight, is_guarded=True).nll
+    nll = class_terms(mx.sym, pred, label, class_weight=weight, needs_guard=True).nll
     arrays = {'pred': mx.nd.ones((3, 7)), 'label': mx.nd.array([0, 3, 6]), 'class_weight': mx.nd.ones(7)}
     grads = {name: mx.nd.ones_like(array) * 5 for name, array in arrays.items()}
     executor = nll.bind(mx.cpu(), arrays, grads, grad_req='add')
@@ -434,25 +434,26 @@ class Reads(gluon.HybridBlock):
         return x * 2
 
 
-def test_is_gradient_read_of_operators_and_compiled_graphs():
+def test_needs_guard_of_operators_and_compiled_graphs():
     x = mx.nd.ones((2, 3))
     x.attach_grad()
     dense, static = gluon.nn.Dense(3), Reads()
     dense.initialize()
     static.hybridize(static_alloc=True)
     with autograd.record():
-        is_read = {
-            'in no graph': (mx.nd.ones(3), True),
-            'leaf': (x, False),
-            'elemwise_add': (x + x, False),
-            'add_n': (mx.nd.add_n(x, x, x), False),
-            'Dense': (dense(x), True),
-            'scalar': (x * 1, True),
-            'reshape': (x.reshape((3, 2)), True),
-            'compiled graph': (static(x), True),
+        needs_guard = {
+            'in no graph': (mx.nd.ones(3), False),
+            'leaf': (x, True),
+            'elemwise_add': (x + x, True),
+            'add_n': (mx.nd.add_n(x, x, x), True),
+            'Dense': (dense(x), False),
+            'scalar': (x * 1, False),
+            'reshape': (x.reshape((3, 2)), False),
+            'compiled graph': (static(x), False),
         }
-        for name, (pred, expected) in is_read.items():
-            assert fused.is_gradient_read(pred) == expected, name
+        for name, (pred, expected) in needs_guard.items():
+            assert fused.needs_guard(pred) == expected, name
+    assert not fused.needs_guard(x)  # nothing is recorded
 
 
 def test_other_threads_compute_with_the_stock_kernel(rng):
@@ -482,7 +483,7 @@ from gluon_stable_ce.options import Options
 assert library.load()
 
 def nll(pred, label):
-    return fused.class_terms(mx.nd, Call(ndim=2, is_guarded=False), pred, label, None).nll
+    return fused.class_terms(mx.nd, Call(ndim=2, needs_guard=False), pred, label, None).nll
 """
 BITS = f"""{OPERATOR}
 import hashlib

@@ -32,7 +32,7 @@ def test_plan_of_arrays():
         has_few_classes=False,
         is_empty=False,
         kernel='stock',
-        is_guarded=True,
+        needs_guard=True,
     )
     assert hash(call) == hash(Call(*call))
     assert (call.compute_dtype, call.label_compare_dtype) == ('float32', 'float64')

@@ -28,22 +28,24 @@ def configured(options: Options) -> Options:
 
 def resolve(
     options: Options,
-    dtype: Optional[str] = None,
     device_type: str = 'cpu',
     is_symbol: bool = False,
     is_main_thread: bool = True,
+    is_empty: bool = False,
 ) -> str:
     """Choose the kernel of a call.
 
     Parameters
     ----------
-    dtype, device_type : str
-        Of ``pred``. The dtype is None where a symbol does not tell.
+    device_type : str
+        Of ``pred``'s context.
     is_symbol : bool
         Whether ``pred`` is a symbol. Then 'auto' is 'stock', whose graphs run anywhere.
     is_main_thread : bool
-        MXNet has two resources that all calls of a library's operator share. Each call waits for one, and
-        then for the other. So two threads that call at the same time may deadlock.
+        Whether this is the main thread. MXNet has two resources that all calls of a library's operator share.
+        Each call waits for one, and then for the other. So two threads in the operator may deadlock.
+    is_empty : bool
+        Whether there are no positions. Then every kernel is 'stock'.
 
     Returns
     -------
@@ -54,20 +56,20 @@ def resolve(
     ValueError
         If the options ask for the fused kernel, and it cannot compute this.
     """
-    if options.kernel == 'stock' or (options.kernel == 'auto' and is_symbol):
+    if options.kernel == 'stock' or (options.kernel == 'auto' and is_symbol) or is_empty:
         return 'stock'
     if not _is_for_fused(options):
         reason: Optional[str] = 'it computes sparse labels and logits only'
     elif not device_type.startswith('cpu'):
         reason = f'it runs on the CPU, and pred is on a {device_type}'
-    elif dtype == 'bfloat16':
-        reason = 'it computes float16, float32 and float64, and pred is bfloat16'
     elif not is_main_thread:
         reason = 'it is for the main thread only'
     else:
         reason = None if library.load() else library.why_unavailable()
     if reason and options.kernel == 'fused':
-        raise ValueError(f"kernel: expected 'auto' or 'stock', as the fused kernel cannot be used: {reason}")
+        raise ValueError(
+            f"kernel: expected 'auto' or 'stock', got 'fused'; the fused kernel cannot be used: {reason}"
+        )
     return 'stock' if reason else 'fused'
 
 

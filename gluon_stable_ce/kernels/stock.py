@@ -98,8 +98,8 @@ def _terms_of_logits(F, call, logits, index, class_weight):
 
 def _lower(F: F, call: Call, logits: Array, index: Array) -> Array:
     """Lower the label's logit by T: by an addition, which has no gradient of what is added."""
-    if call.classes is not None:
-        by = F.one_hot(index, depth=call.classes, on_value=-T, dtype=call.compute_dtype)
+    if call.one_hot_depth is not None:
+        by = F.one_hot(index, depth=call.one_hot_depth, on_value=-T, dtype=call.compute_dtype)
         return logits + F.BlockGrad(by)
     by = F.BlockGrad(_is_label(F, call, logits, index) * -T)
     return array_api.add_float32(F, logits, by) if call.dtype is None else logits + by
