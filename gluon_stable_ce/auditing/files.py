@@ -27,7 +27,9 @@ def read_files(paths: List[str]) -> Tuple[np.ndarray, np.ndarray]:
             f'{", ".join(map(repr, paths))}; to save MXNet arrays: '
             "numpy.savez('predictions.npz', pred=pred.asnumpy(), label=label.asnumpy())"
         )
-    _check_not_empty(pred=pred, label=label)
+    for name, array in (('pred', pred), ('label', label)):
+        if not array.size:
+            raise ValueError(f'{name}: expected at least one number, got shape {array.shape}')
     return pred, label
 
 
@@ -41,12 +43,6 @@ def _read_safely(read, path):
             return read(path)
     except Exception as error:  # which one NumPy or zipfile raises depends on the bytes
         raise ValueError(f'{path}: cannot be read: {error or type(error).__name__}') from error
-
-
-def _check_not_empty(**arrays):
-    for name, array in arrays.items():
-        if not array.size:
-            raise ValueError(f'{name}: expected at least one number, got shape {array.shape}')
 
 
 def _read_npy(path):
