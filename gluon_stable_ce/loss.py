@@ -3,7 +3,7 @@
 import inspect
 import math
 from contextlib import suppress
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, Dict, Optional, Sequence, Tuple, Union
 
 import mxnet as mx
@@ -213,22 +213,23 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
             return super().forward(pred, label, *weight, *others)
         if others:
             raise TypeError(f'expected pred, label and sample_weight, got {3 + len(others)} inputs')
-        call, (pred, label, sample_weight) = self._plan(pred, label, sample_weight)
-        is_compiled = self._is_compiled and not call.is_empty
-        compute = self._graph(call) if is_compiled else partial(loss_of, mx.nd, call)
-        return compute(pred, label, sample_weight, self._class_weight_for(pred))
+        call, inputs = self._plan(pred, label, sample_weight)
+        if call.is_empty or not self._is_compiled:
+            return loss_of(mx.nd, call, *inputs)
+        return self._graph(call)(*inputs)
 
     def hybrid_forward(self, F: F, pred: Array, label: Array, sample_weight: Optional[Array] = None) -> Array:
         """Build the loss from symbols. After ``hybridize(False)``, run it on arrays by single operators."""
-        call, (pred, label, sample_weight) = self._plan(pred, label, sample_weight)
-        return loss_of(F, call, pred, label, sample_weight, self._class_weight_for(pred))
+        call, inputs = self._plan(pred, label, sample_weight)
+        return loss_of(F, call, *inputs)
 
     def _plan(self, pred, label, sample_weight):
-        weights = None if self.class_weight is None else self.class_weight.classes
-        return plan(self._options, pred, label, sample_weight, weights)
-
-    def _class_weight_for(self, pred):
-        return None if self.class_weight is None else self.class_weight.beside(pred)
+        """Return the `Call`, and all inputs of its graph in the order of INPUTS."""
+        if self.class_weight is None:
+            call, inputs = plan(self._options, pred, label, sample_weight)
+            return call, (*inputs, None)
+        call, inputs = plan(self._options, pred, label, sample_weight, self.class_weight.classes)
+        return call, (*inputs, self.class_weight.beside(pred))
 
     def _graph(self, call):
         if self._op_hook is None:

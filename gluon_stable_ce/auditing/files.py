@@ -46,19 +46,15 @@ def _read_safely(read, path):
 
 
 def _read_npy(path):
+    readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
     with open(path, 'rb') as file:
-        shape = _read_npy_shape(file)
+        version = npy.read_magic(file)
+        if version not in readers:  # 3 is for records, which are no predictions
+            raise ValueError(f'expected version 1 or 2 of the .npy format, got {version}')
+        shape, _, _ = readers[version](file)
     if min(shape, default=0) < 0:  # NumPy would infer it, and crash the process if the dtype has no bytes
         raise ValueError(f'expected a shape without negative sizes, got {shape}')
     return npy.open_memmap(path, mode='r')  # which refuses pickled objects
-
-
-def _read_npy_shape(file):
-    readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
-    version = npy.read_magic(file)
-    if version not in readers:  # 3 is for records, which are no predictions
-        raise ValueError(f'expected version 1 or 2 of the .npy format, got {version}')
-    return readers[version](file)[0]
 
 
 def _read_npz(path):
