@@ -172,14 +172,7 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         # not through SoftmaxCrossEntropyLoss.__init__, which looks up its own name and may find ours there
         gluon.loss.Loss.__init__(self, weight, batch_axis, **kwargs)
         self._axis, self._sparse_label, self._from_logits = axis, sparse_label, from_logits  # as gluon's
-        self._keyword_options: Dict[str, Any] = {
-            'ignore_label': ignore_label,
-            'label_smoothing': label_smoothing,
-            'lse_square_scale': lse_square_scale,
-            'reduction': reduction,
-            'invalid_label': invalid_label,
-            'kernel': kernel,
-        }
+        self._arguments = {name: value for name, value in locals().items() if name in Options._fields}
         self._options  # noqa: B018, which checks them
         self.class_weight: Optional[ClassWeight] = None
         if class_weight is not None:
@@ -197,7 +190,7 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
     @property
     def _given_options(self) -> Dict[str, Any]:
         """The options as they were given or set."""
-        return {**{name[1:]: getattr(self, name) for name in _GLUON_OPTIONS}, **self._keyword_options}
+        return {**self._arguments, **{name[1:]: getattr(self, name) for name in _GLUON_OPTIONS}}
 
     @cached_property
     def _options(self) -> Options:
@@ -378,7 +371,7 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
             pred_type=options.pred_type,
             ignore_label=options.ignore_label,
             sparse_label=options.sparse_label,
-            kernel=self._keyword_options['kernel'],
+            kernel=self._arguments['kernel'],
             **kwargs,
         )
 

@@ -14,7 +14,7 @@ from .call import METRIC_FILL
 from .exact_sums import ExactSums
 from .inputs import check_array_type
 from .metric_queue import RunningMean
-from .options import check_metric_options
+from .options import Options, check_metric_options
 from .pipeline import nll_of
 from .plan import plan
 
@@ -125,13 +125,7 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric):
     ) -> None:
         if args:
             raise TypeError(f'{type(self).__name__}: expected keyword arguments only, got {args}')
-        given = {
-            'axis': axis,
-            'pred_type': pred_type,
-            'ignore_label': ignore_label,
-            'sparse_label': sparse_label,
-            'kernel': kernel,
-        }
+        given = {name: value for name, value in locals().items() if name in Options._fields}
         self._options = kernels.configured(check_metric_options(given))
         config = {**{name: getattr(self._options, name) for name in given}, 'kernel': kernel}
         if self._options.summed_axes:
