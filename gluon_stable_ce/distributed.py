@@ -1,7 +1,4 @@
-"""Exact all-reduce of integers over the workers of an MXNet KVStore or of a Horovod job.
-
-The result does not depend on what the store does to the gradients that it carries.
-"""
+"""Exact all-reduce of integers over the workers of an MXNet KVStore or of a Horovod job."""
 
 import os
 import sys

@@ -201,9 +201,6 @@ def _stock_of(kind):
     return vars(kind).get('_in_place_of', kind)
 
 
-# The replacements
-
-
 class _ReplacementType(abc.ABCMeta):
     """Type of the replacements: what is an instance of the replaced class is an instance of the replacement.
 
