@@ -42,22 +42,14 @@ def _sum_of_chunk(rest):
 
 @dataclass(frozen=True)
 class ExactSums:
-    """Sums of the values that a metric is the mean of: integers, which add up exactly and in any order.
+    """Sums of the values that a metric is the mean of: integers, which add up exactly and in any order."""
 
-    Attributes
-    ----------
-    total : sum of the finite values in units of 2**-1126
-    count : how many values, finite or not
-    infinite, minus_infinite, nan : how many of them are not finite
-    invalid : how many labels had no value
-    """
-
-    total: int = 0
-    count: int = 0  # or a float, where a subclass of a metric counts by itself
-    infinite: int = 0
+    total: int = 0  # of the finite values, in units of 2**-1126
+    count: int = 0  # of all values; a float where a subclass of a metric counts by itself
+    infinite: int = 0  # how many of them are inf
     minus_infinite: int = 0
     nan: int = 0
-    invalid: int = 0
+    invalid: int = 0  # how many labels had no value
 
     @classmethod
     def of(cls, values, invalid=0):

@@ -179,14 +179,7 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         # not through SoftmaxCrossEntropyLoss.__init__, which looks up its own name and may find ours there
         gluon.loss.Loss.__init__(self, weight, batch_axis, **kwargs)
         self._axis, self._sparse_label, self._from_logits = axis, sparse_label, from_logits  # as gluon's
-        self._keyword_options: Dict[str, Any] = {
-            'ignore_label': ignore_label,
-            'label_smoothing': label_smoothing,
-            'lse_square_scale': lse_square_scale,
-            'reduction': reduction,
-            'invalid_label': invalid_label,
-            'kernel': kernel,
-        }
+        self._arguments = {name: value for name, value in locals().items() if name in Options._fields}
         self._options  # noqa: B018, which checks them
         self.class_weight: Optional[ClassWeight] = None
         if class_weight is not None:
@@ -204,7 +197,7 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
     @property
     def _given_options(self) -> Dict[str, Any]:
         """The options as they were given or set."""
-        return {**{name[1:]: getattr(self, name) for name in _GLUON_OPTIONS}, **self._keyword_options}
+        return {**self._arguments, **{name[1:]: getattr(self, name) for name in _GLUON_OPTIONS}}
 
     @cached_property
     def _options(self) -> Options:
@@ -220,23 +213,23 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
             return super().forward(pred, label, *weight, *others)
         if others:
             raise TypeError(f'expected pred, label and sample_weight, got {3 + len(others)} inputs')
-        call, (pred, label, sample_weight) = self._plan(pred, label, sample_weight)
-        class_weight = self._class_weight_for(pred)
+        call, inputs = self._plan(pred, label, sample_weight)
         if call.is_empty or not self._is_compiled:
-            return loss_of(mx.nd, call, pred, label, sample_weight, class_weight)
-        return self._graph(call)(pred, label, sample_weight, class_weight)
+            return loss_of(mx.nd, call, *inputs)
+        return self._graph(call)(*inputs)
 
     def hybrid_forward(self, F: F, pred: Array, label: Array, sample_weight: Optional[Array] = None) -> Array:
         """Build the loss from symbols. After ``hybridize(False)``, run it on arrays by single operators."""
-        call, (pred, label, sample_weight) = self._plan(pred, label, sample_weight)
-        return loss_of(F, call, pred, label, sample_weight, self._class_weight_for(pred))
+        call, inputs = self._plan(pred, label, sample_weight)
+        return loss_of(F, call, *inputs)
 
     def _plan(self, pred, label, sample_weight):
-        weights = None if self.class_weight is None else self.class_weight.classes
-        return plan(self._options, pred, label, sample_weight, weights)
-
-    def _class_weight_for(self, pred):
-        return None if self.class_weight is None else self.class_weight.beside(pred)
+        """Return the `Call`, and all inputs of its graph in the order of INPUTS."""
+        if self.class_weight is None:
+            call, inputs = plan(self._options, pred, label, sample_weight)
+            return call, (*inputs, None)
+        call, inputs = plan(self._options, pred, label, sample_weight, self.class_weight.classes)
+        return call, (*inputs, self.class_weight.beside(pred))
 
     def _graph(self, call):
         if self._op_hook is None:
@@ -385,7 +378,7 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
             pred_type=options.pred_type,
             ignore_label=options.ignore_label,
             sparse_label=options.sparse_label,
-            kernel=self._keyword_options['kernel'],
+            kernel=self._arguments['kernel'],
             **kwargs,
         )
 

@@ -146,12 +146,10 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric):
             'kernel': kernel,
         }
         self._options = choice.configured(check_metric_options(given))
-        kwargs = {name: getattr(self._options, name) for name in given if name != 'kernel'}
+        config = {**{option: getattr(self._options, option) for option in given}, 'kernel': kernel}
         if self._options.summed_axes:
-            kwargs['axis'] = list(self._options.class_axes)  # as JSON has it
-        mx.metric.EvalMetric.__init__(
-            self, name, output_names, label_names, has_global_stats=True, **kwargs, kernel=kernel
-        )
+            config['axis'] = list(self._options.class_axes)  # as JSON has it
+        mx.metric.EvalMetric.__init__(self, name, output_names, label_names, has_global_stats=True, **config)
 
     def update(self, labels: Arrays, preds: Arrays) -> None:
         """Take in labels and predictions: an array each, or lists of arrays, each pair on its own context."""

@@ -17,6 +17,9 @@ from .exact_sums import ExactSums
 _AHEAD = 2  # updates that the device may be behind
 _AT_ONCE = 32  # arrays that are read together
 _WINDOWS = ('local', 'global')
+# How a property is read and replaced in ExactSums.
+_COUNT = (lambda sums: sums.count, ExactSums.with_count)
+_SUM = (lambda sums: sums.over(1), ExactSums.with_sum)
 
 
 def _window_property(window: str, read: Callable, replaced: Callable, doc: str) -> Any:
@@ -27,14 +30,6 @@ def _window_property(window: str, read: Callable, replaced: Callable, doc: str) 
             metric._sums[window] = replaced(metric._window(window), float(value))
 
     return property(lambda metric: read(metric._window(window)), set_value, doc=doc)
-
-
-def _count_property(window: str, doc: str) -> Any:
-    return _window_property(window, lambda sums: sums.count, ExactSums.with_count, doc)
-
-
-def _sum_property(window: str, doc: str) -> Any:
-    return _window_property(window, lambda sums: sums.over(1), ExactSums.with_sum, doc)
 
 
 class RunningMean:
@@ -83,11 +78,13 @@ class RunningMean:
         """Return (name, value) of all since the last `reset`; NaN if there is nothing."""
         return self.name, self._value_of(self._window('global'))
 
-    num_inst = _count_property('local', 'How many values `get` is the mean of.')
-    sum_metric = _sum_property('local', 'The sum of the values that `get` is the mean of, rounded once.')
-    global_num_inst = _count_property('global', 'How many values `get_global` is the mean of.')
-    global_sum_metric = _sum_property(
-        'global', 'The sum of the values that `get_global` is the mean of, rounded once.'
+    num_inst = _window_property('local', *_COUNT, 'How many values `get` is the mean of.')
+    sum_metric = _window_property(
+        'local', *_SUM, 'The sum of the values that `get` is the mean of, rounded once.'
+    )
+    global_num_inst = _window_property('global', *_COUNT, 'How many values `get_global` is the mean of.')
+    global_sum_metric = _window_property(
+        'global', *_SUM, 'The sum of the values that `get_global` is the mean of, rounded once.'
     )
 
     @property

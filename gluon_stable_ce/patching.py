@@ -23,7 +23,6 @@ PLACES = {
     'Loss': (mx.metric, StableLoss),
 }
 _STOCK = {name: getattr(module, name) for name, (module, _) in PLACES.items()}
-_STOCK_EPS = 1e-12  # of mx.metric.CrossEntropy
 
 _LOCK = threading.RLock()
 _ACTIVE: List['Patch'] = []  # the innermost comes last
@@ -202,9 +201,6 @@ def _stock_of(kind):
     return vars(kind).get('_in_place_of', kind)
 
 
-# The replacements
-
-
 class _ReplacementType(abc.ABCMeta):
     """Type of the replacements: what is an instance of the replaced class is an instance of the replacement.
 
@@ -259,7 +255,7 @@ def _replacements(patched):
         def __init__(self, eps=None, name='cross-entropy', output_names=None, label_names=None, **kwargs):
             kwargs.setdefault('ignore_label', default)
             super().__init__(name=name, output_names=output_names, label_names=label_names, **kwargs)
-            self.eps = _STOCK_EPS if eps is None else eps
+            self.eps = 1e-12 if eps is None else eps  # as that of mx.metric.CrossEntropy
             if eps is not None:
                 warnings.warn(
                     f'eps: {eps} is ignored, as StableCrossEntropy takes the place of mx.metric.CrossEntropy '

@@ -173,10 +173,7 @@ def check_plot(path: str) -> None:
 
 def _new_figure():
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError('a plot needs matplotlib: pip install "matplotlib<3.9"') from error
-    figure = Figure(figsize=(8, 5))
-    FigureCanvasAgg(figure)  # without pyplot, a plot needs no display and leaves the caller's backend alone
-    return figure
+    return Figure(figsize=(8, 5))  # without pyplot, which needs a display or changes the caller's backend
