@@ -224,18 +224,6 @@ def test_update_inside_record_does_not_change_the_gradient(kernel, grad_req, rng
     assert metric.num_inst == 2 * (arrays[1] != -1).sum()
 
 
-def companion_batch(rng, rows, options):
-    """Log-probabilities of five classes and labels as the options have them."""
-    shape = (rows, 5, 3) if options.get('axis') == 1 else (rows, 3, 5)
-    pred = nd.log_softmax(nd.array(rng.normal(0, 5, shape)), axis=options.get('axis', -1))
-    if not options.get('sparse_label', True):
-        return pred, nd.softmax(nd.array(rng.normal(0, 1, shape)))
-    label = nd.array(rng.randint(0, 5, (rows, 3)))
-    if 'ignore_label' in options:
-        label[0, 0] = options['ignore_label']
-    return pred, label
-
-
 @pytest.mark.parametrize(
     'options',
     [{}, {'ignore_label': -1}, {'axis': 1}, {'from_logits': True}, {'sparse_label': False}],
@@ -248,14 +236,12 @@ def companion_batch(rng, rows, options):
 )
 def test_create_metric_is_the_mean_of_the_loss(options, beside, rng, ctx):
     """Over all positions that count of any batches; weights and smoothing are not in it."""
-    loss_fn, plain = (
-        StableSoftmaxCELoss(**options, **beside),
-        StableSoftmaxCELoss(reduction='none', **options),
-    )
-    metric = loss_fn.create_metric(name='nll')
-    total, count = 0.0, 0
+    loss_fn = StableSoftmaxCELoss(**options, **beside)
+    plain = StableSoftmaxCELoss(reduction='none', **options)
+    metric, total, count = loss_fn.create_metric(name='nll'), 0.0, 0
     for rows in (4, 1, 7):
-        pred, label = companion_batch(rng, rows, options)
+        shape = (rows, 5, 3) if 'axis' in options else (rows, 3, 5)
+        pred, label = map(nd.array, cases.make(rng, shape, **{'axis': -1, **options}, invalid=False))
         total += plain(pred, label).asnumpy().astype('float64').sum()
         count += loss_fn.valid_count(label)
         metric.update([label], [pred])
