@@ -412,15 +412,15 @@ template <typename S> class Reduction {
   void write_lines(const Tile<T>& tile, const Gradient<T>& gradient, S* out) const {
     T buffer[kTile], result[kTile];
     for (int64_t j = tile.j_begin; j < tile.j_end; j++) {
-      S* const line = out + j * work.inner;
-      T* const to = work.lines_in_place ? target(line + tile.at[0], result) : result;
-      gradient_of_line(load_line(tile, j, buffer), options.uniform ? weights[j] : T(0), tile.n, &gradient, to);
-      if (work.lines_in_place) {
-        store(to, tile.n, line + tile.at[0]);
-      } else {
-        for (int t = 0; t < tile.n; t++) put(to[t], line + tile.at[t]);
-      }
+      const T w = options.uniform ? weights[j] : T(0);
+      gradient_of_line(load_line(tile, j, buffer), w, tile.n, &gradient, result);
+      store_line(result, tile, out + j * work.inner);
     }
+  }
+
+  void store_line(const T* line, const Tile<T>& tile, S* out) const {
+    if (work.lines_in_place) return store(line, tile.n, out + tile.at[0]);
+    for (int t = 0; t < tile.n; t++) put(line[t], out + tile.at[t]);
   }
 
   // One class of the tile's positions: in place, or in `buffer`
