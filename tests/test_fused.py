@@ -68,6 +68,7 @@ def run(pred, label, axis=-1, grads=None, label_dtype='float64', **options):
     """Terms as a list of arrays, and the gradient of pred; `grads` are the incoming gradients, default ones."""
     pred = mx.nd.array(pred, dtype=pred.dtype)
     pred.attach_grad()
+    pred.grad[:] = NAN  # what is not written stays
     with autograd.record():
         terms = class_terms(mx.nd, pred, mx.nd.array(label, dtype=label_dtype), axis, **options)
     terms = [term for term in terms if term is not None]

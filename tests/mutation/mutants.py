@@ -159,7 +159,8 @@ def _cpp_replaced(match: 're.Match') -> Iterator[Mutant]:
     if match.group('operator'):
         texts = [text.replace(text.strip(), other) for other in OPERATORS.get(text.strip(), ())]
     elif match.group('number'):
-        texts = [f'({text} * 2)' if '.' in text else f'({text} + 1)']
+        is_scaled = '.' in text and float(text.rstrip('f'))
+        texts = [f'({text} * 2)' if is_scaled else f'({text} + 1)']
     else:
         texts = [' == 0 ? ' if match.group('condition') else '']
     for other in texts:
