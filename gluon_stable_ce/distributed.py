@@ -84,12 +84,8 @@ def all_reduce(store: Any, numbers: List[int]) -> List[int]:
     heads = np.stack([np.arange(1, workers + 1), limbs[:, 2:].sum(axis=1) % 2**16], axis=1)
     if not (np.array_equal(limbs, rows) and np.array_equal(limbs[:, :2], heads)):
         raise RuntimeError(f'store: expected the sum of what {workers} workers gave, got something else')
-    parts = limbs[:, 2:].reshape(workers, len(numbers), _BYTES // 2)
-    return [sum(map(_integer_of, parts[:, index])) for index in range(len(numbers))]
-
-
-def _integer_of(limbs):
-    return int.from_bytes(limbs.tobytes(), 'little', signed=True)
+    columns = limbs[:, 2:].reshape(workers, len(numbers), _BYTES // 2).swapaxes(0, 1)
+    return [sum(int.from_bytes(part.tobytes(), 'little', signed=True) for part in parts) for parts in columns]
 
 
 def _over_servers(store, rank, workers, row):

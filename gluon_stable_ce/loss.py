@@ -179,6 +179,7 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         # not through SoftmaxCrossEntropyLoss.__init__, which looks up its own name and may find ours there
         gluon.loss.Loss.__init__(self, weight, batch_axis, **kwargs)
         self._axis, self._sparse_label, self._from_logits = axis, sparse_label, from_logits  # as gluon's
+        # as they were given; of gluon's own arguments, the attributes are read, which may be set later
         self._arguments = {name: value for name, value in locals().items() if name in Options._fields}
         self._options  # noqa: B018, which checks them
         self.class_weight: Optional[ClassWeight] = None
@@ -268,8 +269,7 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         """
         super().hybridize(active, *args, **kwargs)  # for the graph that a subclass has of its own
         flags = {name: kwargs[name] for name in _FLAGS if kwargs.get(name) is not None}
-        flags.setdefault('static_alloc', True)
-        flags.setdefault('static_shape', flags['static_alloc'])
+        flags = {'static_alloc': True, 'static_shape': flags.get('static_alloc', True), **flags}
         self._is_compiled, self._graph_flags = active, tuple(flags.items())
 
     def register_op_hook(self, callback: Any, monitor_all: bool = False) -> None:

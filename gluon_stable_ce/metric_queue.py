@@ -134,10 +134,8 @@ class RunningMean:
     def all_reduce(self, store: Any) -> Any:
         """Return a metric of what all workers hold; this one stays as it is.
 
-        All workers must call this, with data or without.
-
-        The result's `get` and `get_global` are exactly what one process would report that had received all
-        updates.
+        All workers must call this, with data or without. The result's `get` and `get_global` are exactly what
+        one process would report that had received all updates.
 
         Parameters
         ----------
