@@ -6,13 +6,14 @@ BIN := $(VENV)/bin
 PYTEST := python -m pytest -n auto --dist loadgroup
 MATRIX := 1.8.0.post0 1.7.0.post2 1.6.0
 
-.PHONY: help demo test quick fuzz bench docs kernel wheel test-clients test-matrix test-horovod clean
+.PHONY: help demo test quick fuzz mutation bench docs kernel wheel test-clients test-matrix test-horovod clean
 
 help:
 	@echo 'make demo         train on real digits, and compare the metrics (examples/digits.py)'
 	@echo 'make test         linter, formatter, types, doctests and tests'
 	@echo 'make quick        the tests that are neither slow nor distributed, in less than a minute'
 	@echo 'make fuzz         random problems against the reference (EXAMPLES=20000)'
+	@echo 'make mutation     break the code in small ways, and list what no test notices (ARGS=kernels/stock.py)'
 	@echo 'make bench        measure speed, memory and accuracy (WITH=torch adds PyTorch)'
 	@echo 'make wheel        a wheel for this MXNet and this kind of processor, with the fused kernel in it'
 	@echo 'make docs         the documentation as HTML'
@@ -45,6 +46,10 @@ quick: $(VENV)/.cpu-docs-onnx-test kernel
 fuzz: $(VENV)/.cpu-docs-onnx-test kernel
 	FUZZ_EXAMPLES=$(or $(EXAMPLES),20000) $(BIN)/$(PYTEST) tests/test_fuzz.py tests/test_audit_fuzz.py \
 	    tests/test_properties.py $(ARGS)
+
+# One mutant at a time, each in a process of one thread.
+mutation: $(VENV)/.cpu-docs-onnx-test
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutation/run.py $(ARGS)
 
 # Nothing else should run meanwhile. PyTorch has an environment of its own, since it wants another NumPy.
 bench: $(VENV)/.cpu-demo kernel $(if $(filter torch,$(WITH)),.venv-torch/bin/torch-is-here)

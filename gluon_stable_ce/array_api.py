@@ -8,7 +8,7 @@ the way in, and the result is viewed back on the way out.
 from functools import lru_cache, wraps
 from string import ascii_lowercase
 from types import ModuleType
-from typing import Any, Callable, Dict, List, Optional, Sequence, Union
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import mxnet as mx
 import numpy as np
@@ -142,6 +142,14 @@ def dtype_name(array: Array) -> Optional[str]:
         return name_of(array.infer_type_partial()[1][0])
     except MXNetError:  # operators that do not infer a partial type, before 1.8
         return None
+
+
+def without_bfloat16(symbol_: Array) -> Tuple[Array, Optional[str]]:
+    """Return a symbol and the name of its dtype. What may be bfloat16 is cast to float32."""
+    dtype = dtype_name(symbol_)
+    if dtype == 'bfloat16' or (dtype is None and is_amp_on()):
+        return amp_float32(symbol_), 'float32'
+    return symbol_, dtype
 
 
 @lru_cache(maxsize=None)

@@ -23,10 +23,13 @@ METRIC_FILL = Fill(invalid=-2.0, ignored=-1.0)  # marks: no NLL of a sparse labe
 
 
 class Call(NamedTuple):
-    """What a graph may rely on. It is hashable, and does not depend on the sizes of the axes."""
+    """What a graph may rely on. Hashable: a graph belongs to one call, and serves arrays of all sizes.
+
+    Of the sizes it holds only what `has_few_classes`, `one_hot_depth` and `is_empty` say.
+    """
 
     options: Options = Options()
-    fill: Fill = LOSS_FILL
+    fill: Fill = LOSS_FILL  # one of the two objects above, as NaN is not equal to itself
     inputs: Tuple[str, ...] = ('pred', 'label')  # those of INPUTS that are given
     np_style: bool = False  # whether the inputs are of the NumPy-style API
     dtype: Optional[str] = None  # of `pred`
@@ -34,15 +37,13 @@ class Call(NamedTuple):
     label_dtype: Optional[str] = None
     label_ndim: Optional[int] = None
     weight_layout: Optional[str] = None  # of sample_weight: 'keepdims', 'pred', 'positions' or 'batch'
-    has_few_classes: bool = (
-        False  # so few that an array of them is cheap, and `dtype` holds every label exactly
-    )
-    classes: Optional[int] = None  # how many, where a graph may be for one number of them
+    # so few that an array of them is cheap, and that `dtype` holds every label exactly
+    has_few_classes: bool = False
+    one_hot_depth: Optional[int] = None  # the number of classes, where there is a graph for each
     is_empty: bool = False  # whether there are no positions, for which MXNet's static memory fails
     kernel: str = 'stock'
-    is_guarded: bool = (
-        True  # whether the fused operator needs an operator in front of it that can add gradients
-    )
+    # whether an operator that can add gradients has to stand in front of the fused one
+    needs_guard: bool = True
 
     @property
     def compute_dtype(self) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 from mxnet import gluon
 
 from . import array_api
-from .array_api import Array, F
+from .array_api import Array
 from .options import FLOAT32_MAX, as_numbers
 
 _LOCK = RLock()  # a constant is put on a device by the first call there, in whatever thread
@@ -17,7 +17,7 @@ _LOCK = RLock()  # a constant is put on a device by the first call there, in wha
 class ClassWeight(gluon.HybridBlock):
     """The weights of a loss's classes as a constant of its graph, (C,) float32.
 
-    They are saved and exported with the loss. The block is called with any array or symbol.
+    They are saved and exported with the loss.
     """
 
     def __init__(self, weights: Any, **kwargs: Any) -> None:
@@ -30,17 +30,15 @@ class ClassWeight(gluon.HybridBlock):
     def __repr__(self) -> str:
         return f'<{self.classes} weights>'
 
-    def on(self, context: Any) -> Array:
-        """Return the weights on a device."""
-        weights = self.value.data(context)
+    def beside(self, pred: Array) -> Array:
+        """Return the weights on the device of an array, or as part of the graph of a symbol."""
+        if array_api.is_symbol(pred):
+            return self.value.var()
+        weights = self.value.data(pred.context)
         return weights.detach() if active_count() > 1 else weights  # threads may share no recorded handle
 
     def cast(self, dtype: Any) -> None:
         """Stay in float32, as 0.1 would become 0.09998 in float16; the graph casts to what it computes in."""
-
-    def hybrid_forward(self, F: F, like: Array, value: Array) -> Array:
-        """Return the weights, as part of the graph of `like`."""
-        return value
 
 
 def as_weights(weights: Any) -> np.ndarray:

@@ -1,7 +1,4 @@
-"""Exact all-reduce of integers over the workers of an MXNet KVStore or of a Horovod job.
-
-The result does not depend on what the store does to the gradients that it carries.
-"""
+"""Exact all-reduce of integers over the workers of an MXNet KVStore or of a Horovod job."""
 
 import os
 import sys
@@ -39,8 +36,7 @@ def all_reduce(store: Any, numbers: List[int]) -> List[int]:
         numbers.
 
         In a job of Horovod 0.24 or later: the module, that is `hvd` of ``import horovod.mxnet as hvd``, after
-        ``hvd.init()``. MXNet 1.x has no store for Horovod: ``mx.kv.create('horovod')`` returns a store of one
-        worker.
+        ``hvd.init()``; ``mx.kv.create('horovod')`` returns a store of one worker.
 
         Any other store, such as one that is registered with ``mx.kv.KVStoreBase.register``, must sum float64
         arrays in ``pushpull(key, value, out=out)``.
@@ -88,12 +84,12 @@ def all_reduce(store: Any, numbers: List[int]) -> List[int]:
     heads = np.stack([np.arange(1, workers + 1), limbs[:, 2:].sum(axis=1) % 2**16], axis=1)
     if not (np.array_equal(limbs, rows) and np.array_equal(limbs[:, :2], heads)):
         raise RuntimeError(f'store: expected the sum of what {workers} workers gave, got something else')
-    data = limbs[:, 2:].tobytes()
-    parts = [
-        int.from_bytes(data[start : start + _BYTES], 'little', signed=True)
-        for start in range(0, len(data), _BYTES)
-    ]
-    return [sum(parts[index :: len(numbers)]) for index in range(len(numbers))]
+    parts = limbs[:, 2:].reshape(workers, len(numbers), _BYTES // 2)
+    return [sum(map(_integer_of, parts[:, index])) for index in range(len(numbers))]
+
+
+def _integer_of(limbs):
+    return int.from_bytes(limbs.tobytes(), 'little', signed=True)
 
 
 def _over_servers(store, rank, workers, row):
@@ -114,25 +110,16 @@ def _over_servers(store, rank, workers, row):
     return np.stack([row.asnumpy() for row in rows])
 
 
-def _by_allreduce(hvd, rank, workers, row):
-    """Exchange the rows of all workers by a sum over the Horovod processes."""
-    rows = _alone(rank, workers, row)
-    return hvd.allreduce(rows, op=hvd.Sum, name=f'gluon_stable_ce.all_reduce.{len(row)}').asnumpy()
-
-
-def _by_pushpull(store, rank, workers, row):
-    """Exchange the rows of all workers by a sum over the workers of a store without servers."""
-    rows = _alone(rank, workers, row)
-    total = mx.nd.zeros(rows.shape, dtype='float64')
-    store.pushpull(f'gluon_stable_ce.all_reduce.{len(row)}', rows, out=total)
-    return total.asnumpy()
-
-
-def _alone(rank, workers, row):
-    """Return an array with the row of this worker, (workers, len(row)). It is 0 in the rows of the others."""
+def _by_sum(store, rank, workers, row):
+    """Exchange the rows of all workers by a sum of arrays, each of which is 0 in the rows of the others."""
     rows = np.zeros((workers, len(row)))
     rows[rank] = row
-    return mx.nd.array(rows, dtype='float64')
+    rows, name = mx.nd.array(rows, dtype='float64'), f'gluon_stable_ce.all_reduce.{len(row)}'
+    if _is_horovod(store):
+        return store.allreduce(rows, op=store.Sum, name=name).asnumpy()
+    total = mx.nd.zeros(rows.shape, dtype='float64')
+    store.pushpull(name, rows, out=total)
+    return total.asnumpy()
 
 
 def _row_of(rank, numbers):
@@ -152,8 +139,8 @@ def _row_of(rank, numbers):
 
 def _way_of(store):
     """Return the rank, the number of workers, and the function that exchanges their rows."""
-    if all(callable(getattr(store, name, None)) for name in ('rank', 'size', 'allreduce')):
-        return store.rank(), store.size(), _by_allreduce
+    if _is_horovod(store):
+        return store.rank(), store.size(), _by_sum
     rank, workers = getattr(store, 'rank', None), getattr(store, 'num_workers', None)
     has_servers = isinstance(store, mx.kv.KVStore)
     known = has_servers or callable(getattr(store, 'pushpull', None))
@@ -168,7 +155,11 @@ def _way_of(store):
             f'processes; got a store of type {getattr(store, "type", None)!r}, which has one worker. '
             'Pass hvd of `import horovod.mxnet as hvd`'
         )
-    return rank, workers, _over_servers if has_servers else _by_pushpull
+    return rank, workers, _over_servers if has_servers else _by_sum
+
+
+def _is_horovod(store):
+    return all(callable(getattr(store, name, None)) for name in ('rank', 'size', 'allreduce'))
 
 
 def _horovod_processes():

@@ -4,8 +4,7 @@ Metrics, the audit and the sums over workers are made of them.
 """
 
 import math
-import re
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, replace
 from fractions import Fraction
 from operator import add
 
@@ -43,22 +42,14 @@ def _sum_of_chunk(rest):
 
 @dataclass(frozen=True)
 class ExactSums:
-    """Sums of the values that a metric is the mean of: integers, which add up exactly and in any order.
+    """Sums of the values that a metric is the mean of: integers, which add up exactly and in any order."""
 
-    Attributes
-    ----------
-    total : sum of the finite values in units of 2**-1126
-    count : how many values, finite or not
-    infinite, minus_infinite, nan : how many of them are not finite
-    invalid : how many labels had no value
-    """
-
-    total: int = 0
-    count: int = 0  # or a float, where a subclass of a metric counts by itself
-    infinite: int = 0
+    total: int = 0  # of the finite values, in units of 2**-1126
+    count: int = 0  # of all values; a float where a subclass of a metric counts by itself
+    infinite: int = 0  # how many of them are inf
     minus_infinite: int = 0
     nan: int = 0
-    invalid: int = 0
+    invalid: int = 0  # how many labels had no value
 
     @classmethod
     def of(cls, values, invalid=0):
@@ -74,6 +65,16 @@ class ExactSums:
             invalid=invalid,
         )
 
+    def with_count(self, count):
+        """Return these sums with another count, a float: of 0 values, only the total is left."""
+        # a fraction at times: gluoncv's RPNL1LossMetric counts a sum of weights divided by 4
+        sums = self if count else ExactSums(self.total)
+        return replace(sums, count=int(count) if count.is_integer() else count)
+
+    def with_sum(self, value):
+        """Return sums with the same counts of values and of invalid labels, whose sum is a float."""
+        return replace(ExactSums.of(np.array([value]), self.invalid), count=self.count)
+
     def as_dict(self):
         """Return JSON values by name; the total in hexadecimal, as other readers take no such number."""
         return {**asdict(self), 'total': f'{self.total:x}'}
@@ -84,18 +85,18 @@ class ExactSums:
         names = [*cls.__dataclass_fields__]
         try:
             total, *counts = (state[name] for name in names)
-            is_sums = (
-                isinstance(total, str)
-                and re.fullmatch('-?[0-9a-f]+', total)
+            sums = cls(int(total, 16), *counts)
+            is_right = (
+                sums.as_dict()['total'] == total
                 and all(type(count) is int and count >= 0 for count in counts)
-                and sum(counts[1:4]) <= counts[0]  # of the values, as many are not finite
-                and (counts[0] or not int(total, 16))
+                and sums.infinite + sums.minus_infinite + sums.nan <= sums.count
+                and (sums.count or not sums.total)
             )
-        except (TypeError, KeyError):
-            is_sums = False
-        if not is_sums:
+        except (TypeError, KeyError, ValueError):
+            is_right = False
+        if not is_right:
             raise ValueError(f'state: expected sums with {", ".join(names)}, got {state!r:.200}')
-        return cls(int(total, 16), *counts)
+        return sums
 
     def __add__(self, other):
         return ExactSums(*map(add, astuple(self), astuple(other)))

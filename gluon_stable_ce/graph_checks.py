@@ -8,30 +8,30 @@ from .array_api import Array, F
 
 
 def positions_of(F: F, pred: Array, label: Array, axis: int) -> Array:
-    """Return an array of the positions' shape; another shape of `label` is an error.
+    """Return an array of the positions' shape, and require that `label` has it, or has 1 at `axis`.
 
-    `label` has `pred`'s shape without `axis`, or with 1 there. `pick` takes no other.
+    `pick` takes no other shape.
     """
     one_class = F.BlockGrad(F.slice_axis(pred, axis=axis, begin=0, end=1))  # (..., 1 at `axis`, ...)
     return F.BlockGrad(F.pick(one_class, label, axis=axis))
 
 
-def with_length(F: F, vector: Array, pred: Array, axis: int) -> Array:
-    """Return a vector; another length than that of an axis of `pred` is an error."""
+def require_length(F: F, vector: Array, pred: Array, axis: int) -> Array:
+    """Return `vector`, and require that it is as long as `axis` of `pred`."""
     return F.reshape_like(vector, F.contrib.arange_like(pred, axis=axis))
 
 
-def with_axis_of(F: F, array: Array, pred: Array, axis: int) -> Array:
-    """Return an array of any rank; another length of its `axis` than of `pred`'s is an error."""
-    return _added_zero(F, array, with_length(F, F.contrib.arange_like(array, axis=axis), pred, axis))
+def require_equal_axis(F: F, array: Array, pred: Array, axis: int) -> Array:
+    """Return `array`, and require that its `axis` is as long as that of `pred`."""
+    return _add_zero(F, array, require_length(F, F.contrib.arange_like(array, axis=axis), pred, axis))
 
 
-def with_axis_of_or_1(F: F, array: Array, pred: Array, axis: int) -> Array:
-    """Return an array of any rank; a length of its `axis` that is neither 1 nor `pred`'s is an error."""
-    counted, wanted = (F.contrib.arange_like(other, axis=axis) for other in (array, pred))
-    return _added_zero(F, array, F.broadcast_like(counted, wanted))
+def require_equal_or_1(F: F, array: Array, pred: Array, axis: int) -> Array:
+    """Return `array`, and require that its `axis` has length 1, or is as long as that of `pred`."""
+    indices, wanted = (F.contrib.arange_like(other, axis=axis) for other in (array, pred))
+    return _add_zero(F, array, F.broadcast_like(indices, wanted))
 
 
-def _added_zero(F: F, array: Array, counted: Array) -> Array:
+def _add_zero(F: F, array: Array, indices: Array) -> Array:
     """Add the first element of ``arange_like``, which is 0."""
-    return F.broadcast_add(array, F.slice_axis(counted, axis=0, begin=0, end=1))
+    return F.broadcast_add(array, F.slice_axis(indices, axis=0, begin=0, end=1))

@@ -86,10 +86,8 @@ def check_class_weights(weights: int, classes: int) -> None:
 def weight_layout(got: Shape, shape: Shape, class_axes: Sequence[int], batch_axes: Sequence[int]) -> str:
     """Name the layout of a sample_weight of shape `got`; ValueError if it has none.
 
-    Returns
-    -------
-    'keepdims', what broadcasts to `shape`, pred's, with 1 at the class axes; 'pred', what broadcasts to
-    `shape`; 'positions', `shape` without the class axes; or 'batch', the batch axes alone
+    'keepdims' broadcasts to `shape`, pred's, with 1 at the class axes; 'pred' to `shape`; 'positions' to
+    `shape` without the class axes; 'batch' has the batch axes alone.
     """
     ndim = len(shape)
     classes = {axis % ndim for axis in class_axes}
@@ -123,24 +121,16 @@ def check_labels(call: Call, pred: Array, label: Array) -> None:
 
 
 def on_context(name: str, array: Array, wanted: Any) -> Array:
-    """Return an array on the context of ``pred``. All memory of the CPU is one place, as it is for gluon.
+    """Return an array on the context of ``pred``; ValueError if it is on another device.
 
-    Raises
-    ------
-    ValueError
-        If the array is on another device.
+    All memory of the CPU is one place, as it is for gluon; DataLoader uses cpu_pinned and cpu_shared.
     """
     context = array.context
     if context == wanted:
         return array
-    if not (is_cpu(context) and is_cpu(wanted)):
+    if not all(place.device_type.startswith('cpu') for place in (context, wanted)):
         raise ValueError(
             f'{name}: expected an array on {wanted} like pred, got one on {context}; '
             f'move it with {name}.as_in_context(pred.context)'
         )
     return array.as_in_context(wanted)
-
-
-def is_cpu(context: Any) -> bool:
-    """Whether a context is memory of the CPU; DataLoader puts batches on cpu_pinned and cpu_shared."""
-    return context.device_type.startswith('cpu')

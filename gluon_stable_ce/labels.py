@@ -37,7 +37,9 @@ def read_labels(F: F, call: Call, label: Array, pred: Array) -> Labels:
     if call.has_few_classes and call.options.invalid_label != 'clip':
         index = F.take(F.contrib.arange_like(pred, axis=call.options.axis), label, mode='clip')
         return Labels(index, index == label, counted)
-    classes = _number_of_classes(F, call, pred)  # (1,)
+    axis = call.options.axis
+    classes = F.slice_axis(F.shape_array(pred), axis=0, begin=axis, end=(axis + 1) or None)
+    classes = F.cast(classes, dtype=call.label_compare_dtype)  # (1,), C
     if call.options.invalid_label == 'clip':
         nearest = F.broadcast_minimum(F.floor(F.maximum(label, 0)), classes - 1)
         return Labels(F.where(label == label, nearest, F.zeros_like(label)), None, counted)
@@ -70,10 +72,3 @@ def fill(F: F, call: Call, labels: Labels, terms: Array) -> Array:
 def _comparable(F: F, call: Call, label: Array) -> Array:
     dtype = call.label_compare_dtype
     return label if call.label_dtype == dtype else F.cast(label, dtype=dtype)
-
-
-def _number_of_classes(F: F, call: Call, pred: Array) -> Array:
-    """(1,), C."""
-    axis = call.options.axis
-    classes = F.slice_axis(F.shape_array(pred), axis=0, begin=axis, end=(axis + 1) or None)
-    return F.cast(classes, dtype=call.label_compare_dtype)

@@ -8,19 +8,16 @@ import mxnet as mx
 import numpy as np
 from mxnet import autograd
 
-from . import array_api, graphs, kernels
+from . import array_api, graphs
 from .array_api import Array, Arrays
 from .call import METRIC_FILL
 from .exact_sums import ExactSums
 from .inputs import check_array_type
+from .kernels import choice
 from .metric_queue import RunningMean
 from .options import check_metric_options
 from .pipeline import nll_of
 from .plan import plan
-
-__all__ = ['StableBitsPerToken', 'StableCrossEntropy', 'StableLoss', 'StablePerplexity']
-
-_EvalMetric = mx.metric.EvalMetric
 
 
 @mx.metric.register
@@ -63,7 +60,7 @@ class StableLoss(RunningMean, mx.metric.Loss):
         label_names: Optional[List[str]] = None,
     ) -> None:
         # not through mx.metric.Loss.__init__, which may be ours if that was put in its place
-        _EvalMetric.__init__(self, name, output_names, label_names, has_global_stats=True)
+        mx.metric.EvalMetric.__init__(self, name, output_names, label_names, has_global_stats=True)
 
     def update(self, _: Any, preds: Arrays) -> None:
         """Take in an array of loss values of any shape, or a list of them, each on its own context."""
@@ -83,7 +80,7 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric):
     Parameters
     ----------
     axis : int, default -1
-        Class axis of the predictions. With dense log-probabilities it may be several, as in the loss.
+        Class axis of the predictions. With dense labels that are no logits it may be several, as in the loss.
     pred_type : 'probs', 'logits' or 'log_probs'
         What the predictions are.
     ignore_label : int, optional
@@ -148,13 +145,11 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric):
             'sparse_label': sparse_label,
             'kernel': kernel,
         }
-        self._options = kernels.configured(check_metric_options(given))
-        kwargs = {name: getattr(self._options, name) for name in given if name != 'kernel'}
+        self._options = choice.configured(check_metric_options(given))
+        config = {**{option: getattr(self._options, option) for option in given}, 'kernel': kernel}
         if self._options.summed_axes:
-            kwargs['axis'] = list(self._options.class_axes)  # as JSON has it
-        _EvalMetric.__init__(
-            self, name, output_names, label_names, has_global_stats=True, **kwargs, kernel=kernel
-        )
+            config['axis'] = list(self._options.class_axes)  # as JSON has it
+        mx.metric.EvalMetric.__init__(self, name, output_names, label_names, has_global_stats=True, **config)
 
     def update(self, labels: Arrays, preds: Arrays) -> None:
         """Take in labels and predictions: an array each, or lists of arrays, each pair on its own context."""
@@ -175,12 +170,8 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric):
             return graphs.compiled(nll_of, call, graphs.STATIC)(*inputs)
 
     def _sums_of(self, values: np.ndarray) -> ExactSums:
-        if not self._options.sparse_label:
-            return ExactSums.of(values)
-        is_marked = values < 0
-        if not is_marked.any():
-            return ExactSums.of(values)
-        return ExactSums.of(values[~is_marked], invalid=int((values == METRIC_FILL.invalid).sum()))
+        is_marked = (values < 0) & self._options.sparse_label
+        return ExactSums.of(values[~is_marked], int((values[is_marked] == METRIC_FILL.invalid).sum()))
 
     def _value_of(self, sums: ExactSums) -> float:
         if sums.invalid:

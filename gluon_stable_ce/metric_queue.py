@@ -3,7 +3,7 @@
 import copy
 import inspect
 from collections import deque
-from dataclasses import astuple, replace
+from dataclasses import astuple
 from itertools import zip_longest
 from threading import RLock
 from typing import Any, Callable, Deque, Dict, List, Optional, Sequence, Tuple
@@ -17,31 +17,19 @@ from .exact_sums import ExactSums
 _AHEAD = 2  # updates that the device may be behind
 _AT_ONCE = 32  # arrays that are read together
 _WINDOWS = ('local', 'global')
+# How a property is read and replaced in ExactSums.
+_COUNT = (lambda sums: sums.count, ExactSums.with_count)
+_SUM = (lambda sums: sums.over(1), ExactSums.with_sum)
 
 
-def _count_property(window: str, doc: str) -> Any:
-    """Make a property of how many values there are. Subclasses that count by themselves set it."""
+def _window_property(window: str, read: Callable, replaced: Callable, doc: str) -> Any:
+    """Make a property of the sums of a window. Subclasses that add up by themselves set it."""
 
-    def set_count(metric, value):
-        # float32 or a fraction at times: gluoncv's RPNL1LossMetric counts a sum of weights divided by 4
-        value = float(value)
+    def set_value(metric, value):
         with metric._lock:
-            sums = metric._window(window) if value else ExactSums(metric._window(window).total)
-            metric._sums[window] = replace(sums, count=int(value) if value.is_integer() else value)
+            metric._sums[window] = replaced(metric._window(window), float(value))
 
-    return property(lambda metric: metric._window(window).count, set_count, doc=doc)
-
-
-def _sum_property(window: str, doc: str) -> Any:
-    """Make a property of the sum of all values. Subclasses that add up by themselves set it."""
-
-    def set_sum(metric, value):
-        with metric._lock:
-            before = metric._window(window)
-            sums = ExactSums.of(np.array([float(value)]), before.invalid)
-            metric._sums[window] = replace(sums, count=before.count)
-
-    return property(lambda metric: metric._window(window).over(1), set_sum, doc=doc)
+    return property(lambda metric: read(metric._window(window)), set_value, doc=doc)
 
 
 class RunningMean:
@@ -55,9 +43,6 @@ class RunningMean:
     name: str  # EvalMetric's
     _kwargs: Dict[str, Any]  # EvalMetric's: the options
     _lock: Any
-    _computing: Deque[Tuple[Array, Optional[Callable[[], Array]]]]  # the last updates
-    _computed: Deque[Array]  # those before
-    _sums: Dict[str, ExactSums]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Let `help` show the arguments of ``__init__``, and not those of ``__new__``, which takes any."""
@@ -75,7 +60,8 @@ class RunningMean:
     def reset(self) -> None:
         """Forget everything."""
         with self._lock:
-            self._computing, self._computed = deque(), deque()
+            self._computing: Deque[Tuple[Array, Optional[Callable[[], Array]]]] = deque()  # the last updates
+            self._computed: Deque[Array] = deque()  # those before
             self._sums = {window: ExactSums() for window in _WINDOWS}
 
     def reset_local(self) -> None:
@@ -92,11 +78,13 @@ class RunningMean:
         """Return (name, value) of all since the last `reset`; NaN if there is nothing."""
         return self.name, self._value_of(self._window('global'))
 
-    num_inst = _count_property('local', 'How many values `get` is the mean of.')
-    sum_metric = _sum_property('local', 'The sum of the values that `get` is the mean of, rounded once.')
-    global_num_inst = _count_property('global', 'How many values `get_global` is the mean of.')
-    global_sum_metric = _sum_property(
-        'global', 'The sum of the values that `get_global` is the mean of, rounded once.'
+    num_inst = _window_property('local', *_COUNT, 'How many values `get` is the mean of.')
+    sum_metric = _window_property(
+        'local', *_SUM, 'The sum of the values that `get` is the mean of, rounded once.'
+    )
+    global_num_inst = _window_property('global', *_COUNT, 'How many values `get_global` is the mean of.')
+    global_sum_metric = _window_property(
+        'global', *_SUM, 'The sum of the values that `get_global` is the mean of, rounded once.'
     )
 
     @property
@@ -118,8 +106,7 @@ class RunningMean:
             raise ValueError(f'other: expected a metric with {self._identity()}, got {other._identity()}')
         theirs = {window: other._window(window) for window in _WINDOWS}
         with self._lock:
-            self._drain()
-            self._sums = {window: self._sums[window] + theirs[window] for window in _WINDOWS}
+            self._sums = {window: self._window(window) + theirs[window] for window in _WINDOWS}
 
     def state_dict(self) -> Dict[str, Any]:
         """Return all that the metric holds as plain JSON values, which can go into a checkpoint."""

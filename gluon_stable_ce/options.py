@@ -86,8 +86,7 @@ def _check_combination(options: Options) -> None:
     """Raise ValueError unless the options mean something together."""
     if options.summed_axes and (options.sparse_label or options.pred_type == 'logits'):
         raise ValueError(
-            'axis: expected one class axis unless sparse_label=False and from_logits=True, '
-            f'got {options.class_axes}'
+            f'axis: expected one class axis for sparse labels and for logits, got {options.class_axes}'
         )
     if options.summed_axes and (options.label_smoothing or options.reduction == 'none'):
         raise ValueError("axis: expected one class axis with label_smoothing or reduction='none'")
@@ -162,7 +161,7 @@ def check_ignore_label(ignore_label: Any, sparse_label: bool) -> Optional[int]:
     if not sparse_label and ignore_label is not None:
         raise ValueError(
             'ignore_label: expected None with sparse_label=False, as a distribution has no label to compare '
-            f'with {ignore_label}; a sample_weight of 0 removes a position'
+            f'with {ignore_label}; in the loss, a sample_weight of 0 removes a position'
         )
     return ignore_label
 

@@ -2,6 +2,7 @@
 
 import abc
 import functools
+import inspect
 import threading
 import types
 import warnings
@@ -13,8 +14,6 @@ from mxnet import gluon
 from .loss import StableSoftmaxCrossEntropyLoss
 from .metric import StableCrossEntropy, StableLoss, StablePerplexity
 
-__all__ = ['Patch', 'patch', 'unpatch']
-
 # Where each name is found, and the class that takes its place.
 PLACES = {
     'SoftmaxCrossEntropyLoss': (gluon.loss, StableSoftmaxCrossEntropyLoss),
@@ -24,8 +23,6 @@ PLACES = {
     'Loss': (mx.metric, StableLoss),
 }
 _STOCK = {name: getattr(module, name) for name, (module, _) in PLACES.items()}
-_POSITIONAL = ('axis', 'sparse_label', 'from_logits', 'weight', 'batch_axis')  # of the loss, in gluon's order
-_STOCK_EPS = 1e-12  # of mx.metric.CrossEntropy
 
 _LOCK = threading.RLock()
 _ACTIVE: List['Patch'] = []  # the innermost comes last
@@ -146,7 +143,7 @@ class Patch:
         self.losses = self.metrics = 0
         self._options = loss_options
         with _LOCK:
-            self._changes = _changes({kind._in_place_of: kind for kind in _replacements(self)})
+            self._changes = _changes(_replacements(self))
             for bind, name, _, after in self._changes:
                 bind(name, after)
             _ACTIVE.append(self)
@@ -167,10 +164,6 @@ class Patch:
     def __repr__(self):
         options = ', '.join(f'{name}={value!r}' for name, value in self._options.items())
         return f'<patch({options}): {self}>'
-
-    def _count(self, made):
-        with _LOCK:
-            setattr(self, made, getattr(self, made) + 1)
 
 
 def _changes(replacements):
@@ -199,19 +192,13 @@ def _changes(replacements):
 def _with_global(function, name, value):
     """Copy `function`, so that it reads `value` as its global `name`."""
     names = {**function.__globals__, name: value}
-    copy = types.FunctionType(
-        function.__code__, names, argdefs=function.__defaults__, closure=function.__closure__
-    )
-    copy.__kwdefaults__ = function.__kwdefaults__
+    copy = types.FunctionType(function.__code__, names, None, function.__defaults__, function.__closure__)
     return functools.update_wrapper(copy, function)
 
 
 def _stock_of(kind):
     """Return the stock class that `kind` is a replacement of, or `kind` itself."""
     return vars(kind).get('_in_place_of', kind)
-
-
-# The replacements
 
 
 class _ReplacementType(abc.ABCMeta):
@@ -230,9 +217,18 @@ class _ReplacementType(abc.ABCMeta):
         return issubclass(type(instance), cls)
 
 
-class _Replacement:
-    """Mixin: pickles and copies do not depend on the class, which is gone after `unpatch`."""
+class _Replacement(metaclass=_ReplacementType):
+    """Mixin of classes that a patch makes, and of which it counts the objects."""
 
+    _patched: Any
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        made = 'losses' if isinstance(self, gluon.loss.Loss) else 'metrics'
+        with _LOCK:
+            setattr(self._patched, made, getattr(self._patched, made) + 1)
+
+    # Pickles and copies do not depend on the class, which is gone after `unpatch`.
     def __reduce_ex__(self, protocol):
         reduced = super().__reduce_ex__(protocol)
         kind = type(self)
@@ -249,24 +245,17 @@ def _new(name):
 
 def _replacements(patched):
     """Make a class for each stock class, with its name and arguments, and this package's behaviour."""
+    default = patched._options.get('ignore_label')  # of CrossEntropy and Perplexity
 
-    class SoftmaxCrossEntropyLoss(_Replacement, StableSoftmaxCrossEntropyLoss, metaclass=_ReplacementType):
-        __doc__ = StableSoftmaxCrossEntropyLoss.__doc__
-        _in_place_of = _STOCK['SoftmaxCrossEntropyLoss']
-
+    class SoftmaxCrossEntropyLoss(_Replacement, StableSoftmaxCrossEntropyLoss):
         def __init__(self, *args, **kwargs):
-            super().__init__(*args, **_defaults(patched._options, args, kwargs), **kwargs)  # type: ignore[misc]
-            patched._count('losses')
+            super().__init__(*args, **_defaults(patched._options, args, kwargs), **kwargs)
 
-    class CrossEntropy(_Replacement, StableCrossEntropy, metaclass=_ReplacementType):
-        __doc__ = StableCrossEntropy.__doc__
-        _in_place_of = _STOCK['CrossEntropy']
-
+    class CrossEntropy(_Replacement, StableCrossEntropy):
         def __init__(self, eps=None, name='cross-entropy', output_names=None, label_names=None, **kwargs):
-            kwargs.setdefault('ignore_label', patched._options.get('ignore_label'))
+            kwargs.setdefault('ignore_label', default)
             super().__init__(name=name, output_names=output_names, label_names=label_names, **kwargs)
-            patched._count('metrics')
-            self.eps = _STOCK_EPS if eps is None else eps
+            self.eps = 1e-12 if eps is None else eps  # as that of mx.metric.CrossEntropy
             if eps is not None:
                 warnings.warn(
                     f'eps: {eps} is ignored, as StableCrossEntropy takes the place of mx.metric.CrossEntropy '
@@ -274,29 +263,23 @@ def _replacements(patched):
                     stacklevel=2,
                 )
 
-    class Perplexity(_Replacement, StablePerplexity, metaclass=_ReplacementType):
-        __doc__ = StablePerplexity.__doc__
-        _in_place_of = _STOCK['Perplexity']
-
+    class Perplexity(_Replacement, StablePerplexity):
         def __init__(self, ignore_label=None, *args, **kwargs):
-            ignore_label = patched._options.get('ignore_label') if ignore_label is None else ignore_label
-            super().__init__(ignore_label, *args, **kwargs)
-            patched._count('metrics')
+            super().__init__(default if ignore_label is None else ignore_label, *args, **kwargs)
 
-    class Loss(_Replacement, StableLoss, metaclass=_ReplacementType):
-        __doc__ = StableLoss.__doc__
-        _in_place_of = _STOCK['Loss']
+    class Loss(_Replacement, StableLoss):
+        pass
 
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            patched._count('metrics')
-
-    return SoftmaxCrossEntropyLoss, CrossEntropy, Perplexity, Loss
+    kinds: Any = (SoftmaxCrossEntropyLoss, CrossEntropy, Perplexity, Loss)
+    for kind in kinds:
+        kind.__doc__ = PLACES[kind.__name__][1].__doc__
+        kind._in_place_of, kind._patched = _STOCK[kind.__name__], patched
+    return {kind._in_place_of: kind for kind in kinds}
 
 
 def _defaults(options, args, kwargs):
     """Those of `options` that the arguments of a call leave open and do not rule out."""
-    given = {**dict(zip(_POSITIONAL, args)), **kwargs}
+    given = {**dict(zip(inspect.signature(StableSoftmaxCrossEntropyLoss).parameters, args)), **kwargs}
     left_out = set(given)
     if not given.get('sparse_label', True):
         left_out |= {'ignore_label', 'invalid_label', 'kernel'}

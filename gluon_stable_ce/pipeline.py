@@ -5,8 +5,9 @@ from typing import Optional
 from . import array_api
 from .array_api import Array, F
 from .call import Call
+from .formula import combine
 from .kernels import class_terms
-from .reduction import combine, reduce, sum_over_classes
+from .reduction import reduce, with_class_axis
 
 
 def loss_of(
@@ -22,8 +23,8 @@ def loss_of(
     pred, label, sample_weight, class_weight = map(
         array_api.as_classic, (pred, label, sample_weight, class_weight)
     )
-    loss = combine(F, call, class_terms(F, call, pred, label, class_weight))  # (positions...)
-    loss = reduce(F, call, loss, pred, label, sample_weight)  # (batch,)
+    terms = class_terms(F, call, pred, label, class_weight)  # (positions...) each
+    loss = reduce(F, call, combine(F, call, terms), pred, label, sample_weight)  # (batch,)
     if options.reduction == 'none' and options.sparse_label and call.label_ndim in (None, call.ndim):
         loss = F.reshape_like(loss, label)  # which may have the class axis, of length 1
     return array_api.in_style_of(given, loss if options.weight is None else loss * options.weight)
@@ -34,5 +35,5 @@ def nll_of(F: F, call: Call, pred: Array, label: Array, *_: Optional[Array]) -> 
     given, pred = pred, array_api.as_classic(pred)
     nll = class_terms(F, call, pred, array_api.as_classic(label)).nll
     if call.options.summed_axes:
-        nll = F.squeeze(sum_over_classes(F, call, nll), axis=call.options.class_axes)
+        nll = F.squeeze(with_class_axis(F, call, nll), axis=call.options.class_axes)
     return array_api.in_style_of(given, nll)

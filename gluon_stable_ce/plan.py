@@ -6,13 +6,13 @@ from typing import Any, Optional, Tuple
 
 from mxnet import autograd
 
-from . import array_api, inputs, kernels
+from . import array_api, inputs
 from .call import INPUTS, LOSS_FILL, Call, Fill
-from .kernels import fused
+from .kernels import choice, fused
 from .options import Options
 
 FEW = 2048  # classes
-MANY = 256  # from here on, the stock kernel has a graph for each number of classes, which is then faster
+ONE_HOT_ABOVE = 256  # classes: the stock kernel then has a graph for each number of them, which is faster
 FLOAT32_INTEGERS = 2**24  # float32 holds all integers up to this one
 NARROW = ('int8', 'uint8', 'float16', 'float32')  # labels that float32 holds as they are
 
@@ -46,8 +46,15 @@ def plan(
         If the inputs are no arrays, or do not fit each other. Symbols are not checked.
     """
     if array_api.is_symbol(pred):
-        pred, dtype = _read_symbol(pred)
-        call = _plan_symbols(options, pred, dtype, sample_weight, class_weights, fill)
+        pred, dtype = array_api.without_bfloat16(pred)
+        call = Call(
+            options,
+            fill,
+            _names(sample_weight is not None, class_weights is not None),
+            np_style=array_api.is_np_style(pred),
+            dtype=dtype,
+            kernel=choice.resolve(options, is_symbol=True),
+        )
         return call, (pred, label, sample_weight)
     context = pred.context if array_api.is_array(pred) else None
     described = _describe(pred)
@@ -61,33 +68,16 @@ def plan(
         _describe(label),
         None if sample_weight is None else _describe(sample_weight),
         class_weights,
-        *_describe_use(options, pred, context),
+        'cpu' if context is None else context.device_type,
+        choice.is_main_thread(),
+        options.kernel != 'stock' and context is not None and fused.needs_guard(pred),
     )
     label = inputs.on_context('label', label, context)
     if sample_weight is not None:
         sample_weight = inputs.on_context('sample_weight', sample_weight, context)
     if options.invalid_label == 'raise':
         inputs.check_labels(call, pred, label)
-    return call, (pred, _readable(call, label), sample_weight)
-
-
-def _read_symbol(pred: Any) -> Tuple[Any, Optional[str]]:
-    """Return a symbol and its dtype. What may be bfloat16 is cast."""
-    dtype = array_api.dtype_name(pred)
-    if dtype == 'bfloat16' or (dtype is None and array_api.is_amp_on()):
-        return array_api.amp_float32(pred), 'float32'
-    return pred, dtype
-
-
-def _plan_symbols(options, pred, dtype, sample_weight, class_weights, fill):
-    return Call(
-        options,
-        fill,
-        _names(sample_weight is not None, class_weights is not None),
-        np_style=array_api.is_np_style(pred),
-        dtype=dtype,
-        kernel=kernels.resolve(options, dtype, is_symbol=True),
-    )
+    return call, (pred, _prepared(call, label), sample_weight)
 
 
 def _describe(array: Any) -> Description:
@@ -95,14 +85,6 @@ def _describe(array: Any) -> Description:
         return type(array), array.dtype, array.shape
     except AttributeError:
         return type(array), None, None
-
-
-def _describe_use(options: Options, pred: Any, context: Any) -> Tuple[str, bool, bool]:
-    """Return what decides on the fused kernel: device, whether this is the main thread, and the guard."""
-    if options.kernel == 'stock' or context is None:
-        return 'cpu', True, True
-    is_guarded = autograd.is_recording() and not fused.is_gradient_read(pred)
-    return context.device_type, kernels.is_main_thread(), is_guarded
 
 
 @lru_cache(maxsize=1024)  # most calls look like one before
@@ -115,7 +97,7 @@ def _plan_arrays(
     class_weights: Optional[int],
     device_type: str,
     is_main_thread: bool,
-    is_guarded: bool,
+    needs_guard: bool,
 ) -> Call:
     for name, described in zip(INPUTS, (pred, label, sample_weight)):
         if described is not None:
@@ -132,7 +114,8 @@ def _plan_arrays(
     if sample_weight is not None:
         layout = inputs.weight_layout(sample_weight[2], shape, options.class_axes, options.batch_axes)
     is_empty = 0 in shape
-    is_stock = is_empty or kernels.resolve(options, dtype, device_type, False, is_main_thread) == 'stock'
+    kernel = choice.resolve(options, device_type, is_main_thread=is_main_thread, is_empty=is_empty)
+    one_hot_depth = shape[options.axis] if kernel == 'stock' and shape[options.axis] > ONE_HOT_ABOVE else None
     return Call(
         options,
         fill,
@@ -144,10 +127,10 @@ def _plan_arrays(
         label_ndim=len(label_shape),
         weight_layout=layout,
         has_few_classes=_has_few_classes(options, dtype, label_dtype, shape),
-        classes=shape[options.axis] if is_stock and shape[options.axis] > MANY else None,
+        one_hot_depth=one_hot_depth,
         is_empty=is_empty,
-        kernel='stock' if is_stock else 'fused',
-        is_guarded=is_stock or is_guarded,
+        kernel=kernel,
+        needs_guard=kernel == 'stock' or needs_guard,  # of the stock kernel, it makes no other graph
     )
 
 
@@ -162,8 +145,8 @@ def _names(has_sample_weight, has_class_weight):
     )
 
 
-def _readable(call: Call, label: Any) -> Any:
-    """Return a sparse label as its readers need it: without a gradient that they would overwrite."""
+def _prepared(call: Call, label: Any) -> Any:
+    """Return a sparse label without a gradient that its readers would overwrite, and safe between threads."""
     if not call.options.sparse_label:
         return label
     is_overwritten = call.kernel == 'fused' and autograd.is_recording()

@@ -1,35 +1,12 @@
-"""From the terms of each position to the loss of each sample: smoothing, z-loss, weights and means."""
+"""From the loss of each position to the loss of each sample: sample weights, and sums or means."""
 
 from typing import Any, Optional
 
 from . import array_api, graph_checks
 from .array_api import Array, F
 from .call import Call
-from .kernels.terms import ClassTerms, weighted
+from .class_terms import weighted
 from .labels import align_label, is_counted
-
-
-def combine(F: F, call: Call, terms: ClassTerms) -> Array:
-    r"""Combine the terms of each position.
-
-    .. math:: \ell = (1-a)\, w_y (-\log p_y) + \frac{a}{C} \sum_j w_j (-\log p_j) + s \log^2 \sum_j e^{z_j}
-
-    with label smoothing a, class weights w and `lse_square_scale` s.
-    """
-    smoothing, scale = call.options.label_smoothing, call.options.lse_square_scale
-    loss: Any = terms.nll
-    if smoothing == 1:  # 0 * inf would be NaN
-        loss = terms.uniform_nll
-    elif smoothing:
-        uniform: Any = terms.uniform_nll
-        loss = (1 - smoothing) * loss + smoothing * uniform
-    if scale:
-        logsumexp: Any = terms.logsumexp
-        # the gradient of an infinite one's square is infinite, and NaN where it is multiplied by 0
-        is_finite = logsumexp - logsumexp == 0
-        logsumexp = F.where(is_finite, logsumexp, F.BlockGrad(logsumexp))
-        loss = loss + scale * F.square(logsumexp)
-    return loss
 
 
 def reduce(
@@ -51,18 +28,17 @@ def reduce(
     loss : (batch,), or with ``reduction='none'`` the shape of `loss`
     """
     options = call.options
-    expanded = sum_over_classes(F, call, loss)  # of pred's rank
+    expanded = with_class_axis(F, call, loss)  # of pred's rank
     if sample_weight is not None and not call.is_empty:  # MXNet fails to broadcast some empty arrays
         expanded = weighted(F, expanded, align_sample_weight(F, call, sample_weight, expanded, pred))
         loss = expanded if options.summed_axes else F.reshape_like(expanded, loss)
     for batch_axis in options.batch_axes:
-        if call.ndim is None and (batch_axis < 0) != (options.axis < 0):  # it may be the class axis
-            expanded = graph_checks.with_axis_of(F, expanded, pred, batch_axis)
+        if call.ndim is None and (batch_axis < 0) != (options.axis < 0):
+            # counted from different ends, it may be the class axis
+            expanded = graph_checks.require_equal_axis(F, expanded, pred, batch_axis)
     needs_count = options.ignore_label is not None and options.reduction in ('mean', 'valid')
-    each_is_a_sample = call.ndim == 1 + len(options.batch_axes)
-    if options.reduction == 'none' or (
-        each_is_a_sample and not (needs_count and options.reduction == 'valid')
-    ):
+    is_own_mean = call.ndim == 1 + len(options.batch_axes)  # each sample has one position
+    if options.reduction == 'none' or (is_own_mean and not (needs_count and options.reduction == 'valid')):
         return loss
     over = {'axis': options.batch_axes, 'exclude': True}
     if needs_count and not call.is_empty:
@@ -78,7 +54,7 @@ def reduce(
     return F.sum(expanded, **over) if options.reduction == 'sum' else F.mean(expanded, **over)
 
 
-def sum_over_classes(F: F, call: Call, loss: Array) -> Array:
+def with_class_axis(F: F, call: Call, loss: Array) -> Array:
     """Give losses the axes of `pred`, with length 1 for the classes, and sum over further class axes."""
     expanded = F.expand_dims(loss, axis=call.options.axis)
     summed_axes = call.options.summed_axes
@@ -124,5 +100,5 @@ def _align_unknown_weight(F: F, call: Call, sample_weight: Array, expanded: Arra
         ones = F.transpose(F.ones_like(expanded))  # (1, ..., batch)
         sample_weight = F.transpose(F.broadcast_mul(ones, F.transpose(sample_weight)))  # (batch, ..., 1 or C)
     for axis in call.options.class_axes:
-        sample_weight = graph_checks.with_axis_of_or_1(F, sample_weight, pred, axis)
+        sample_weight = graph_checks.require_equal_or_1(F, sample_weight, pred, axis)
     return F.mean(sample_weight, axis=call.options.class_axes, keepdims=True)

@@ -315,9 +315,7 @@ def _sample_weights(draw, pred, axis, batch_axes, symbolic, known):
     if known:
         layouts += [batch, (1,) * len(batch)]
     if not symbolic:
-        layouts += [
-            shape[:axis] + shape[axis + 1 :],
-        ]
+        layouts += [shape[:axis] + shape[axis + 1 :]]
     weight = draw(
         hnp.arrays('int8', draw(st.sampled_from(layouts)), elements=st.sampled_from([0, 1, 2, 3, 12, -4]))
     )

@@ -12,7 +12,8 @@ import mxnet as mx
 import numpy as np
 import pytest
 
-from gluon_stable_ce.kernels import KERNEL_VARIABLE, library
+from gluon_stable_ce.kernels import library
+from gluon_stable_ce.kernels.choice import KERNEL_VARIABLE
 
 # Every run of the tests tries the same examples; `make fuzz` tries new ones.
 FUZZ_EXAMPLES = os.environ.get('FUZZ_EXAMPLES')

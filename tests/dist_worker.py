@@ -24,6 +24,14 @@ def numbers_of(rank, call):
     return [rng.choice((-1, 1)) * rng.getrandbits(bits) for bits in (1, 16, 64, 1126, 2150, 2239)]
 
 
+def sums_of(workers, calls=3):
+    """What all workers together give to each reduce."""
+    return [
+        [sum(column) for column in zip(*(numbers_of(rank, call) for rank in range(workers)))]
+        for call in range(calls)
+    ]
+
+
 def predictions(start=0, stop=83):
     """Probabilities, (stop - start, CLASSES), some of them 0 or tiny, and labels, (stop - start,)."""
     rng = np.random.RandomState(7)

@@ -73,17 +73,9 @@ def np_mode_nested(loss_fn, *arrays, head=None):
 VERSION = tuple(map(int, mx.__version__.split('.')[:2]))
 ONEDNN = VERSION >= (1, 8)  # whether log_softmax is oneDNN's
 ALL = [
-    eager,
-    default,
-    hybridized,
-    static_alloc,
-    nested,
-    nested_eager,
-    exported,
-    exported_alone,
-    np_mode,
+    eager, default, hybridized, static_alloc, nested, nested_eager, exported, exported_alone, np_mode,
     np_mode_nested,
-]
+]  # fmt: skip
 SYMBOLIC = [nested, exported, np_mode_nested]
 
 

@@ -75,17 +75,14 @@ def test_flags_reach_the_function(tmp_path, capsys):
     assert found.ignored == (label == 2).sum() > 0
 
 
-@pytest.mark.parametrize(
-    ('p', 'bound', 'code'),
-    [
-        pytest.param(0.5, '0.01', 0, id='equal'),
-        pytest.param(1e-20, '0.01', 1, id='stock 27.63, exact 46.05'),
-        pytest.param(1e-20, '0.39', 1, id='just above the bound'),
-        pytest.param(1e-20, '0.41', 0, id='just below the bound'),
-        pytest.param(0.0, '0.01', 1, id='exact is infinite'),
-        pytest.param(float('nan'), '0.01', 1, id='nothing to compare'),
-    ],
-)
+@pytest.mark.parametrize(('p', 'bound', 'code'), [
+    pytest.param(0.5, '0.01', 0, id='equal'),
+    pytest.param(1e-20, '0.01', 1, id='stock 27.63, exact 46.05'),
+    pytest.param(1e-20, '0.39', 1, id='just above the bound'),
+    pytest.param(1e-20, '0.41', 0, id='just below the bound'),
+    pytest.param(0.0, '0.01', 1, id='exact is infinite'),
+    pytest.param(float('nan'), '0.01', 1, id='nothing to compare'),
+])  # fmt: skip
 def test_max_error_sets_the_exit_code(tmp_path, capsys, p, bound, code):
     np.savez(tmp_path / 'a.npz', pred=np.array([[p, 1 - p]] * 3), label=np.zeros(3, int))
     assert command(tmp_path / 'a.npz', '--max-error', bound) == code
@@ -194,16 +191,20 @@ def shaped(shape, dtype='<f8'):
 GOOD, LABEL = np.full((4, 2), 0.5), np.zeros(4, int)
 BOTH = {'pred': GOOD, 'label': LABEL}
 BOTH_OF_MXNET = {name: mx.nd.array(array) for name, array in BOTH.items()}
+GOOD_NPZ = npz(pred=npy(GOOD), label=npy(LABEL))
 BOMBS = np.array([Bomb()] * 4)
 FILES = ['a.npy', 'b.npy']
 
 
-def header_case(shape, dtype='<f8'):
-    return FILES, {'a.npy': npy(GOOD, shaped(shape, dtype)), 'b.npy': LABEL}, 'audit: '
+def in_npy(pred, label, message='audit: '):
+    """A case of two files."""
+    return FILES, {'a.npy': pred, 'b.npy': label}, message
 
 
-def member_case(shape, dtype='<f8'):
-    return ['a.npz'], {'a.npz': npz(pred=npy(GOOD, shaped(shape, dtype)), label=npy(LABEL))}, 'audit: '
+def in_npz(pred, label=None, message='audit: '):
+    """A case of one archive; predictions may be the bytes of its member, beside labels that are right."""
+    content = npz(pred=pred, label=npy(LABEL)) if isinstance(pred, bytes) else {'pred': pred, 'label': label}
+    return ['a.npz'], {'a.npz': content}, message
 
 
 SHAPES = {
@@ -231,92 +232,50 @@ BAD_FILES = {
     'no zip': (['a.npz'], {'a.npz': b'PK' * 40}, 'not a zip'),
     'empty npz': (['a.npz'], {'a.npz': b''}, 'not a zip'),
     'npy as npz': (['a.npz'], {'a.npz': GOOD}, 'not a zip'),
-    'npz as npy': (
-        FILES,
-        {'a.npy': npz(pred=npy(GOOD), label=npy(LABEL)), 'b.npy': LABEL},
-        'a.npy: cannot be read',
-    ),
+    'npz as npy': in_npy(GOOD_NPZ, LABEL, 'a.npy: cannot be read'),
     'empty npy': (['a.npy', 'a.npy'], {'a.npy': b''}, 'a.npy: cannot be read'),
     'random bytes npy': (['a.npy', 'a.npy'], {'a.npy': bytes(range(256)) * 9}, 'a.npy: cannot be read'),
     'random bytes npz': (['a.npz'], {'a.npz': bytes(range(256)) * 9}, 'not a zip'),
     'a pickle': (['a.npy', 'a.npy'], {'a.npy': pickle.dumps(Bomb())}, 'a.npy: cannot be read'),
-    'a negative size in the label': (
-        FILES,
-        {'a.npy': GOOD, 'b.npy': npy(LABEL, shaped((-1,), '<i8'))},
-        'without negative sizes, got (-1,)',
-    ),
-    'version 3': (
-        FILES,
-        {'a.npy': npy(GOOD).replace(b'Y\x01\x00', b'Y\x03\x00'), 'b.npy': LABEL},
-        'version 1 or 2',
-    ),
-    'pickled npy': (FILES, {'a.npy': GOOD, 'b.npy': BOMBS}, 'Python objects'),
-    'pickled npz': (['a.npz'], {'a.npz': {'pred': GOOD, 'label': BOMBS}}, 'allow_pickle=False'),
-    'pickled npz, axis 0': (
-        ['a.npz', '--axis', '0'],
-        {'a.npz': {'pred': BOMBS, 'label': LABEL}},
-        'allow_pickle',
-    ),
-    'pickled member': (['a.npz'], {'a.npz': npz(pred=pickle.dumps(Bomb()), label=npy(LABEL))}, '.npy format'),
+    'a negative size in the label': in_npy(GOOD, npy(LABEL, shaped((-1,), '<i8')), 'sizes, got (-1,)'),
+    'version 3': in_npy(npy(GOOD).replace(b'Y\x01\x00', b'Y\x03\x00'), LABEL, 'version 1 or 2'),
+    'pickled npy': in_npy(GOOD, BOMBS, 'Python objects'),
+    'pickled npz': in_npz(GOOD, BOMBS, 'allow_pickle=False'),
+    'pickled npz, axis 0': (['a.npz', '--axis', '0'], in_npz(BOMBS, LABEL)[1], 'allow_pickle'),
+    'pickled member': in_npz(pickle.dumps(Bomb()), message='.npy format'),
     'wrong keys': (['a.npz'], {'a.npz': {'x': GOOD, 'label': LABEL}}, "'pred' and 'label', got 'label', 'x'"),
-    'cut npy': (FILES, {'a.npy': npy(GOOD)[:-8], 'b.npy': LABEL}, 'a.npy: cannot be read'),
-    'cut member': (['a.npz'], {'a.npz': npz(pred=npy(GOOD)[:-8], label=npy(LABEL))}, 'a.npz: cannot be read'),
-    'header keys': (
-        ['a.npz'],
-        {'a.npz': npz(pred=npy(GOOD, '{}\n'), label=npy(LABEL))},
-        'a.npz: cannot be read',
-    ),
-    'deep header': (FILES, {'a.npy': npy(GOOD, '-' * 60000 + '1'), 'b.npy': LABEL}, 'a.npy: cannot be read'),
-    'checksum': (
-        ['a.npz'],
-        {'a.npz': npz(**{'pred': npy(GOOD), 'label': npy(LABEL)}).replace(b'\xe0?', b'\xf0?', 1)},
-        'CRC',
-    ),
-    'python 2 header': (
-        FILES,
-        {'a.npy': npy(GOOD, shaped('(4L, x)')), 'b.npy': LABEL},
-        'a.npy: cannot be read',
-    ),
-    'dtype': (['a.npz'], {'a.npz': {'pred': GOOD.astype(int), 'label': LABEL}}, 'pred: expected float16'),
-    'label dtype': (
-        ['a.npz'],
-        {'a.npz': {'pred': GOOD, 'label': np.array(list('abcd'))}},
-        'label: expected integers',
-    ),
-    'records': (FILES, {'a.npy': np.zeros(4, 'f4,i4'), 'b.npy': LABEL}, 'pred: expected float16'),
-    'shape': (['a.npz'], {'a.npz': {'pred': GOOD, 'label': np.zeros(3)}}, 'label: expected shape (4,)'),
-    'one-hot': (
-        ['a.npz'],
-        {'a.npz': {'pred': GOOD, 'label': GOOD}},
-        'if the labels are one-hot, pass their argmax',
-    ),
-    'swapped': (FILES, {'a.npy': LABEL, 'b.npy': GOOD}, 'pred: expected float16'),
-    'scalar': (['a.npz'], {'a.npz': {'pred': np.float32(1), 'label': LABEL}}, 'at least 2 axes'),
-    'no numbers, npy': (
-        FILES,
-        {'a.npy': np.zeros((0, 2)), 'b.npy': np.zeros(0)},
-        'at least one number, got shape (0, 2)',
-    ),
-    'no numbers, npz': (
-        ['a.npz'],
-        {'a.npz': {'pred': np.zeros((0, 2)), 'label': np.zeros(0)}},
-        'at least one number',
-    ),
+    'cut npy': in_npy(npy(GOOD)[:-8], LABEL, 'a.npy: cannot be read'),
+    'cut member': in_npz(npy(GOOD)[:-8], message='a.npz: cannot be read'),
+    'header keys': in_npz(npy(GOOD, '{}\n'), message='a.npz: cannot be read'),
+    'deep header': in_npy(npy(GOOD, '-' * 60000 + '1'), LABEL, 'a.npy: cannot be read'),
+    'checksum': (['a.npz'], {'a.npz': GOOD_NPZ.replace(b'\xe0?', b'\xf0?', 1)}, 'CRC'),
+    'python 2 header': in_npy(npy(GOOD, shaped('(4L, x)')), LABEL, 'a.npy: cannot be read'),
+    'dtype': in_npz(GOOD.astype(int), LABEL, 'pred: expected float16'),
+    'label dtype': in_npz(GOOD, np.array(list('abcd')), 'label: expected integers'),
+    'records': in_npy(np.zeros(4, 'f4,i4'), LABEL, 'pred: expected float16'),
+    'shape': in_npz(GOOD, np.zeros(3), 'label: expected shape (4,)'),
+    'one-hot': in_npz(GOOD, GOOD, 'if the labels are one-hot, pass their argmax'),
+    'swapped': in_npy(LABEL, GOOD, 'pred: expected float16'),
+    'scalar': in_npz(np.float32(1), LABEL, 'at least 2 axes'),
+    'no numbers, npy': in_npy(np.zeros((0, 2)), np.zeros(0), 'at least one number, got shape (0, 2)'),
+    'no numbers, npz': in_npz(np.zeros((0, 2)), np.zeros(0), 'at least one number'),
     'all ignored': (['a.npz', '--ignore-label', '0'], {'a.npz': BOTH}, 'got 0 invalid and 4 ignored'),
-    'all invalid': (['a.npz'], {'a.npz': {'pred': GOOD, 'label': LABEL + 2}}, 'got 4 invalid and 0 ignored'),
+    'all invalid': in_npz(GOOD, LABEL + 2, 'got 4 invalid and 0 ignored'),
     'axis': (['a.npz', '--axis', '7'], {'a.npz': BOTH}, 'axis 7'),
     'eps': (['a.npz', '--eps', '-1'], {'a.npz': BOTH}, 'eps: expected a number'),
     'max-error': (['a.npz', '--max-error', 'nan'], {'a.npz': BOTH}, '--max-error: expected a number'),
     'plot suffix': (['a.npz', '--plot', 'a.xyz'], {'a.npz': BOTH}, 'xyz'),
     'plot folder': (['a.npz', '--plot', 'nowhere/a.png'], {'a.npz': BOTH}, 'No such file'),
     'a folder': (['.'], {}, 'expected one .npz'),
-}
+}  # fmt: skip
 for dtype in ('|V0', '|S0', '<U0', ('<f4', (0,))):
-    BAD_FILES[f'npy, no bytes in {dtype}'] = header_case((4, 2), dtype)
-    BAD_FILES[f'npy, a negative size and no bytes in {dtype}'] = header_case((-1,), dtype)
-    BAD_FILES[f'npz, a negative size and no bytes in {dtype}'] = member_case((-1,), dtype)
-BAD_FILES.update({f'npy, {name}': header_case(shape) for name, shape in SHAPES.items()})
-BAD_FILES.update({f'npz, {name}': member_case(shape) for name, shape in SHAPES.items()})
+    BAD_FILES[f'npy, no bytes in {dtype}'] = in_npy(npy(GOOD, shaped((4, 2), dtype)), LABEL)
+    BAD_FILES[f'npy, a negative size and no bytes in {dtype}'] = in_npy(
+        npy(GOOD, shaped((-1,), dtype)), LABEL
+    )
+    BAD_FILES[f'npz, a negative size and no bytes in {dtype}'] = in_npz(npy(GOOD, shaped((-1,), dtype)))
+BAD_FILES.update({f'npy, {name}': in_npy(npy(GOOD, shaped(shape)), LABEL) for name, shape in SHAPES.items()})
+BAD_FILES.update({f'npz, {name}': in_npz(npy(GOOD, shaped(shape))) for name, shape in SHAPES.items()})
 
 
 def check_exit_2_with_one_line(arguments, message, capsys):

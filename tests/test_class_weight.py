@@ -46,17 +46,13 @@ def test_save_and_load_parameters(batch, tmp_path):
     np.testing.assert_array_equal(other(*batch).asnumpy(), loss_fn(*batch).asnumpy())
 
 
-@pytest.mark.parametrize(
-    'change',
-    [
-        lambda loss_fn: loss_fn.cast('float16'),
-        lambda loss_fn: loss_fn.initialize(),
-        lambda loss_fn: loss_fn.initialize(ctx=[mx.cpu(0), mx.cpu(1)], force_reinit=True),
-        lambda loss_fn: loss_fn.collect_params().reset_ctx(mx.cpu(0)),
-        lambda loss_fn: gluon.Trainer(loss_fn.collect_params(), 'sgd').step(1),
-    ],
-    ids=['cast', 'initialize', 'initialize-on-two', 'reset_ctx', 'trainer-step'],
-)
+@pytest.mark.parametrize('change', [
+    lambda loss_fn: loss_fn.cast('float16'),
+    lambda loss_fn: loss_fn.initialize(),
+    lambda loss_fn: loss_fn.initialize(ctx=[mx.cpu(0), mx.cpu(1)], force_reinit=True),
+    lambda loss_fn: loss_fn.collect_params().reset_ctx(mx.cpu(0)),
+    lambda loss_fn: gluon.Trainer(loss_fn.collect_params(), 'sgd').step(1),
+], ids=['cast', 'initialize', 'initialize-on-two', 'reset_ctx', 'trainer-step'])  # fmt: skip
 def test_values_do_not_change(change, batch):
     loss_fn = StableSoftmaxCELoss(class_weight=WEIGHTS)
     expected = loss_fn(*batch).asnumpy()

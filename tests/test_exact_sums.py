@@ -54,27 +54,25 @@ def test_dict_is_json_and_back(rng):
     assert ExactSums.from_dict(fields).as_dict() == sums.as_dict()
 
 
-@pytest.mark.parametrize(
-    'change', [{'total': 1}, {'total': 'x'}, {'count': 1.0}, {'count': True}, {'nan': None}], ids=str
-)
+@pytest.mark.parametrize('change', [
+    *({'total': total} for total in (1, 'x', ' 0x1f ', '1_0', 'f')),  # of no values, the sum is 0
+    *({name: -1} for name in ('count', 'infinite', 'minus_infinite', 'nan', 'invalid')),
+    {'count': 1.0}, {'count': True}, {'nan': None}, {'infinite': 2, 'count': 1},
+], ids=str)  # fmt: skip
 def test_from_dict_rejects_malformed(change):
     with pytest.raises(ValueError, match='^state: expected sums '):
         ExactSums.from_dict({**ExactSums().as_dict(), **change})
 
 
-@pytest.mark.parametrize(
-    ('values', 'mean'),
-    [
-        ([inf, 1], inf),
-        ([-inf, 1], -inf),
-        ([inf, -inf], nan),
-        ([nan, inf], nan),
-        ([], nan),
-        ([1.7e308, 1.7e308], 1.7e308),
-        ([0.1] * 10, 0.1),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(('values', 'mean'), [
+    ([inf, 1], inf),
+    ([-inf, 1], -inf),
+    ([inf, -inf], nan),
+    ([nan, inf], nan),
+    ([], nan),
+    ([1.7e308, 1.7e308], 1.7e308),
+    ([0.1] * 10, 0.1),
+], ids=str)  # fmt: skip
 def test_mean(values, mean):
     np.testing.assert_array_equal(ExactSums.of(np.array(values, 'float64')).over(len(values)), mean)
 

@@ -1,15 +1,10 @@
-"""Loss and metrics inside MXNet's own training loops: Estimator, Module, their callbacks and checkpoints; and a run that gets killed."""
+"""Loss and metrics inside MXNet's own training loops: Estimator, Module, their callbacks and checkpoints; DataLoader."""
 
 import contextlib
-import json
 import logging
 import math
 import os
 import re
-import shutil
-import signal
-import subprocess
-import sys
 
 import modes
 import mxnet as mx
@@ -83,45 +78,32 @@ def make_estimator(context, loss_fn, **metrics):
 
 
 @pytest.mark.parametrize('np_mode', [False, True], ids=['nd', 'np'])
-def test_estimator_with_train_validation_and_loss_metrics(np_mode, ctx):
-    """On one device and on two, with lists of arrays."""
+@pytest.mark.parametrize('devices', [1, 2])
+def test_estimator_with_train_validation_and_loss_metrics(np_mode, devices, ctx):
+    context = [ctx] if devices == 1 else [mx.cpu(0), mx.cpu(1)]
     train, test = blobs(0), blobs(1)
     options = {'class_weight': [1, 2, 0.5], 'label_smoothing': 0.1}
-    for context in ([ctx], [mx.cpu(0), mx.cpu(1)]):
-        with modes.numpy_semantics() if np_mode else contextlib.nullcontext():
-            array = mx.np.array if np_mode else mx.nd.array
-            recorder = Recorder()
-            job = make_estimator(
-                context,
-                StableSoftmaxCELoss(**options),
-                train_metrics=[
-                    StableCrossEntropy(pred_type='logits'),
-                    StablePerplexity(pred_type='logits'),
-                    StableLoss(),
-                ],
-            )
-            job.fit(loader(*train, array), loader(*test, array), epochs=2, event_handlers=[recorder])
-            logits = np.concatenate([job.net(array(test[0]).as_in_context(c)).asnumpy() for c in context[:1]])
-        assert [metric.name for metric in job.train_metrics] == [
-            'training cross-entropy',
-            'training perplexity',
-            'training loss',
-        ]
-        assert [metric.name for metric in job.val_metrics] == [
-            'validation cross-entropy',
-            'validation perplexity',
-            'validation loss',
-        ]
-        nll, perplexity, loss = (metric.get()[1] for metric in job.train_metrics)
-        expected = mean_nll(np.concatenate(recorder.preds), np.concatenate(recorder.labels))
-        assert nll == NLL.approx(expected)
-        assert perplexity == NLL.approx(math.exp(expected))
-        assert loss == tolerances.ROUNDED.approx(math.fsum(np.concatenate(recorder.losses)) / SAMPLES)
-        nll, perplexity, loss = (metric.get()[1] for metric in job.val_metrics)
-        expected = mean_nll(logits, test[1])
-        assert nll == NLL.approx(expected)
-        assert perplexity == NLL.approx(math.exp(expected))
-        assert loss == NLL.approx(reference.loss_and_gradient(logits, test[1], **options)[0].mean())
+    logits_metrics = StableCrossEntropy(pred_type='logits'), StablePerplexity(pred_type='logits')
+    with modes.numpy_semantics() if np_mode else contextlib.nullcontext():
+        array, recorder = mx.np.array if np_mode else mx.nd.array, Recorder()
+        job = make_estimator(
+            context, StableSoftmaxCELoss(**options), train_metrics=[*logits_metrics, StableLoss()]
+        )
+        job.fit(loader(*train, array), loader(*test, array), epochs=2, event_handlers=[recorder])
+        logits = job.net(array(test[0]).as_in_context(context[0])).asnumpy()
+    recorded = np.concatenate(recorder.preds), np.concatenate(recorder.labels)
+    assert_values('training', job.train_metrics, *recorded, np.concatenate(recorder.losses))
+    losses = reference.loss_and_gradient(logits, test[1], **options)[0]
+    assert_values('validation', job.val_metrics, logits, test[1], losses)
+
+
+def assert_values(kind, metrics, pred, label, losses):
+    """The three metrics of an estimator have these predictions, labels and losses."""
+    expected = mean_nll(pred, label)
+    values = {'cross-entropy': expected, 'perplexity': math.exp(expected), 'loss': losses.mean()}
+    assert [metric.get() for metric in metrics] == [
+        (f'{kind} {name}', NLL.approx(value)) for name, value in values.items()
+    ]
 
 
 def test_estimator_takes_our_loss_for_gluons(ctx):
@@ -237,19 +219,6 @@ def fit(module, metric, **kwargs):
     return {name: value.asnumpy() for name, value in module.get_params()[0].items()}
 
 
-def test_module_fit_and_score_with_softmax_output(ctx):
-    module, kept = softmax_module(ctx), Kept()
-    metrics = [StableCrossEntropy(), StablePerplexity(ignore_label=2), kept]
-    fit(module, metrics)
-    scores = dict(module.score(iterate(1), metrics))
-    label, probs = (np.concatenate(parts) for parts in zip(*kept.all))
-    assert len(label) == SAMPLES
-    assert scores['cross-entropy'] == tolerances.FLOAT64.approx(mean_nll_of_probs(probs, label))
-    assert scores['perplexity'] == tolerances.FLOAT64.approx(
-        math.exp(mean_nll_of_probs(probs[label != 2], label[label != 2]))
-    )
-
-
 def test_module_score_by_name_has_no_floor(ctx):
     """The first sample has a probability of 4e-31, which stock reports as 27.6 nats."""
     module = softmax_module(ctx)
@@ -270,11 +239,8 @@ def test_module_score_by_name_has_no_floor(ctx):
 def test_module_trains_with_our_loss_on_symbols(ctx):
     """The same steps as with SoftmaxOutput; metrics choose their output by name."""
     outputs = {'output_names': ['probs_output'], 'label_names': ['softmax_label']}
-    loss, nll, kept = (
-        StableLoss(output_names=['loss_output'], label_names=[]),
-        StableCrossEntropy(**outputs),
-        Kept(**outputs),
-    )
+    nll, kept = StableCrossEntropy(**outputs), Kept(**outputs)
+    loss = StableLoss(output_names=['loss_output'], label_names=[])
     module = our_module(ctx)
     ours, stock = fit(module, [nll, loss, kept]), fit(softmax_module(ctx), 'stable_cross_entropy')
     for name, value in stock.items():
@@ -318,52 +284,6 @@ def test_speedometer_and_log_validation(ctx, caplog):
     assert len(logged) == 4  # the callback's and the Module's own, in each epoch
 
 
-# A run that gets killed
-
-
-def train(folder, *wait_at):
-    """Run resumable.py; what it printed of each epoch. With a step to wait at, kill it there."""
-    env = dict(
-        os.environ,
-        PYTHONPATH=os.pathsep.join([os.path.dirname(HERE), os.environ.get('PYTHONPATH', '')]),
-        OMP_NUM_THREADS='1',
-    )  # so that the net itself comes out the same to the last bit
-    command = [sys.executable, os.path.join(HERE, 'resumable.py'), str(folder), *map(str, wait_at)]
-    epochs = []
-    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, universal_newlines=True) as process:
-        for line in process.stdout:
-            if line.startswith('waiting at '):
-                os.kill(process.pid, signal.SIGKILL)
-            else:
-                epochs.append(json.loads(line))
-    assert process.returncode == (-signal.SIGKILL if wait_at else 0)
-    return epochs
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not hasattr(signal, 'SIGKILL'), reason='this system has no SIGKILL')
-def test_a_run_that_was_killed_twice_reports_what_it_would_have(tmp_path):
-    """To the last bit, local and global window. A metric that starts anew with the second process does not."""
-    whole = tmp_path / 'whole'
-    killed = tmp_path / 'killed'
-    for folder in (whole, killed):
-        folder.mkdir()
-    expected = train(whole)
-    assert [epoch['count'] for epoch in expected] == [30 * 32] * 2
-    assert train(killed, 25) == []
-    assert json.loads((killed / 'checkpoint.json').read_text())['done'] == 21
-    assert train(killed, 55) == expected[:1]
-    forgetful = tmp_path / 'forgetful'
-    shutil.copytree(str(killed), str(forgetful))
-    assert train(killed) == expected[1:]
-
-    checkpoint = json.loads((forgetful / 'checkpoint.json').read_text())
-    (forgetful / 'checkpoint.json').write_text(
-        json.dumps(dict(checkpoint, metric=StableCrossEntropy(pred_type='logits').state_dict()))
-    )
-    assert train(forgetful)[0]['global'] != expected[1]['global']
-
-
 # DataLoader
 
 
@@ -382,34 +302,3 @@ def test_batches_of_a_data_loader(workers, pin_memory):
     expected = reference.loss_and_gradient(2 * data, label)[0]
     assert_close(np.concatenate(losses), expected, NLL)
     assert metric.get()[1] == NLL.approx(expected.mean())
-
-
-# The patterns of MXNet's own tests of losses
-
-
-@pytest.mark.parametrize('weighted', [False, True], ids=['', 'sample-weight'])
-def test_module_trains_on_a_symbol_of_the_loss(weighted):
-    """A Module of `make_loss` with (N,) weights: those of weight 0 are not learned."""
-    mx.random.seed(0)
-    data, label = blobs(0)
-    weight = (np.arange(SAMPLES) < SAMPLES // 2).astype('float32')
-    inputs = {'label': label, 'weight': weight} if weighted else {'label': label}
-    batches = mx.io.NDArrayIter(data, inputs, SAMPLES, label_name='label')
-    logits = mx.sym.FullyConnected(mx.sym.var('data'), num_hidden=CLASSES)
-    loss = mx.sym.make_loss(StableSoftmaxCELoss()(logits, *map(mx.sym.var, inputs)))
-    module = mx.mod.Module(loss, data_names=['data'], label_names=list(inputs))
-    module.fit(
-        batches,
-        num_epoch=60,
-        optimizer_params={'learning_rate': 0.5},
-        initializer=mx.init.Xavier(),
-        eval_metric=StableLoss(),
-    )
-    module.forward(next(iter(batches)), is_train=False)
-    values = module.get_outputs()[0].asnumpy()
-    params = {name: value.asnumpy() for name, value in module.get_params()[0].items()}
-    pred = data @ next(value for name, value in params.items() if name.endswith('weight')).T
-    pred = pred + next(value for name, value in params.items() if name.endswith('bias'))
-    expected = reference.loss_and_gradient(pred, label, *([weight] if weighted else []))[0]
-    assert_close(values, expected, tolerances.SUMS['float32'])
-    assert values[:10].mean() < 0.5

@@ -12,7 +12,9 @@ from mxnet import autograd, gluon
 
 from gluon_stable_ce import StableCrossEntropy, StableSoftmaxCELoss
 from gluon_stable_ce.call import LOSS_FILL, METRIC_FILL, Call
-from gluon_stable_ce.kernels import ClassTerms, class_terms, library, resolve
+from gluon_stable_ce.class_terms import ClassTerms
+from gluon_stable_ce.kernels import class_terms, library
+from gluon_stable_ce.kernels.choice import resolve
 from gluon_stable_ce.options import Options
 from gluon_stable_ce.plan import plan
 
@@ -253,9 +255,10 @@ def in_graph(**options):
     [
         ('stock', {}, 'stock'),
         ('auto', {}, 'fused'),
-        ('auto', {'dtype': 'float16', 'device_type': 'cpu_pinned'}, 'fused'),
-        ('auto', {'dtype': 'float64', 'device_type': 'cpu_shared'}, 'fused'),
-        ('auto', {'dtype': 'bfloat16'}, 'stock'),
+        ('auto', {'device_type': 'cpu_pinned'}, 'fused'),
+        ('auto', {'device_type': 'cpu_shared'}, 'fused'),
+        ('auto', {'is_empty': True}, 'stock'),
+        ('fused', {'is_empty': True}, 'stock'),
         ('auto', {'device_type': 'gpu'}, 'stock'),
         ('auto', {'is_main_thread': False}, 'stock'),
         ('auto', {'is_symbol': True}, 'stock'),
@@ -271,14 +274,13 @@ def test_resolve(kernel, facts, chosen):
 @pytest.mark.parametrize(
     ('options', 'facts', 'reason'),
     [
-        ({}, {'dtype': 'bfloat16'}, 'it computes float16, float32 and float64, and pred is bfloat16'),
         ({}, {'device_type': 'gpu'}, 'it runs on the CPU, and pred is on a gpu'),
         ({}, {'is_main_thread': False}, 'it is for the main thread only'),
         ({'sparse_label': False}, {}, 'it computes sparse labels and logits only'),
     ],
 )
 def test_fused_where_it_cannot_be_is_an_error(options, facts, reason):
-    message = f"^kernel: expected 'auto' or 'stock', as the fused kernel cannot be used: {reason}"
+    message = f"^kernel: expected 'auto' or 'stock', got 'fused'; the fused kernel cannot be used: {reason}"
     with pytest.raises(ValueError, match=message):
         resolve(Options(kernel='fused', **options), **facts)
 

@@ -215,6 +215,11 @@ def test_align_label_gives_the_positions_shape(ndim, keeps_axis, axis, rng):
     np.testing.assert_array_equal(aligned, label.reshape(2, 3))
 
 
+def test_align_label_removes_no_other_axis_of_length_1():
+    aligned = align_label(nd, call_of(3, 3, axis=1), nd.zeros((2, 1, 1)), nd.zeros((2, 4, 1)))
+    assert aligned.shape == (2, 1)
+
+
 @pytest.mark.parametrize('shape', [(3, 2), (6,), (2, 4, 3), (2, 3, 1)], ids=str)
 def test_align_label_of_another_shape_is_a_shape_error(shape):
     call = call_of(None, None, axis=1)

@@ -113,7 +113,7 @@ def test_name_tells_the_version_and_each_source(sources):
 @pytest.mark.parametrize('version', ['1.6.0', '1.8.0', '2.0.0'])
 def test_other_versions_of_mxnet_are_refused_by_name(version, monkeypatch):
     monkeypatch.setattr(mx, '__version__', version)
-    assert library.why_unsupported() == f'the fused kernel needs MXNet 1.9, got {version}'
+    assert library.why_unsupported() == f'it needs MXNet 1.9, got {version}'
 
 
 @supported

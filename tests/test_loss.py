@@ -167,16 +167,6 @@ def test_a_fourth_input_is_an_error():
         StableSoftmaxCELoss()(nd.zeros((4, 3)), nd.zeros(4), nd.ones(4), nd.ones(4))
 
 
-@pytest.mark.parametrize('gap', [0, 0.5, 1, 3, 5, 8, 20, 87, 99, 104, 1000, 1e30])
-def test_two_logits(kernel, gap, ctx):
-    """The loss is log(1 + e^-gap) for the likely class, and that plus gap for the other one."""
-    pred = nd.array([[gap, 0], [gap, 0]])
-    loss = StableSoftmaxCELoss()(pred, nd.array([0, 1])).asnumpy()
-    likely, unlikely = (float(reference.nll([np.float32(gap), 0], label)) for label in (0, 1))
-    assert loss[0] >= 0
-    assert_close(loss, [likely, unlikely], tolerances.stated(kernel, 'float32', 2)[0])
-
-
 @every_mode
 @pytest.mark.parametrize(
     'options', [{}, {'ignore_label': -1}, {'class_weight': [1, 2, 3, 4]}, {'label_smoothing': 0.1}], ids=str
@@ -186,19 +176,6 @@ def test_nan_logit_at_the_label_is_nan(mode, options, ctx):
     loss, _ = mode(StableSoftmaxCELoss(**options), pred, np.array([1, 1], 'float32'))
     assert np.isnan(loss[0])
     assert np.isfinite(loss[1])
-
-
-@every_mode
-@pytest.mark.parametrize(
-    'options', [{}, {'class_weight': [1, 2, 3]}, {'label_smoothing': 0.1}, {'lse_square_scale': 0.1}], ids=str
-)
-def test_ignored_and_invalid_positions_have_gradient_zero(mode, options, rng, ctx):
-    pred = rng.normal(0, 30, (6, 3)).astype('float32')
-    pred[1, 0] = -np.inf
-    label = np.array([-1, -1, 3, -2, 1.5, np.nan], 'float32')
-    loss, gradient = mode(StableSoftmaxCELoss(ignore_label=-1, **options), pred, label)
-    np.testing.assert_array_equal(loss, [0, 0, np.nan, np.nan, np.nan, np.nan])
-    np.testing.assert_array_equal(gradient, 0)
 
 
 EMPTY = {
@@ -307,22 +284,10 @@ def test_float16_is_cast_inside_a_net(ctx):
     assert_close(loss.asnumpy(), [np.log(5000), np.nan], tolerances.ROUNDED_FLOAT32)
 
 
-# a graph of symbols computes in float32 if they do not tell
-@modes.parametrize([modes.eager, modes.default, modes.hybridized, modes.exported_alone, modes.np_mode])
-def test_float64_stays_float64(mode, rng, ctx):
-    pred, label = rng.normal(0, 3, (8, 5)), rng.randint(0, 5, 8).astype('float32')
-    settings = {'class_weight': [0.5, 2, 3, 4, 5], 'label_smoothing': 0.1}
-    loss, gradient = mode(StableSoftmaxCELoss(**settings), pred, label)
-    expected, expected_gradient = reference.loss_and_gradient(pred, label, **settings)
-    assert loss.dtype == gradient.dtype == np.float64
-    assert_close(loss, expected, tolerances.FLOAT64)
-    assert_close(gradient, expected_gradient, tolerances.FLOAT64)
-
-
 FEW = 2000  # up to so many classes, the random logits are cheap
 
 
-@pytest.mark.parametrize('classes', [2, 10, 252, 507, 1000, MANY])
+@pytest.mark.parametrize('classes', [2, 252, 1000, MANY])
 @pytest.mark.parametrize('dtype', ['float32', 'float64'])
 @pytest.mark.parametrize('confidence', ['none', 'little', 'some', 'nearly-all', 'all'])
 def test_stated_bounds(kernel, classes, dtype, confidence, rng, ctx):
@@ -439,32 +404,6 @@ class TestSubclasses:
         loss = EagerLoss()(pred, label, 2.0)
         expected = StableSoftmaxCELoss()(pred, label).asnumpy() * 2 / label.asnumpy().max()
         assert_close(loss.asnumpy(), expected)
-
-
-def test_step_divided_by_valid_count_is_the_step_of_the_whole_batch(rng):
-    """Uneven batches on two contexts, summed and divided by what counts, against the mean over one concatenated batch."""
-    data, label = rng.normal(0, 1, (10, 6, 8)).astype('float32'), rng.randint(0, 5, (10, 6)).astype('float32')
-    for sample, length in enumerate(rng.randint(0, 7, 10)):
-        label[sample, length:] = -1
-
-    def weights_after_one_step(batches):
-        net = gluon.nn.Dense(5, flatten=False, in_units=8)
-        net.initialize(mx.init.Constant(0.1), ctx=[mx.cpu(0), mx.cpu(1)])
-        trainer = gluon.Trainer(net.collect_params(), 'sgd', {'learning_rate': 1}, update_on_kvstore=False)
-        loss_fn = StableSoftmaxCELoss(ignore_label=-1, reduction='sum')
-        with autograd.record():
-            losses = [loss_fn(net(x), y) for x, y in batches]
-        autograd.backward(losses)
-        trainer.step(loss_fn.valid_count([y for _, y in batches]))
-        return net.weight.data(mx.cpu(0)).asnumpy()
-
-    parts = [
-        (nd.array(data[rows], ctx=mx.cpu(i)), nd.array(label[rows], ctx=mx.cpu(i)))
-        for i, rows in enumerate((slice(0, 7), slice(7, 10)))
-    ]
-    nothing = nd.zeros((1, 1, 8), ctx=mx.cpu(1)), nd.full((1, 1), -1, ctx=mx.cpu(1))
-    whole = [(nd.array(data), nd.array(label)), nothing]
-    assert_close(weights_after_one_step(parts), weights_after_one_step(whole), tolerances.TRAINED)
 
 
 SEVERAL_CLASS_AXES = {'axis': (1, 2), 'sparse_label': False, 'from_logits': True}

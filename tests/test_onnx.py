@@ -107,17 +107,13 @@ def test_every_option(options, weighted, rank_known, opset, rng, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(('opset', 'rank_known'), [(12, False), (13, True)])
-@pytest.mark.parametrize(
-    'options',
-    [
-        {},
-        {'reduction': 'sum'},
-        {'sparse_label': False, 'reduction': 'none'},
-        {'ignore_label': -1},
-        IGNORED_NONE,
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize('options', [
+    {},
+    {'reduction': 'sum'},
+    {'sparse_label': False, 'reduction': 'none'},
+    {'ignore_label': -1},
+    IGNORED_NONE,
+], ids=str)  # fmt: skip
 @pytest.mark.parametrize('layout', cases.params(LAYOUTS))
 def test_every_layout(layout, options, rank_known, opset, rng, tmp_path):
     settings = {'axis': layout.axis, 'batch_axis': layout.batch_axis, **options}
@@ -279,20 +275,13 @@ def test_one_dtype_is_that_of_all_inputs_beside_shapes_by_name(labelled, tmp_pat
 
 
 @pytest.mark.parametrize('graph', ['files', 'dict', 'two dicts'])
-@pytest.mark.parametrize(
-    ('argument', 'values', 'message'),
-    [
-        ('in_shapes', {'data0': (6, 7)}, r"missing: \['data1'\], unknown: \[\]"),
-        (
-            'in_shapes',
-            {'data0': (6, 7), 'data1': (6,), 'label': (6,)},
-            r"missing: \[\], unknown: \['label'\]",
-        ),
-        ('in_types', {'data0': 'float32', 'y': 'int64'}, r"missing: \['data1'\], unknown: \['y'\]"),
-        ('in_types', {}, r"missing: \['data\d', 'data\d'\], unknown: \[\]"),
-        ('dynamic_input_shapes', {'data0': (None, 7)}, r"missing: \['data1'\]"),
-    ],
-)
+@pytest.mark.parametrize(('argument', 'values', 'message'), [
+    ('in_shapes', {'data0': (6, 7)}, r"missing: \['data1'\], unknown: \[\]"),
+    ('in_shapes', {'data0': (6, 7), 'data1': (6,), 'label': (6,)}, r"missing: \[\], unknown: \['label'\]"),
+    ('in_types', {'data0': 'float32', 'y': 'int64'}, r"missing: \['data1'\], unknown: \['y'\]"),
+    ('in_types', {}, r"missing: \['data\d', 'data\d'\], unknown: \[\]"),
+    ('dynamic_input_shapes', {'data0': (None, 7)}, r"missing: \['data1'\]"),
+])  # fmt: skip
 def test_missing_and_unknown_input_names_are_named(argument, values, message, graph, labelled):
     arguments = {'in_shapes': labelled['shapes'], argument: values}
     with pytest.raises(ValueError, match=f'{argument}: expected a dict with the inputs .*{message}'):
@@ -317,28 +306,24 @@ X, INDEX = mx.sym.var('x'), mx.sym.var('index')
 
 
 @opsets
-@pytest.mark.parametrize(
-    'symbol',
-    [
-        mx.sym.pick(X, INDEX, axis=1),
-        mx.sym.pick(X, INDEX, axis=-2, keepdims=True),
-        mx.sym.pick(X, mx.sym.expand_dims(INDEX, axis=1), axis=1),
-        mx.sym.sum(X, axis=1, exclude=True),
-        mx.sym.mean(X, axis=-1, exclude=True),
-        mx.sym.mean(X, axis=(0,), exclude=True),
-        mx.sym.sum(X, axis=1),
-        mx.sym.mean(X, axis=(0, 2)),
-        mx.sym.log_softmax(X, axis=1),
-        mx.sym.log_softmax(X * 100),
-        mx.sym.contrib.arange_like(X, axis=1),
-        mx.sym.contrib.arange_like(X, axis=-2),
-        mx.sym.contrib.arange_like(X),
-        mx.sym.where(mx.sym.contrib.arange_like(X, axis=0), X, -X),
-        mx.sym.where(X == X, 2 * X, X),
-        X != 1,
-    ],
-    ids=lambda symbol: f'{symbol.name} {symbol.list_attr()}',
-)
+@pytest.mark.parametrize('symbol', [
+    mx.sym.pick(X, INDEX, axis=1),
+    mx.sym.pick(X, INDEX, axis=-2, keepdims=True),
+    mx.sym.pick(X, mx.sym.expand_dims(INDEX, axis=1), axis=1),
+    mx.sym.sum(X, axis=1, exclude=True),
+    mx.sym.mean(X, axis=-1, exclude=True),
+    mx.sym.mean(X, axis=(0,), exclude=True),
+    mx.sym.sum(X, axis=1),
+    mx.sym.mean(X, axis=(0, 2)),
+    mx.sym.log_softmax(X, axis=1),
+    mx.sym.log_softmax(X * 100),
+    mx.sym.contrib.arange_like(X, axis=1),
+    mx.sym.contrib.arange_like(X, axis=-2),
+    mx.sym.contrib.arange_like(X),
+    mx.sym.where(mx.sym.contrib.arange_like(X, axis=0), X, -X),
+    mx.sym.where(X == X, 2 * X, X),
+    X != 1,
+], ids=lambda symbol: f'{symbol.name} {symbol.list_attr()}')  # fmt: skip
 def test_operators_as_a_net_may_use_them(symbol, opset, rng, tmp_path):
     feed = {
         'x': rng.normal(0, 1, (2, 3, 4)).astype('float32'),
@@ -351,23 +336,14 @@ def test_operators_as_a_net_may_use_them(symbol, opset, rng, tmp_path):
     assert_close(got, want)
 
 
-@pytest.mark.parametrize(
-    ('symbol', 'message'),
-    [
-        (
-            mx.sym.pick(X, INDEX, axis=1, mode='wrap'),
-            "pick: expected an axis, and mode 'clip', got axis 1 and mode 'wrap'",
-        ),
-        (
-            mx.sym.contrib.arange_like(X, axis=-1, start=2),
-            '_contrib_arange_like: expected a negative axis alone',
-        ),
-        (
-            mx.sym.sum(X, axis=(0, 1), exclude=True),
-            'sum: expected one axis and no keepdims with exclude=True',
-        ),
-    ],
-)
+@pytest.mark.parametrize(('symbol', 'message'), [
+    (
+        mx.sym.pick(X, INDEX, axis=1, mode='wrap'),
+        "pick: expected an axis, and mode 'clip', got axis 1 and mode 'wrap'",
+    ),
+    (mx.sym.contrib.arange_like(X, axis=-1, start=2), '_contrib_arange_like: expected a negative axis alone'),
+    (mx.sym.sum(X, axis=(0, 1), exclude=True), 'sum: expected one axis and no keepdims with exclude=True'),
+])  # fmt: skip
 def test_what_has_no_converter_says_so(symbol, message, tmp_path):
     feed = {
         name: np.zeros((2, 4) if name == 'index' else (2, 3, 4), 'float32') for name in symbol.list_inputs()

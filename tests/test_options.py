@@ -107,18 +107,14 @@ def test_a_batch_axis_that_is_the_class_axis_counted_from_the_other_end_is_refus
         StableSoftmaxCELoss(axis=-1, batch_axis=1)(mx.nd.zeros((4, 5)), mx.nd.zeros(4))
 
 
-@pytest.mark.parametrize(
-    'options',
-    [
-        {'weight': Fraction(1, 2)},
-        {'weight': 2**64},
-        {'label_smoothing': Fraction(1, 10)},
-        {'lse_square_scale': Fraction(1, 10)},
-        {'ignore_label': np.int64(2)},
-        {'sparse_label': np.bool_(True)},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize('options', [
+    {'weight': Fraction(1, 2)},
+    {'weight': 2**64},
+    {'label_smoothing': Fraction(1, 10)},
+    {'lse_square_scale': Fraction(1, 10)},
+    {'ignore_label': np.int64(2)},
+    {'sparse_label': np.bool_(True)},
+], ids=str)  # fmt: skip
 def test_numbers_of_every_kind_mean_what_they_say(kernel, options, rng):
     pred, label = rng.normal(0, 1, (4, 5)).astype('float32'), np.array([0, 2, 4, 1], 'float32')
     plain = {name: float(value) for name, value in options.items()}

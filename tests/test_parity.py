@@ -11,10 +11,8 @@ import mxnet as mx
 import numpy as np
 import pytest
 import reference
-import tolerances
 from mxnet import autograd, gluon, nd
 from sklearn.datasets import load_digits
-from tolerances import assert_close
 
 from gluon_stable_ce import StableSoftmaxCELoss
 
@@ -96,15 +94,6 @@ def gradient_of(loss_fn, pred, label, axis):
         loss = loss_fn(*classes_on(axis, array, nd.array(label)))
     loss.backward()
     return array.grad.asnumpy().astype('float64')
-
-
-@AXES
-@pytest.mark.parametrize('scale', [1, 5, 20])  # at 20 most predictions are sure of one class
-def test_gradients_equal_those_of_stock_to_rounding(rng, scale, axis):
-    pred, label = rng.normal(0, scale, (1024, 10)).astype('float32'), rng.randint(0, 10, 1024)
-    ours = gradient_of(StableSoftmaxCELoss(axis=axis), pred, label, axis)
-    stock = gradient_of(gluon.loss.SoftmaxCELoss(axis=axis), pred, label, axis)
-    assert_close(ours, stock, tolerances.NLL)
 
 
 @AXES

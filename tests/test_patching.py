@@ -13,8 +13,8 @@ import mxnet as mx
 import numpy as np
 import pytest
 from mxnet import autograd, gluon
-from mxnet.gluon.contrib import estimator
 from mxnet.gluon.loss import SoftmaxCELoss as ImportedBefore
+from tolerances import FLOAT64, NLL, ROUNDED_FLOAT32, assert_close
 
 from gluon_stable_ce import (
     StableCrossEntropy,
@@ -24,7 +24,6 @@ from gluon_stable_ce import (
     patch,
     unpatch,
 )
-from gluon_stable_ce.patching import Patch
 
 STOCK = {
     'SoftmaxCrossEntropyLoss': gluon.loss.SoftmaxCrossEntropyLoss,
@@ -84,9 +83,7 @@ def test_replaces_the_loss_by_both_names(patched, logits):
     loss_fn = gluon.loss.SoftmaxCrossEntropyLoss()
     assert isinstance(loss_fn, StableSoftmaxCrossEntropyLoss)
     assert isinstance(loss_fn, STOCK['SoftmaxCELoss'])
-    np.testing.assert_allclose(
-        loss_fn(logits, LABEL).asnumpy(), ImportedBefore()(logits, LABEL).asnumpy(), atol=1e-5
-    )
+    assert_close(loss_fn(logits, LABEL).asnumpy(), ImportedBefore()(logits, LABEL).asnumpy(), NLL)
     assert loss_fn(mx.nd.array([[20, 0]]), mx.nd.array([0])).asscalar() >= 0
 
 
@@ -104,13 +101,7 @@ def test_replaces_the_metrics_that_create_finds_by_name(patched, name):
 def test_a_patched_metric_has_no_floor(patched):
     metric = mx.metric.create('ce')
     metric.update([mx.nd.array([0])], [mx.nd.array([[1e-43, 1]])])
-    assert metric.get() == ('cross-entropy', pytest.approx(99.02, abs=0.01))
-
-
-def test_composite_metrics_hold_the_replacements(patched):
-    acc, ce = mx.metric.create(['acc', 'ce']).metrics
-    assert type(acc) is mx.metric.Accuracy
-    assert isinstance(ce, StableCrossEntropy)
+    assert metric.get() == ('cross-entropy', ROUNDED_FLOAT32.approx(-np.log(np.float32(1e-43))))
 
 
 def test_metric_configuration_makes_the_metric_again(patched):
@@ -127,14 +118,6 @@ def test_the_loss_has_gluons_name(patched):
 
 
 # Until when
-
-
-def test_unpatch_restores():
-    before = bindings()
-    assert isinstance(patch(), Patch)
-    assert gluon.loss.SoftmaxCELoss is not STOCK['SoftmaxCELoss']
-    unpatch()
-    assert bindings() == before
 
 
 def test_an_exception_restores():
@@ -216,7 +199,7 @@ def test_positional_arguments_are_gluons(patched, logits):
     probs = mx.nd.one_hot(LABEL, 5)
     ours = gluon.loss.SoftmaxCELoss(-1, False, True, 0.5, 0)(mx.nd.log_softmax(logits), probs)
     stock = ImportedBefore(-1, False, True, 0.5, 0)(mx.nd.log_softmax(logits), probs)
-    np.testing.assert_allclose(ours.asnumpy(), stock.asnumpy(), atol=1e-5)
+    assert_close(ours.asnumpy(), stock.asnumpy(), NLL)
 
 
 def test_options_that_a_call_rules_out_are_left_out(logits):
@@ -262,7 +245,7 @@ def test_perplexity_takes_ignore_label_first(patched):
     probs = mx.nd.array([[0.5, 0.25, 0.25], [0.25, 0.5, 0.25], [0.125, 0.375, 0.5]])
     metric = mx.metric.Perplexity(0)
     metric.update([mx.nd.array([0, 1, 1])], [probs])
-    assert metric.get()[1] == pytest.approx((0.5 * 0.375) ** -0.5)
+    assert metric.get()[1] == FLOAT64.approx((0.5 * 0.375) ** -0.5)
     assert mx.metric.Perplexity(-1, -1, 'ppl').name == 'ppl'
 
 
@@ -272,22 +255,13 @@ def test_loss_metric_takes_a_name_first(patched):
     assert metric.get() == ('CrossEntropy', 2)
 
 
-def test_loss_metric_reads_arrays_before_they_are_written_over(patched):
-    metric, values = mx.metric.Loss(), mx.nd.array([1, 2])
-    metric.update(None, values)
-    values[:] = 100
-    metric.update(None, [values])
-    values[:] = 0
-    assert metric.get()[1] == (1 + 2 + 200) / 4
-
-
 def test_eps_is_ignored_with_a_warning(patched):
     for make in (lambda: mx.metric.CrossEntropy(1e-3), lambda: mx.metric.create('ce', eps=1e-3)):
         with pytest.warns(UserWarning, match=r'eps: 0\.001 is ignored'):
             metric = make()
         assert metric.eps == 1e-3
         metric.update([mx.nd.array([0])], [mx.nd.array([[0.5, 0.5]])])
-        assert metric.get()[1] == pytest.approx(np.log(2), rel=1e-12)
+        assert metric.get()[1] == FLOAT64.approx(np.log(2))
 
 
 def test_no_warning_without_eps(patched, recwarn):
@@ -367,8 +341,8 @@ def test_subclass_with_a_mask(rng, hybridize):
         losses.append(loss.asnumpy())
         gradients.append(pred.grad.asnumpy())
     assert issubclass(ours, StableSoftmaxCrossEntropyLoss)
-    np.testing.assert_allclose(*losses, atol=1e-5)
-    np.testing.assert_allclose(*gradients, atol=1e-6)
+    assert_close(*losses, NLL)
+    assert_close(*gradients, NLL)
 
 
 def test_subclass_with_the_name_of_its_base(patched, logits):
@@ -476,18 +450,3 @@ def test_counts_from_several_threads(patched):
         thread.join()
     assert patched.metrics == 200
     assert repr(patched) == '<patch(): 0 losses and 200 metrics were replaced>'
-
-
-def test_estimator(patched, rng):
-    data = gluon.data.ArrayDataset(
-        rng.normal(0, 1, (16, 4)).astype('float32'), rng.randint(0, 3, 16).astype('float32')
-    )
-    net = gluon.nn.Dense(3)
-    net.initialize()
-    job = estimator.Estimator(
-        net, gluon.loss.SoftmaxCELoss(), trainer=gluon.Trainer(net.collect_params(), 'sgd')
-    )
-    job.fit(gluon.data.DataLoader(data, 4), val_data=gluon.data.DataLoader(data, 4), epochs=1)
-    accuracy, loss = job.train_metrics
-    assert type(accuracy) is mx.metric.Accuracy
-    assert loss.name == 'training softmaxcrossentropyloss'

@@ -32,10 +32,24 @@ def test_plan_of_arrays():
         has_few_classes=False,
         is_empty=False,
         kernel='stock',
-        is_guarded=True,
+        needs_guard=True,
     )
     assert hash(call) == hash(Call(*call))
     assert (call.compute_dtype, call.label_compare_dtype) == ('float32', 'float64')
+
+
+@pytest.mark.parametrize(
+    ('facts', 'expected'),
+    [
+        ({}, 'float64'),
+        ({'dtype': 'bfloat16'}, 'float32'),
+        ({'dtype': 'float32', 'has_few_classes': True}, 'float32'),
+        ({'dtype': 'float64', 'has_few_classes': True}, 'float64'),
+    ],
+    ids=str,
+)
+def test_label_compare_dtype(facts, expected):
+    assert Call(**facts).label_compare_dtype == expected
 
 
 def test_plan_of_symbols_knows_little():

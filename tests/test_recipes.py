@@ -91,11 +91,7 @@ def tokens(rng):
     """Data (5, 4, 3), labels (5, 4) of which a third is -1, and a weight (6, 3)."""
     label = np.where(rng.uniform(size=(5, 4)) < 0.3, -1, rng.randint(0, 6, (5, 4))).astype('float32')
     label[3] = -1
-    return (
-        rng.normal(size=(5, 4, 3)).astype('float32'),
-        label,
-        rng.normal(size=(6, 3)).astype('float32'),
-    )
+    return (rng.normal(size=(5, 4, 3)).astype('float32'), label, rng.normal(size=(6, 3)).astype('float32'))
 
 
 def test_every_recipe_has_a_test():
@@ -114,25 +110,18 @@ def test_average_tokens_with_trainer_step_of_the_batch_size(tokens):
 
 
 @pytest.mark.parametrize('label_dtype', ['int32', 'float32'])
-def test_padding_by_valid_length(rng, label_dtype):
-    loss_fn = recipe('Padding by valid_length')['loss_fn']
+@pytest.mark.parametrize('smoothing', [0, 0.1], ids=['mean-of-the-length', 'smoothed'])
+def test_losses_masked_by_length(rng, smoothing, label_dtype):
+    """Padding by valid_length divides by the length, the masked loss of gluon-nlp by that of the padding."""
+    if smoothing:
+        loss_fn = recipe('The masked loss of gluon-nlp, with label smoothing')['masked_loss']
+    else:
+        loss_fn = recipe('Padding by valid_length')['loss_fn']
     label, length = rng.randint(0, 5, (3, 4)), np.array([4, 2, 0])
-    mask = np.arange(4) < length[:, None]
+    mask, divisor = np.arange(4) < length[:, None], 4 if smoothing else np.maximum(length, 1)
     check_values_and_gradients(
         lambda pred: loss_fn(pred, nd.array(label, dtype=label_dtype), nd.array(length)),
-        lambda pred: (nll_of(pred, label) * mask).sum(1) / np.maximum(length, 1),
-        rng.normal(0, 2, (3, 4, 5)),
-    )
-
-
-@pytest.mark.parametrize('label_dtype', ['int32', 'float32'])
-def test_masked_loss_of_gluon_nlp(rng, label_dtype):
-    masked_loss = recipe('The masked loss of gluon-nlp, with label smoothing')['masked_loss']
-    label, length = rng.randint(0, 5, (3, 4)), np.array([4, 2, 0])
-    mask = np.arange(4) < length[:, None]
-    check_values_and_gradients(
-        lambda pred: masked_loss(pred, nd.array(label, dtype=label_dtype), nd.array(length)),
-        lambda pred: (smoothed_nll_of(pred, label, 0.1) * mask).mean(1),
+        lambda pred: (smoothed_nll_of(pred, label, smoothing) * mask).sum(1) / divisor,
         rng.normal(0, 2, (3, 4, 5)),
     )
 

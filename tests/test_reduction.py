@@ -1,14 +1,17 @@
 """The steps between the terms of a position and the loss of a sample: combine, reduce, and the weights' alignment."""
 
+import modes
 import mxnet as mx
 import numpy as np
 import pytest
 import reference
 
+from gluon_stable_ce import StableSoftmaxCELoss
 from gluon_stable_ce.call import Call
-from gluon_stable_ce.kernels import ClassTerms
+from gluon_stable_ce.class_terms import ClassTerms
+from gluon_stable_ce.formula import combine
 from gluon_stable_ce.options import Options
-from gluon_stable_ce.reduction import align_sample_weight, combine, reduce
+from gluon_stable_ce.reduction import align_sample_weight, reduce
 
 nd = mx.nd
 nan, inf = float('nan'), float('inf')
@@ -173,3 +176,30 @@ class TestAlignSampleWeight:
     def test_another_layout_is_a_shape_error(self, shape, pred, axis):
         with pytest.raises(mx.MXNetError):
             self.aligned_in_a_graph(np.ones(shape, 'float32'), pred, axis)
+
+
+class TestSeveralClassAxes:
+    """Further class axes of dense log-probabilities, over which is summed."""
+
+    OPTIONS = {'axis': (1, -1), 'sparse_label': False, 'from_logits': True}  # noqa: RUF012
+
+    @modes.parametrize([modes.default, modes.nested])
+    @pytest.mark.parametrize('reduction', ['mean', 'sum'])
+    @pytest.mark.parametrize('weight', [None, (2, 1, 1, 1), (2, 1, 4, 1)], ids=str)
+    def test_loss(self, mode, reduction, weight, rng):
+        target, p = rng.uniform(0.1, 1, (2, 2, 3, 4, 5)).astype('float32')
+        log_p = np.log(p)
+        weights = [] if weight is None else [rng.uniform(1, 2, weight).astype('float32')]
+        expected = -(log_p * target).sum((1, 3), keepdims=True)
+        for given in weights:
+            expected = expected * given
+        expected = getattr(np, reduction)(expected, (1, 2, 3))
+        loss, _ = mode(StableSoftmaxCELoss(reduction=reduction, **self.OPTIONS), log_p, target, *weights)
+        np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+    def test_a_batch_axis_that_is_one_of_them(self):
+        arrays = nd.zeros((2, 3, 4)), nd.zeros((2, 3, 4))
+        with pytest.raises(ValueError, match='^batch_axis: expected axes of pred'):
+            StableSoftmaxCELoss(**self.OPTIONS, batch_axis=-2)(*arrays)
+        with pytest.raises(ValueError, match='^axis: expected axes of pred'):
+            StableSoftmaxCELoss(**{**self.OPTIONS, 'axis': (1, -2)})(*arrays)

@@ -23,16 +23,12 @@ def zeros(*shapes):
 
 
 @IN_GRAPHS
-@pytest.mark.parametrize(
-    ('options', 'pred', 'label'),
-    [
-        ({}, (4, 6, 5), (6, 4)),
-        ({'axis': -3}, (2, 3, 4, 5), (2, 5, 4)),
-        ({'axis': 1, 'sparse_label': False}, (2, 3, 4, 5), (2, 3, 5, 4)),
-        ({'sparse_label': False}, (2, 3, 4), (3, 2, 4)),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(('options', 'pred', 'label'), [
+    ({}, (4, 6, 5), (6, 4)),
+    ({'axis': -3}, (2, 3, 4, 5), (2, 5, 4)),
+    ({'axis': 1, 'sparse_label': False}, (2, 3, 4, 5), (2, 3, 5, 4)),
+    ({'sparse_label': False}, (2, 3, 4), (3, 2, 4)),
+], ids=str)  # fmt: skip
 def test_a_label_of_the_same_size(mode, options, pred, label):
     with pytest.raises(mx.MXNetError):
         mode(StableSoftmaxCELoss(**options), *zeros(pred, label))
@@ -40,33 +36,25 @@ def test_a_label_of_the_same_size(mode, options, pred, label):
 
 @IN_GRAPHS
 @pytest.mark.parametrize('count', [1, 2, 4, 9])
-@pytest.mark.parametrize(
-    ('options', 'pred', 'label'),
-    [
-        ({}, (4, 3), 4),
-        ({'axis': 1, 'label_smoothing': 0.1}, (2, 3, 3, 3), (2, 3, 3)),
-        ({'sparse_label': False}, (4, 3), (4, 3)),
-        ({'sparse_label': False, 'label_smoothing': 0.1}, (4, 3), (4, 3)),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(('options', 'pred', 'label'), [
+    ({}, (4, 3), 4),
+    ({'axis': 1, 'label_smoothing': 0.1}, (2, 3, 3, 3), (2, 3, 3)),
+    ({'sparse_label': False}, (4, 3), (4, 3)),
+    ({'sparse_label': False, 'label_smoothing': 0.1}, (4, 3), (4, 3)),
+], ids=str)  # fmt: skip
 def test_class_weights_of_another_number(mode, count, options, pred, label):
     loss_fn = StableSoftmaxCELoss(class_weight=[1] * count, **options)
     with pytest.raises(mx.MXNetError, match='Size|[Ss]hape'):
         mode(loss_fn, *zeros(pred, label))
 
 
-@pytest.mark.parametrize(
-    ('options', 'pred', 'weight'),
-    [
-        ({'axis': 1}, (2, 5, 3, 3), (2, 3, 3)),
-        ({'axis': 1}, (2, 3, 3, 3), (2, 3, 3)),
-        ({}, (4, 5), (4, 7)),
-        ({}, (4, 6, 5), (4, 6, 2)),
-        ({'batch_axis': 1}, (4, 4, 5), (4,)),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(('options', 'pred', 'weight'), [
+    ({'axis': 1}, (2, 5, 3, 3), (2, 3, 3)),
+    ({'axis': 1}, (2, 3, 3, 3), (2, 3, 3)),
+    ({}, (4, 5), (4, 7)),
+    ({}, (4, 6, 5), (4, 6, 2)),
+    ({'batch_axis': 1}, (4, 4, 5), (4,)),
+], ids=str)  # fmt: skip
 def test_a_sample_weight_of_another_layout(options, pred, weight):
     positions = np.delete(pred, options.get('axis', -1))
     with pytest.raises(mx.MXNetError):
@@ -76,3 +64,8 @@ def test_a_sample_weight_of_another_layout(options, pred, weight):
 def test_a_batch_axis_that_is_the_class_axis():
     with pytest.raises(mx.MXNetError):
         modes.nested(StableSoftmaxCELoss(axis=-1, batch_axis=1), *zeros((4, 5), 4))
+
+
+def test_predictions_without_a_batch_axis():
+    with pytest.raises(mx.MXNetError):
+        modes.nested(StableSoftmaxCELoss(), *zeros(5, 1))

@@ -102,9 +102,20 @@ BESIDE_STOCK = Tolerance(absolute=5e-6, relative=1.2e-5)
 SAME_OPERATORS = Tolerance(absolute=2e-6, relative=2e-6)
 # Parameters after a few steps: gradients within 1e-6 of each other, at learning rates of about 1.
 TRAINED = Tolerance(absolute=5e-6, relative=1e-5)
+# Numbers that scripts print after training with either loss.
+PRINTED = Tolerance(relative=1e-4)
 # Gluon's loss adds up thousands of classes in float16.
 STOCK_LOSS = {'float16': Tolerance(absolute=1e-2), 'float32': Tolerance(absolute=1e-4)}
 STOCK_GRADIENT = Tolerance(absolute=5e-3)
+
+# The audit
+
+# float64, each NLL rounded a few times, and their exact sum
+AUDIT = Tolerance(relative=1e-14)
+# MXNet's metrics add up thousands of logarithms in the dtype of the predictions.
+STOCK_METRIC = {'float16': Tolerance(relative=2e-3), 'float32': Tolerance(relative=2e-6), 'float64': FLOAT64}
+# What an epsilon of 1e-12 adds to probabilities of at least 0.1.
+EPSILON = Tolerance(absolute=2e-12, relative=1e-9)
 
 # Single numbers
 

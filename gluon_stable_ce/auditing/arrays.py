@@ -12,16 +12,7 @@ _CHUNK = 2**20  # predictions in a chunk: 8 MB in float64
 
 
 def check_arrays(pred: Any, label: Any, axis: int) -> Tuple[np.ndarray, np.ndarray]:
-    """Return predictions and labels as NumPy arrays, once their types, dtypes and shapes are checked.
-
-    `label` gets `pred`'s shape without `axis`. TypeError or ValueError says what does not fit.
-
-    Examples
-    --------
-    >>> pred, label = check_arrays(np.full((4, 2), 0.5), np.zeros((4, 1)), axis=-1)
-    >>> pred.shape, label.shape
-    ((4, 2), (4,))
-    """
+    """Return predictions, and labels without `axis`, in NumPy; TypeError or ValueError if they do not fit."""
     pred = _to_numpy('pred', pred, 'f', 'float16, float32 or float64')
     label = _to_numpy('label', label, 'iuf', 'integers or floats')
     _check_not_one_hot(pred.shape, label.shape, axis)
@@ -58,23 +49,13 @@ def split_into_chunks(
 ) -> Iterator[Tuple[int, np.ndarray, np.ndarray]]:
     """Yield chunks of about a million predictions, so that a memory map is never read as a whole.
 
-    A chunk is a part of the first axis of `label`, and at least one step along it. In C order with the
-    classes last, a step is one row of C predictions. Otherwise it is all predictions of one index.
-
-    Yields the flat index in `label` of the first position, rows (n, C), and labels (n,) float64. With
-    `progress`, a bar is shown if stderr is a terminal and tqdm is installed.
-
-    Examples
-    --------
-    >>> pred, label = np.full((2, 5, 3), 0.2), np.zeros((2, 3), int)
-    >>> [(start, rows.shape, labels.shape) for start, rows, labels in split_into_chunks(pred, label, axis=1)]
-    [(0, (6, 5), (6,))]
+    Yields the flat index in `label` of the first position, rows (n, C), and labels (n,) float64.
     """
     rows = np.moveaxis(pred, axis, -1)  # (N, ..., C)
     classes = rows.shape[-1]
     if rows.flags.c_contiguous:
         rows, label = rows.reshape(label.size, classes), label.reshape(label.size)
-    positions = math.prod(label.shape[1:])  # in one step along the first axis
+    positions = math.prod(label.shape[1:])  # of one index of the first axis
     step = max(1, _CHUNK // max(1, classes * positions))
     starts = range(0, len(label) if label.size else 0, step)
     for start in _with_bar(starts) if progress else starts:

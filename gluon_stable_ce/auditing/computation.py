@@ -1,7 +1,7 @@
 """Compute exact sums over given predictions, and what MXNet's own metrics report for the same ones."""
 
 from numbers import Integral
-from typing import Any, NamedTuple, Optional
+from typing import Any, Optional
 
 import numpy as np
 
@@ -12,6 +12,8 @@ from .report import Audit, Worst
 
 _FLOOR = 1e-10  # of mx.metric.Perplexity
 _WORST, _SPREAD = 1000, 10000  # how many samples a picture has: the worst, and of evenly spaced ranks
+# Of a sample: exact NLL in nats, probability, label, and flat index in the labels.
+_SAMPLE = np.dtype([('nll', 'f8'), ('p', 'f8'), ('label', 'i8'), ('position', 'i8')])
 
 
 def audit(
@@ -32,10 +34,9 @@ def audit(
     Parameters
     ----------
     pred : (N, ..., C at `axis`, ...) float16, float32 or float64
-        A NumPy array, memory maps included, or an MXNet array. A memory map is read in chunks of about a
-        million predictions. A chunk has at least one row of all classes. If the classes are not on the last
-        axis, it has at least all predictions of one index of the first axis, or of the second if the classes
-        are on the first. 4 bytes for each sample stay in memory, for the picture.
+        A NumPy array or an MXNet array. A memory map is read in chunks, of a size that
+        ``python -m gluon_stable_ce audit --help`` describes. 4 bytes for each sample stay in memory, for the
+        picture.
     label : `pred`'s shape without `axis`, or with 1 there; integers or floats
         Class indices. A label outside [0, C), NaN or a fraction is invalid, and does not count.
     pred_type : 'probs', 'logits' or 'log_probs'
@@ -96,22 +97,6 @@ def audit(
         return tally.report()
 
 
-class _Samples(NamedTuple):
-    """Samples that count, one array of shape (n,) for each field."""
-
-    nll: np.ndarray  # exact, float64, nats
-    p: np.ndarray  # float64
-    label: np.ndarray  # int64
-    position: np.ndarray  # int64, flat index in the labels
-
-    def select(self, which):
-        return _Samples(*(field[which] for field in self))
-
-    def difficulty(self):
-        """By what the worst are ranked: the NLL, with NaN as if it were infinite."""
-        return np.where(np.isnan(self.nll), np.inf, self.nll)
-
-
 class _Tally:
     """What is known of the chunks so far."""
 
@@ -122,7 +107,7 @@ class _Tally:
         self.tolerance = 1e-2 if self.dtype == 'float16' else 1e-3
         self.exact, self.under, self.stock, self.floored = [ExactSums()] * 4
         self.ignored = self.invalid = self.bad_rows = 0
-        self.worst = _Samples(*(np.zeros(0, dtype) for dtype in ('f8', 'f8', 'i8', 'i8')))
+        self.worst = np.zeros(0, _SAMPLE)
         self.nlls = [np.zeros(0, 'float32')]  # of all samples: a picture needs no float64
 
     def add(self, start, rows, labels):
@@ -137,7 +122,8 @@ class _Tally:
         rows, index = rows if chosen.all() else rows[chosen], labels[chosen].astype('int64')  # (m, C), (m,)
         nll, p = _nll_and_p(rows, index, self.pred_type)  # (m,) each
         self._add_sums(nll, p.astype(self.dtype))
-        self._add_samples(_Samples(nll, p, index, start + np.flatnonzero(chosen)))
+        position = start + np.flatnonzero(chosen)
+        self._add_samples(np.rec.fromarrays([nll, p, index, position], dtype=_SAMPLE))
 
     def _sum_to_1(self, rows):
         """Whether each row, (n, C), is a distribution."""
@@ -157,12 +143,13 @@ class _Tally:
 
     def _add_samples(self, samples):
         """Keep the worst samples, and the NLL of all."""
-        self.nlls.append(samples.nll.astype('float32'))
-        if len(self.worst.nll) == self.size:
-            samples = samples.select(samples.difficulty() > self.worst.difficulty().min(initial=np.inf))
-        merged = _Samples(*map(np.concatenate, zip(self.worst, samples)))
+        self.nlls.append(samples['nll'].astype('float32'))
+        if len(self.worst) == self.size:
+            least = _difficulty(self.worst).min(initial=np.inf)
+            samples = samples[_difficulty(samples) > least]
+        merged = np.concatenate([self.worst, samples])
         # the worst first, and of equal ones the first to come
-        self.worst = merged.select(np.argsort(-merged.difficulty(), kind='stable')[: self.size])
+        self.worst = merged[np.argsort(-_difficulty(merged), kind='stable')[: self.size]]
 
     def report(self):
         """Return the result of all chunks."""
@@ -184,7 +171,7 @@ class _Tally:
             nan=self.exact.nan,
             bad_rows=None if self.pred_type == 'logits' else self.bad_rows,
             row_tolerance=self.tolerance,
-            worst=tuple(map(self._describe, *self.worst)),
+            worst=tuple(self._describe(*sample) for sample in self.worst.tolist()),
             _curve=self._curve(),
         )
 
@@ -200,8 +187,7 @@ class _Tally:
         return self.under.total / self.exact.total if self.under.count else 0.0
 
     def _describe(self, nll, p, label, position):
-        index = tuple(int(i) for i in np.unravel_index(position, self.positions))
-        return Worst(index, int(label), float(p), float(nll))
+        return Worst(tuple(map(int, np.unravel_index(position, self.positions))), label, p, nll)
 
     def _curve(self):
         """Rank, exact and stock NLL, (3, points), of the worst samples and of evenly spaced ranks."""
@@ -213,6 +199,11 @@ class _Tally:
         exact = nll[count - rank].astype('float64')
         stock = self._stock_nll(np.exp(-exact).astype(self.dtype))
         return np.stack([rank, np.where(np.isnan(exact), np.inf, exact), stock])
+
+
+def _difficulty(samples):
+    """By what the worst are ranked: the NLL, with NaN as if it were infinite."""
+    return np.where(np.isnan(samples['nll']), np.inf, samples['nll'])
 
 
 def _nll_and_p(rows, index, pred_type):

@@ -11,30 +11,10 @@ from numpy.lib import format as npy
 
 
 def read_files(paths: List[str]) -> Tuple[np.ndarray, np.ndarray]:
-    """Read predictions and labels from files.
+    """Read predictions and labels from files; OSError or ValueError says what is wrong with one.
 
-    Parameters
-    ----------
-    paths : list of str
-        One ``.npz`` with the keys ``pred`` and ``label``, which is read whole; or two ``.npy``, predictions,
-        then labels, which are memory-mapped.
-
-    Raises
-    ------
-    OSError
-        If a file is not there.
-    ValueError
-        If a file is not a regular one, is not what its suffix says, is damaged, holds pickled objects or
-        lacks one of the two arrays, or if an array is empty.
-
-    Examples
-    --------
-    >>> import os, tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     path = os.path.join(folder, 'predictions.npz')
-    ...     np.savez(path, pred=[[0.5, 0.5]], label=[1])
-    ...     read_files([path])
-    (array([[0.5, 0.5]]), array([1]))
+    `paths` are one ``.npz`` with the keys ``pred`` and ``label``, which is read whole; or two ``.npy``,
+    predictions, then labels, which are memory-mapped.
     """
     suffixes = [os.path.splitext(path)[1].lower() for path in paths]
     if suffixes == ['.npz']:
@@ -47,7 +27,9 @@ def read_files(paths: List[str]) -> Tuple[np.ndarray, np.ndarray]:
             f'{", ".join(map(repr, paths))}; to save MXNet arrays: '
             "numpy.savez('predictions.npz', pred=pred.asnumpy(), label=label.asnumpy())"
         )
-    _check_not_empty(pred=pred, label=label)
+    for name, array in (('pred', pred), ('label', label)):
+        if not array.size:
+            raise ValueError(f'{name}: expected at least one number, got shape {array.shape}')
     return pred, label
 
 
@@ -63,26 +45,16 @@ def _read_safely(read, path):
         raise ValueError(f'{path}: cannot be read: {error or type(error).__name__}') from error
 
 
-def _check_not_empty(**arrays):
-    for name, array in arrays.items():
-        if not array.size:
-            raise ValueError(f'{name}: expected at least one number, got shape {array.shape}')
-
-
 def _read_npy(path):
+    readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
     with open(path, 'rb') as file:
-        shape = _read_npy_shape(file)
+        version = npy.read_magic(file)
+        if version not in readers:  # 3 is for records, which are no predictions
+            raise ValueError(f'expected version 1 or 2 of the .npy format, got {version}')
+        shape, _, _ = readers[version](file)
     if min(shape, default=0) < 0:  # NumPy would infer it, and crash the process if the dtype has no bytes
         raise ValueError(f'expected a shape without negative sizes, got {shape}')
     return npy.open_memmap(path, mode='r')  # which refuses pickled objects
-
-
-def _read_npy_shape(file):
-    readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
-    version = npy.read_magic(file)
-    if version not in readers:  # 3 is for records, which are no predictions
-        raise ValueError(f'expected version 1 or 2 of the .npy format, got {version}')
-    return readers[version](file)[0]
 
 
 def _read_npz(path):

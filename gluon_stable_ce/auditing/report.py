@@ -1,5 +1,6 @@
 """The result of an audit: its numbers, as text, as JSON and as a picture."""
 
+import json
 import math
 import os
 from collections import namedtuple
@@ -87,7 +88,9 @@ class Audit:
     def as_dict(self) -> dict:
         """All fields and `error` for strict JSON: what is not finite is the string 'inf', '-inf' or 'nan'."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != '_curve'}
-        return _plain({**fields, 'error': self.error, 'worst': [sample._asdict() for sample in self.worst]})
+        worst = [sample._asdict() for sample in self.worst]
+        text = json.dumps({**fields, 'error': self.error, 'worst': worst})
+        return json.loads(text, parse_constant=lambda name: str(float(name)))
 
     def table(self) -> str:
         """The report as aligned plain text."""
@@ -159,15 +162,7 @@ class Audit:
 
 
 def check_plot(path: str) -> None:
-    """Raise an error now if `Audit.plot` could not save to `path` later.
-
-    Raises
-    ------
-    ImportError
-        If there is no matplotlib.
-    ValueError, FileNotFoundError
-        If matplotlib cannot write such a file, or its folder does not exist.
-    """
+    """Raise an error now if `Audit.plot` could not save to `path` later."""
     suffixes = _new_figure().canvas.get_supported_filetypes()
     suffix = os.path.splitext(path)[1][1:].lower()
     if suffix and suffix not in suffixes:  # matplotlib adds one where there is none
@@ -178,19 +173,7 @@ def check_plot(path: str) -> None:
 
 def _new_figure():
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError('a plot needs matplotlib: pip install "matplotlib<3.9"') from error
-    figure = Figure(figsize=(8, 5))
-    FigureCanvasAgg(figure)  # without pyplot, a plot needs no display and leaves the caller's backend alone
-    return figure
-
-
-def _plain(value):
-    """Return `value` with what strict JSON does not have as strings."""
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+    return Figure(figsize=(8, 5))  # without pyplot, which needs a display or changes the caller's backend

@@ -70,14 +70,8 @@ def _run(args):
     check_number('--max-error', args.max_error, low=0, optional=True)
     if args.plot:
         check_plot(args.plot)  # before a long computation, not after it
-    found = audit(
-        *read_files(args.files),
-        pred_type=args.pred_type,
-        axis=args.axis,
-        ignore_label=args.ignore_label,
-        eps=args.eps,
-        progress=True,
-    )
+    options = {name: getattr(args, name) for name in ('pred_type', 'axis', 'ignore_label', 'eps')}
+    found = audit(*read_files(args.files), **options, progress=True)
     if not found.samples:  # all values are NaN then: a wrong file or a wrong option, not a result
         counts = f'{found.invalid} invalid and {found.ignored} ignored'
         raise ValueError(f'label: expected at least one that is valid and not ignored, got {counts}')

@@ -6,6 +6,7 @@ import runpy
 import sys
 import textwrap
 import threading
+from typing import Any, Dict, Optional, Tuple
 
 from ..patching import PLACES, patch
 
@@ -14,18 +15,14 @@ def _numbers(text):
     return [float(number) for number in text.split(',')]
 
 
-# of the loss
-_OPTIONS = {
-    'ignore_label': {'type': int, 'metavar': 'LABEL', 'help': 'label of positions that do not count'},
-    'class_weight': {'type': _numbers, 'metavar': 'W,W,...', 'help': 'one weight for each class'},
-    'label_smoothing': {
-        'type': float,
-        'metavar': 'A',
-        'help': 'how much of the target is spread over all classes',
-    },
-    'lse_square_scale': {'type': float, 'metavar': 'S', 'help': 'factor of the squared logsumexp'},
-    'reduction': {'help': "'mean', 'valid', 'sum' or 'none'"},
-    'invalid_label': {'help': "'nan', 'raise' or 'clip': how to treat labels outside [0, C)"},
+# of the loss: type, what stands for the value, help
+_OPTIONS: Dict[str, Tuple[Any, Optional[str], str]] = {
+    'ignore_label': (int, 'LABEL', 'label of positions that do not count'),
+    'class_weight': (_numbers, 'W,W,...', 'one weight for each class'),
+    'label_smoothing': (float, 'A', 'how much of the target is spread over all classes'),
+    'lse_square_scale': (float, 'S', 'factor of the squared logsumexp'),
+    'reduction': (str, None, "'mean', 'valid', 'sum' or 'none'"),
+    'invalid_label': (str, None, "'nan', 'raise' or 'clip': how to treat labels outside [0, C)"),
 }
 _DESCRIPTION = textwrap.fill(
     'Run a Python script, unmodified, with the loss and the metrics of this package in the place of '
@@ -51,8 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.allow_abbrev = False  # an option of the script is no abbreviation of these
     parser.description, parser.epilog = _DESCRIPTION, _EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    for name, settings in _OPTIONS.items():
-        parser.add_argument(f'--{name.replace("_", "-")}', **settings)  # type: ignore[arg-type]
+    for name, (kind, metavar, text) in _OPTIONS.items():
+        parser.add_argument(f'--{name.replace("_", "-")}', type=kind, metavar=metavar, help=text)
     parser.add_argument(
         '-m', '--module', action='store_true', help='what follows is the name of a module, not a file'
     )

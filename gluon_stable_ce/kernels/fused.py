@@ -5,9 +5,9 @@ from typing import Any, Dict, Optional
 
 import mxnet as mx
 
-from ..array_api import Array, F, MXNetError
+from ..array_api import Array, F
 from ..call import LOSS_FILL, Call
-from .terms import ClassTerms
+from ..class_terms import ClassTerms
 
 NAME = 'stable_ce_class_terms'
 
@@ -47,7 +47,7 @@ def class_terms(F: F, call: Call, pred: Array, label: Array, class_weight: Optio
     A label at -inf has an infinite nll, and so has one beside a class at +inf. A label at +inf has NaN. NaN
     in any class of a position is NaN.
     """
-    if call.is_guarded:
+    if call.needs_guard:
         pred = _guarded(F, pred)
     inputs = [label] if class_weight is None else [label, class_weight]
     if call.ndim is None:  # the operator would overwrite their gradients
@@ -73,20 +73,22 @@ def _guarded(F: F, pred: Array) -> Array:
         return F.reshape(pred, shape=(-2,))
 
 
-def is_gradient_read(pred: Array) -> bool:
-    """Whether it is known that an operator reads the gradient of the array `pred`, or that it has none.
+def needs_guard(pred: Array) -> bool:
+    """Whether `guarded` is needed: unless it is known that another operator reads the gradient of `pred`.
 
-    Then it needs no guard. Behind MXNet's ``elemwise_add`` and ``add_n`` it needs one: they pass their
-    gradient on as it is, also to a variable. Those have no attributes but ``num_args``. A compiled graph has
-    no attributes either, but its outputs have names of their own.
+    MXNet's ``elemwise_add`` and ``add_n`` hand their gradient array on, also to a variable. They have no
+    attributes but ``num_args``. A compiled graph has no attributes either, but its outputs have names of
+    their own.
     """
+    if not mx.autograd.is_recording():
+        return False
     try:
         symbol = mx.autograd.get_symbol(pred)
-    except MXNetError:  # it is not recorded, so there is no gradient
-        return True
+    except mx.MXNetError:  # of an array that is in no graph
+        return False
     if any(not name.startswith('__') and name != 'num_args' for name in symbol.list_attr()):
-        return True
-    return symbol.list_outputs()[0] not in (symbol.name, f'{symbol.name}_output')
+        return False
+    return symbol.list_outputs()[0] in (symbol.name, f'{symbol.name}_output')
 
 
 def _attributes(call: Call, weighted: bool) -> Dict[str, Any]:

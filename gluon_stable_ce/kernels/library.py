@@ -23,7 +23,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 SOURCES = os.path.join(HERE, 'fused')
 # -ffast-math is not among them: it would make the whole process round denormals to 0
 FLAGS = (
-    *('-O3', '-std=c++11', '-fPIC', '-shared', '-pthread', '-fopenmp-simd', '-w'),
+    *('-O3', '-std=c++14', '-fPIC', '-shared', '-pthread', '-fopenmp-simd', '-w'),
     *('-fno-math-errno', '-fno-trapping-math', '-ffp-contract=fast'),
 )
 END = b'end of stable_ce_class_terms'  # the last bytes of the file: one that was cut off crashes when loaded
@@ -32,15 +32,15 @@ END = b'end of stable_ce_class_terms'  # the last bytes of the file: one that wa
 def why_unsupported() -> Optional[str]:
     """What keeps this machine from running the operator, or None."""
     if not mx.__version__.startswith('1.9.'):
-        return f'the fused kernel needs MXNet 1.9, got {mx.__version__}'
+        return f'it needs MXNet 1.9, got {mx.__version__}'
     if not sys.platform.startswith(('linux', 'darwin')):
-        return f'the fused kernel runs on Linux and macOS, got {sys.platform}'
+        return f'it runs on Linux and macOS, got {sys.platform}'
     return None
 
 
 def why_unavailable() -> str:
     """Say what keeps the operator from being used, where `load` is False."""
-    return why_unsupported() or f'the fused kernel is not compiled: {HOW_TO_BUILD}'
+    return why_unsupported() or f'it is not compiled, or did not load; run `{HOW_TO_BUILD}`'
 
 
 def file_name() -> str:

@@ -92,19 +92,6 @@ def train_ch3():
     return {'curves': DRAWN[-1].values, 'net': net}
 
 
-def train_ch6():
-    """A small convolutional network."""
-    net = nn.Sequential()
-    net.add(
-        nn.Conv2D(4, kernel_size=3, activation='relu'),
-        nn.MaxPool2D(),
-        nn.Dense(16, activation='relu'),
-        nn.Dense(4),
-    )
-    d2l.train_ch6(net, loader(256), loader(64, 0, 1), 3, 0.2, npx.cpu())
-    return {'curves': DRAWN[-1].values, 'net': net}
-
-
 def train_ch8():
     """A character model. The perplexity is exp of the mean loss."""
     text = 'the time traveller for so it will be convenient to speak of him was expounding ' * 12
@@ -132,4 +119,4 @@ def train_batch_ch13():
     return {'losses': losses, 'weight': net[0].weight.data(devices[0])}
 
 
-runner.main(masked_loss, train_seq2seq, train_ch3, train_ch6, train_ch8, train_batch_ch13)
+runner.main(masked_loss, train_seq2seq, train_ch3, train_ch8, train_batch_ch13)

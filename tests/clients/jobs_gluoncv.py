@@ -9,14 +9,6 @@ from gluoncv.utils.parallel import Parallel, Parallelizable
 from mxnet import autograd, gluon
 
 
-def with_gradient(loss_fn, pred, *others):
-    pred.attach_grad()
-    with autograd.record():
-        loss = loss_fn(pred, *others)
-    loss.backward()
-    return loss, pred.grad.copy()
-
-
 def images(count, size=32, classes=4):
     label = np.random.randint(0, classes, count)
     data = np.random.normal(0, 0.5, (count, 3, size, size))
@@ -35,7 +27,7 @@ def distillation():
         for sparse, labels in ((True, label), (False, mx.nd.one_hot(label, 5))):
             loss_fn = cv_loss.DistillationSoftmaxCrossEntropyLoss(3, weight, sparse)
             loss_fn.hybridize()
-            loss, gradient = with_gradient(loss_fn, output, labels, soft)
+            loss, gradient = runner.with_gradient(loss_fn, output, labels, soft)
             results.update({f'loss {weight} {sparse}': loss, f'gradient {weight} {sparse}': gradient})
     return results
 

@@ -15,14 +15,6 @@ from gluonnlp.model.translation import NMTModel
 from mxnet import autograd, gluon
 
 
-def with_gradient(loss_fn, pred, *others):
-    pred.attach_grad()
-    with autograd.record():
-        loss = loss_fn(pred, *others)
-    loss.backward()
-    return loss, pred.grad.copy()
-
-
 def batch():
     pred = mx.nd.random.normal(0, 2, (3, 5, 7))
     return pred, mx.nd.array(np.random.randint(0, 7, (3, 5))), mx.nd.array([5, 2, 1])
@@ -34,7 +26,7 @@ def masked_loss():
     for hybridize in (False, True):
         loss_fn = MaskedSoftmaxCELoss(weight=0.5)
         loss_fn.hybridize(hybridize)
-        results[f'loss {hybridize}'], results[f'gradient {hybridize}'] = with_gradient(
+        results[f'loss {hybridize}'], results[f'gradient {hybridize}'] = runner.with_gradient(
             loss_fn, pred, label, lengths
         )
     return results
@@ -42,7 +34,7 @@ def masked_loss():
 
 def masked_loss_of_log_probabilities():
     pred, label, lengths = batch()
-    loss, gradient = with_gradient(
+    loss, gradient = runner.with_gradient(
         MaskedSoftmaxCELoss(from_logits=True), mx.nd.log_softmax(pred), label, lengths
     )
     return {'loss': loss, 'gradient': gradient}
@@ -56,7 +48,7 @@ def masked_loss_with_label_smoothing():
         smooth, loss_fn = LabelSmoothing(epsilon=0.1, units=7), MaskedSoftmaxCELoss(sparse_label=False)
         for block in (smooth, loss_fn):
             block.hybridize(hybridize)
-        loss, gradient = with_gradient(loss_fn, pred, smooth(label), lengths)
+        loss, gradient = runner.with_gradient(loss_fn, pred, smooth(label), lengths)
         results.update({f'loss {hybridize}': loss, f'gradient {hybridize}': gradient})
     return results
 

@@ -65,16 +65,6 @@ def train(loss_fn):
     return {'losses': losses, 'perplexity': loss_fn.metric.get(), 'model': model}
 
 
-def with_softmax_output():
-    return train(sockeye_loss.CrossEntropyLoss(label_smoothing=0.1))
-
-
-def without_softmax_output():
-    return train(
-        sockeye_loss.CrossEntropyLossWithoutSoftmaxOutput(label_smoothing=0.1, num_labels=VOCABULARY)
-    )
-
-
 class MaskedLoss(sockeye_loss.Loss):
     """Sockeye's interface around gluon's loss."""
 
@@ -114,4 +104,4 @@ def perplexity_metric():
     return {'mxnet': metric.get()[1], 'sockeye': own.metric.get()}
 
 
-runner.main(with_softmax_output, without_softmax_output, with_gluons_loss, perplexity_metric)
+runner.main(with_gluons_loss, perplexity_metric)

@@ -22,6 +22,15 @@ def numbers(value):
     return np.asarray(value, 'float64').ravel().tolist()
 
 
+def with_gradient(loss_fn, pred, *others):
+    """The loss, and the gradient of its sum."""
+    pred.attach_grad()
+    with mx.autograd.record():
+        loss = loss_fn(pred, *others)
+    loss.backward()
+    return loss, pred.grad.copy()
+
+
 def main(*jobs):
     results = {}
     with contextlib.redirect_stdout(sys.stderr):

@@ -8,7 +8,7 @@ import sys
 
 import pages
 import pytest
-from dist_worker import SHARDS, numbers_of, predictions
+from dist_worker import SHARDS, predictions, sums_of
 
 from gluon_stable_ce import StableCrossEntropy
 
@@ -52,13 +52,6 @@ def job(request, tmp_path_factory):
     """What each process of a job returned, by rank."""
     folder = tmp_path_factory.mktemp('job')
     return run_job(request.param, folder, os.path.join(HERE, 'hvd_worker.py'), str(folder), str(TIMEOUT))
-
-
-def sums_of(processes, calls):
-    return [
-        [sum(column) for column in zip(*(numbers_of(rank, call) for rank in range(processes)))]
-        for call in range(calls)
-    ]
 
 
 def test_sums_are_exact_call_after_call(job):

@@ -98,8 +98,10 @@ class Python:
     def visit_Call(self, node):  # noqa: N802
         """The first argument in the place of the call, the branches of `where`; and each keyword left out."""
         name = self.text(node.func)
-        arguments = [a for a in node.args if self.text(a) not in ('F', 'call') and not isinstance(a, ast.Starred)]
-        if not (hasattr(builtins, name) or name[0].isupper() and '.' not in name):
+        arguments = [
+            a for a in node.args if self.text(a) not in ('F', 'call') and not isinstance(a, ast.Starred)
+        ]
+        if not (hasattr(builtins, name) or (name[0].isupper() and '.' not in name)):
             for argument in arguments[1:] if name.endswith('.where') else arguments[:1]:
                 yield from self.replaced(node, f'({self.text(argument)})')
         for keyword in node.keywords:
@@ -117,7 +119,11 @@ def _code(node: ast.AST) -> Iterator[ast.AST]:
     for name, child in ast.iter_fields(node):
         for item in child if isinstance(child, list) else [child]:
             is_text = isinstance(item, ast.Expr) and isinstance(item.value, ast.Constant)
-            if not isinstance(item, ast.AST) or is_text or name in ('annotation', 'returns', 'decorator_list'):
+            if (
+                not isinstance(item, ast.AST)
+                or is_text
+                or name in ('annotation', 'returns', 'decorator_list')
+            ):
                 continue
             yield item
             if not isinstance(item, (ast.Raise, ast.JoinedStr)):

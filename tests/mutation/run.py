@@ -5,6 +5,7 @@ in the format of `equivalent.txt`, which names those that change nothing that a 
 """
 
 import argparse
+import importlib
 import os
 import random
 import resource
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from typing import Dict, Iterable, List, NamedTuple, Set, Tuple
+from typing import Dict, Iterable, List, NamedTuple, Set
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(HERE))
@@ -166,13 +167,17 @@ class Copy:
             arguments = [f'tests/{word}' if word.endswith('.py') else word for word in stage]
             markers = [] if '-m' in stage else ['-m', 'not slow and not dist']
             # 5: no tests are left by -k
-            if pytest.main(['-x', '-q', '-p', 'no:warnings', '--tb=short', *markers, *arguments]) not in (0, 5):
+            if pytest.main(['-x', '-q', '-p', 'no:warnings', '--tb=short', *markers, *arguments]) not in (
+                0,
+                5,
+            ):
                 return 1
         return 0
 
     def _compile(self) -> bool:
         """Compile the operator in the fastest way, for one instruction set, unless it is there."""
         import mxnet as mx
+
         from gluon_stable_ce.kernels import library
 
         if library.find():
@@ -218,10 +223,8 @@ def main() -> int:
 
 def import_what_does_not_change() -> None:
     """A fork has at once what this process has imported."""
-    import hypothesis  # noqa: F401
-    import mpmath  # noqa: F401
-    import mxnet  # noqa: F401
-    import pytest  # noqa: F401
+    for name in ('mxnet', 'pytest', '_pytest.doctest', 'hypothesis', 'matplotlib.figure', 'sklearn.datasets'):
+        importlib.import_module(name)
 
 
 def report(file: str, mutants: List[Mutant], copy: Copy, equivalent: Set[Record]) -> int:

@@ -47,8 +47,9 @@ template <typename T> INLINE T power_of_2(Int<T> n) {
   return bits<T>((n + Format<T>::bias) << Format<T>::mantissa);
 }
 
-// exp(r) - 1. Valid range: |r| <= log(2) / 2. Max error of exp(r), relative: 3e-8 (float), 1e-16 (double).
-INLINE float expm1_reduced(float r) {  // Cephes' polynomial
+// exp(r) - 1, with as many terms as P needs. Valid range: |r| <= log(2) / 2. Max error of exp(r), relative:
+// 3e-8 (float), 1e-16 (double).
+template <typename P> INLINE float expm1_reduced(float r) {  // Cephes' polynomial
   float p = 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
@@ -57,17 +58,12 @@ INLINE float expm1_reduced(float r) {  // Cephes' polynomial
   p = p * r + 5.0000001201e-1f;
   return p * r * r + r;
 }
-constexpr double factorial(int n) { return n < 2 ? 1 : n * factorial(n - 1); }
-template <int k, int last> struct ExpSeries {  // 1/k! + r/(k + 1)! + ... + r^(last - k)/last!
-  INLINE double at(double r) { return ExpSeries<k + 1, last>::at(r) * r + 1 / factorial(k); }
-};
-template <int last> struct ExpSeries<last, last> {
-  INLINE double at(double) { return 1 / factorial(last); }
-};
-template <int degree> INLINE double expm1_reduced(double r) {
-  return ExpSeries<2, degree>::at(r) * r * r + r;
+template <typename P> INLINE double expm1_reduced(double r) {  // sum_k r^k / k!
+  constexpr double factorial[] = {1, 1, 2, 6, 24, 120, 720, 5040, 40320, 362880, 3628800, 39916800, 479001600, 6227020800};
+  double p = 1 / factorial[Format<P>::exp_degree];
+  for (int k = Format<P>::exp_degree - 1; k >= 2; k--) p = p * r + 1 / factorial[k];
+  return p * r * r + r;
 }
-INLINE double expm1_reduced(double r) { return expm1_reduced<Format<double>::exp_degree>(r); }
 
 // x - n log(2), with log(2) as two numbers. The first is so short that n times it is exact up to n = 2^15.
 INLINE float reduce(float x, float n) { return (x - n * 0.693359375f) - n * -2.12194440054690583e-4f; }
@@ -80,39 +76,31 @@ template <typename T> struct Reduced {
   Int<T> n;
   T expm1;
 };
-template <typename T> INLINE Reduced<T> reduced(T x) {
+template <typename P, typename T> INLINE Reduced<T> reduced(T x) {
   const T sum = x * T(kLog2E) + magic(x);
-  return {last_bits(sum), expm1_reduced(reduce(x, sum - magic(x)))};
-}
-template <typename T> INLINE Reduced<double> reduced_for(double x) {
-  const double sum = x * kLog2E + magic(x);
-  return {last_bits(sum), expm1_reduced<Format<T>::exp_degree>(reduce(x, sum - magic(x)))};
+  return {last_bits(sum), expm1_reduced<P>(reduce(x, sum - magic(x)))};
 }
 
 // exp(x). Valid range: up to 700; 0 below -709. Max error, relative: 3e-10 (float), 2e-16 (double).
 template <typename T> INLINE double exp_of(double x) {
   x = x < -1023 * kLn2 ? -1023 * kLn2 : x;
-  const Reduced<double> e = reduced_for<T>(x);
+  const Reduced<double> e = reduced<T>(x);
   return (e.expm1 + 1) * power_of_2<double>(e.n);
 }
 
 // exp(x) - 1. Valid range: up to 700. Max error, relative: 1e-9 (float), 3e-16 (double).
 template <typename T> INLINE double expm1_of(double x) {
   x = x < -100 ? -100 : x;
-  const Reduced<double> e = reduced_for<T>(x);
+  const Reduced<double> e = reduced<T>(x);
   return e.expm1 * power_of_2<double>(e.n) + (power_of_2<double>(e.n) - 1);
 }
 
-template <int k, int last> struct AtanhSeries {  // 1/(2k + 1) + q/(2k + 3) + ... + q^(last - k)/(2 last + 1)
-  INLINE double at(double q) { return AtanhSeries<k + 1, last>::at(q) * q + 1. / (2 * k + 1); }
-};
-template <int last> struct AtanhSeries<last, last> {
-  INLINE double at(double) { return 1. / (2 * last + 1); }
-};
-// 2 atanh(s) = log((1 + s) / (1 - s)). Valid range: [0, 1/3].
-template <typename T> INLINE double two_atanh(double s) {
+// 2 atanh(s) = log((1 + s) / (1 - s)) = 2 sum_k s^(2k + 1) / (2k + 1). Valid range: [0, 1/3].
+template <typename P> INLINE double two_atanh(double s) {
+  double p = 0;
   const double q = s * s;
-  return 2 * (AtanhSeries<1, Format<T>::atanh_degree>::at(q) * q * s + s);
+  for (int k = Format<P>::atanh_degree; k >= 1; k--) p = p * q + 1. / (2 * k + 1);
+  return 2 * (p * q * s + s);
 }
 
 // log(1 + x). Valid range: [0, 1]. Max error, relative: 2e-10 (float), 4e-16 (double).
@@ -133,39 +121,37 @@ template <typename T> struct Reference {
   T shift;
   Int<T> k;
 };
-template <typename T> INLINE bool is_inside(T largest) { return std::fabs(largest) < Format<T>::far; }
-template <typename T> INLINE T shift_of(T largest) {
-  return is_inside(largest) || largest == -INFINITY ? T(0) : largest;
-}
-template <typename T> INLINE Int<T> exponent_of(T largest) {
-  return last_bits((is_inside(largest) ? largest : T(0)) * T(kLog2E) + magic(largest));
-}
 template <typename T> INLINE Reference<T> reference_of(T largest) {
-  return {shift_of(largest), exponent_of(largest)};
+  const bool is_far = !(std::fabs(largest) < Format<T>::far);
+  const T near = is_far ? T(0) : largest;
+  return {is_far && largest != -INFINITY ? largest : T(0), last_bits(near * T(kLog2E) + magic(near))};
 }
 template <typename T> INLINE double log_reference_of(Reference<T> ref) {
   return double(ref.shift) + kLn2 * double(ref.k);
 }
 
+// exp(x) / reference as 2^n (expm1 + 1), where n is at least -`least`
+template <typename T> INLINE Reduced<T> reduced_by(Reference<T> ref, T x, int least) {
+  const T lowest = T(kLn2) * T(ref.k - least);
+  x -= ref.shift;
+  x = x < lowest ? lowest : x;
+  const Reduced<T> e = reduced<T>(x);
+  return {e.n - ref.k, e.expm1};
+}
+
 // exp(x) / reference. Valid range: x up to the logit that the reference is of, -inf and NaN. Exactly 0 where
 // the result is below T's normal numbers. Max error, relative: 9e-8 (float), 2e-16 (double).
 template <typename T> INLINE T scaled_exp(T x, Reference<T> ref) {
-  const T lowest = T(kLn2) * T(ref.k - Format<T>::bias);
-  x -= ref.shift;
-  x = x < lowest ? lowest : x;
-  const Reduced<T> e = reduced(x);
-  return (e.expm1 + 1) * power_of_2<T>(e.n - ref.k);
+  const Reduced<T> e = reduced_by(ref, x, Format<T>::bias);
+  return (e.expm1 + 1) * power_of_2<T>(e.n);
 }
 
 // The same times q, down to the least number that there is. Max error, relative: 8e-8 (float), 8e-15
 // (double).
 template <typename T> INLINE T scaled_exp_times(T x, Reference<T> ref, T q) {
-  const T lowest = T(kLn2) * T(ref.k - 2 * Format<T>::bias + 2);
-  x -= ref.shift;
-  x = x < lowest ? lowest : x;
-  const Reduced<T> e = reduced(x);
-  const Int<T> n = e.n - ref.k, half = n >> 1;
-  return (e.expm1 * q + q) * power_of_2<T>(half) * power_of_2<T>(n - half);
+  const Reduced<T> e = reduced_by(ref, x, 2 * Format<T>::bias - 2);
+  const Int<T> half = e.n >> 1;
+  return (e.expm1 * q + q) * power_of_2<T>(half) * power_of_2<T>(e.n - half);
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
  */
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #ifdef __x86_64__
@@ -61,7 +62,9 @@ const float* load(const Half* x, int n, float* buffer) {
 // where to compute what goes to `to`, and to bring it there
 template <typename T> T* target(T* to, T*) { return to; }
 float* target(Half*, float* buffer) { return buffer; }
-template <typename T> void store(const T*, int, T*) {}
+template <typename T> void store(const T* x, int n, T* to) {
+  if (x != to) std::copy_n(x, n, to);
+}
 void store(const float* x, int n, Half* to) {
   for (int i = kF16C ? store_8(x, n, to) : 0; i < n; i++) put(x[i], to + i);
 }

@@ -2,7 +2,7 @@
  * The loops that take the time. This file is included twice, with T for float and for double.
  *
  *   ..._of_row    over n classes of one position
- *   ..._of_line   over n positions, for one class
+ *   ..._of_line   over n positions, for one class; ..._of_lines for some classes, kTile apart
  *   ..._of_tile   over n positions, for what there is once per position
  *
  * Each is a function of its own, compiled for several instruction sets. If the compiler moved it into the
@@ -28,15 +28,14 @@ KERNEL T largest_of_row(const T* x, int n) {
 // In kLanes parts: that keeps all units busy, and each part has few additions.
 KERNEL double sum_exp_of_row(const T* x, int n, Reference<T> ref) {
   T sums[kLanes] = {}, rest[kLanes];
-  int i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
+  for (int i = 0; i < n; i += kLanes) {
+    const T* lanes = x + i;
+    if (n - i < kLanes) {
+      for (int lane = 0; lane < kLanes; lane++) rest[lane] = i + lane < n ? x[i + lane] : -INFINITY;
+      lanes = rest;
+    }
 #pragma omp simd
-    for (int lane = 0; lane < kLanes; lane++) sums[lane] += scaled_exp(x[i + lane], ref);
-  }
-  if (i < n) {
-    for (int lane = 0; lane < kLanes; lane++) rest[lane] = i + lane < n ? x[i + lane] : -INFINITY;
-#pragma omp simd
-    for (int lane = 0; lane < kLanes; lane++) sums[lane] += scaled_exp(rest[lane], ref);
+    for (int lane = 0; lane < kLanes; lane++) sums[lane] += scaled_exp(lanes[lane], ref);
   }
   double sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -66,111 +65,116 @@ KERNEL void gradient_of_row(const T* x, const T* w, int n, Reference<T> ref, T q
   }
 }
 
-KERNEL void largest_of_line(const T* x, int n, T* most) {
+KERNEL void largest_of_lines(const T (*x)[kTile], int classes, int n, T* most) {
+  for (int j = 0; j < classes; j++) {
 #pragma omp simd
-  for (int t = 0; t < n; t++) most[t] = x[t] > most[t] ? x[t] : most[t];
-}
-
-// Of kGroup lines at once, kTile apart
-KERNEL void sum_exp_of_lines(const T* x, int n, const T* shift, const Int<T>* k, T* sum) {
-#pragma omp simd
-  for (int t = 0; t < n; t++) {
-    const Reference<T> ref = {shift[t], k[t]};
-    const T a = scaled_exp(x[t], ref), b = scaled_exp(x[t + kTile], ref);
-    const T c = scaled_exp(x[t + 2 * kTile], ref), d = scaled_exp(x[t + 3 * kTile], ref);
-    sum[t] += (a + b) + (c + d);
+    for (int t = 0; t < n; t++) most[t] = x[j][t] > most[t] ? x[j][t] : most[t];
   }
 }
 
-KERNEL void weighted_gaps_of_line(const T* x, T w, int n, const T* top, double* gaps) {
+// sum_j exp z_j over a multiple of kGroup classes, divided by the reference of the largest
+KERNEL void sum_exp_of_lines(const T (*x)[kTile], int classes, int n, double* log_reference, T* sum) {
+  T largest[kTile], shift[kTile];
+  Int<T> k[kTile];
+  for (int t = 0; t < n; t++) largest[t] = -INFINITY, sum[t] = 0;
+  largest_of_lines(x, classes, n, largest);
 #pragma omp simd
-  for (int t = 0; t < n; t++) gaps[t] += double(w) * (double(top[t]) - double(x[t]));
+  for (int t = 0; t < n; t++) {
+    const Reference<T> ref = reference_of(largest[t]);
+    shift[t] = ref.shift, k[t] = ref.k;
+    log_reference[t] = log_reference_of(ref);
+  }
+  for (int j = 0; j < classes; j += kGroup) {
+#pragma omp simd
+    for (int t = 0; t < n; t++) {
+      const Reference<T> ref = {shift[t], k[t]};
+      const T a = scaled_exp(x[j][t], ref), b = scaled_exp(x[j + 1][t], ref);
+      const T c = scaled_exp(x[j + 2][t], ref), d = scaled_exp(x[j + 3][t], ref);
+      sum[t] += (a + b) + (c + d);
+    }
+  }
+}
+
+// sum_j w_j (top - z_j) with a finite `top`
+KERNEL void weighted_gaps_of_lines(const T (*x)[kTile], const T* w, int classes, int n, const T* top,
+                                   double* gaps) {
+  for (int t = 0; t < n; t++) gaps[t] = 0;
+  for (int j = 0; j < classes; j++) {
+    if (w[j] == 0) continue;
+#pragma omp simd
+    for (int t = 0; t < n; t++) gaps[t] += double(w[j]) * (double(top[t]) - double(x[j][t]));
+  }
 }
 
 // A position whose gradient is 0 gets 0, whatever its logits are.
 KERNEL void gradient_of_line(const T* x, T w, int n, const Gradient<T>* g, T* out) {
-  const T *shift = g->shift, *q = g->q, *u = g->u;
-  const Int<T>* k = g->k;
   if (w == 0) {
 #pragma omp simd
     for (int t = 0; t < n; t++) {
-      const T value = scaled_exp_times(x[t], Reference<T>{shift[t], k[t]}, q[t]);
-      out[t] = q[t] != 0 ? value : T(0);
+      const T value = scaled_exp_times(x[t], Reference<T>{g->shift[t], g->k[t]}, g->q[t]);
+      out[t] = g->q[t] != 0 ? value : T(0);
     }
   } else {
 #pragma omp simd
     for (int t = 0; t < n; t++) {
-      const T value = scaled_exp_times(x[t], Reference<T>{shift[t], k[t]}, q[t]);
-      out[t] = (q[t] != 0 ? value : T(0)) - u[t] * w;
+      const T value = scaled_exp_times(x[t], Reference<T>{g->shift[t], g->k[t]}, g->q[t]);
+      out[t] = (g->q[t] != 0 ? value : T(0)) - g->u[t] * w;
     }
-  }
-}
-
-KERNEL void references_of_tile(const T* largest, int n, T* shift, Int<T>* k, double* log_reference) {
-#pragma omp simd
-  for (int t = 0; t < n; t++) {
-    const Reference<T> ref = reference_of(largest[t]);
-    shift[t] = ref.shift;
-    k[t] = ref.k;
-    log_reference[t] = log_reference_of(ref);
   }
 }
 
 // Adds sums with other references; one that is 0 has none.
-KERNEL void add_sums_of_tile(const double* log_more, const T* more, int n, double* log_reference,
-                             double* sum) {
+KERNEL void add_sums_of_tile(const double* log_more, const T* more, int n, Sums* sums) {
 #pragma omp simd
   for (int t = 0; t < n; t++) {
-    const double a = sum[t] == 0 ? -DBL_MAX : log_reference[t], b = more[t] == 0 ? -DBL_MAX : log_more[t];
+    const double sum = sums->sum[t];
+    const double a = sum == 0 ? -DBL_MAX : sums->log_reference[t], b = more[t] == 0 ? -DBL_MAX : log_more[t];
     const double rest = exp_of<T>(-std::fabs(a - b));
-    sum[t] = b > a ? sum[t] * rest + more[t] : sum[t] + more[t] * rest;
-    log_reference[t] = b > a ? b : a;
+    sums->sum[t] = b > a ? sum * rest + more[t] : sum + more[t] * rest;
+    sums->log_reference[t] = b > a ? b : a;
   }
 }
 
-KERNEL void terms_of_tile(const Int<T>* y, int n, Terms<T> p) {
+KERNEL void terms_of_tile(const Tile<T>* tile, const Sums* sums, Constants<T> c, Kept<T> kept, Terms<T> out) {
 #pragma omp simd
-  for (int t = 0; t < n; t++) {
-    const double z = p.z_label[t] == INFINITY ? NAN : p.z_label[t], log_sum = log_of<T>(p.sum[t]);
-    const double log_odds = (p.log_reference[t] - z) + log_sum;
+  for (int t = 0; t < tile->n; t++) {
+    const double z = sums->z_label[t] == INFINITY ? NAN : sums->z_label[t];
+    const double log_reference = sums->log_reference[t], log_sum = log_of<T>(sums->sum[t]);
+    const double log_odds = (log_reference - z) + log_sum;
     // of logsumexp and the greater of log S and z_y
     const double distance = log1p_of<T>(exp_of<T>(-std::fabs(log_odds)));
-    const bool is_above = log_odds > 0, has_class = y[t] >= 0;
-    const double base = is_above ? p.log_reference[t] : z, more = (is_above ? log_sum : 0) + distance;
-    const T nll = T((is_above ? log_odds : 0) + distance), high = T(base + more), w = p.w_label[t];
-    const T fill = y[t] == kIgnored ? p.fill_ignored : p.fill_invalid;
-    p.kept_nll[t] = has_class ? nll : T(0);
-    p.kept_logsumexp[t] = has_class ? high : T(0);
-    p.kept_rest[t] = !has_class || std::fabs(high) == INFINITY ? T(0) : T((base - high) + more);
-    p.nll[t] = !has_class ? fill : w == 0 ? T(0) : w * nll;
-    if (p.logsumexp) p.logsumexp[t] = has_class ? high : fill;
-    if (p.uniform_nll) {
+    const bool is_above = log_odds > 0, has_class = tile->y[t] >= 0;
+    const double base = is_above ? log_reference : z, more = (is_above ? log_sum : 0) + distance;
+    const T nll = T((is_above ? log_odds : 0) + distance), high = T(base + more), w = tile->w_label[t];
+    const T fill = tile->y[t] == kIgnored ? c.fill_ignored : c.fill_invalid;
+    kept.nll[t] = has_class ? nll : T(0);
+    kept.logsumexp[t] = has_class ? high : T(0);
+    kept.rest[t] = !has_class || std::fabs(high) == INFINITY ? T(0) : T((base - high) + more);
+    out.nll[t] = !has_class ? fill : w == 0 ? T(0) : w * nll;
+    if (out.logsumexp) out.logsumexp[t] = has_class ? high : fill;
+    if (out.uniform_nll) {
       // of logsumexp and the largest logit: exact to 1e-8, and at least 0; of no weight, it does not count
-      const double gap = p.total_weight == 0 ? 0. : (base - p.top[t]) + more, positive = gap < 0 ? 0. : gap;
-      p.uniform_nll[t] = has_class ? T((p.total_weight * positive + p.gaps[t]) / p.classes) : fill;
+      const double gap = c.total_weight == 0 ? 0. : (base - sums->top[t]) + more, positive = gap < 0 ? 0. : gap;
+      out.uniform_nll[t] = has_class ? T((c.total_weight * positive + sums->gaps[t]) / c.classes) : fill;
     }
   }
 }
 
-KERNEL void gradient_of_tile(const Int<T>* y, int n, Incoming<T> in, Gradient<T>* gradient) {
-  T *shift = gradient->shift, *q = gradient->q, *to_u = gradient->u, *at_label = gradient->at_label;
-  Int<T>* k = gradient->k;
+KERNEL void gradient_of_tile(const Tile<T>* tile, Constants<T> c, Kept<T> kept, Terms<T> in, Gradient<T>* out) {
 #pragma omp simd
-  for (int t = 0; t < n; t++) {
-    const T g = in.g_nll[t], g_of_logsumexp = in.g_logsumexp[t], g_of_uniform_nll = in.g_uniform_nll[t];
-    const double w = in.w_label[t], nll = in.nll[t], high = in.logsumexp[t];
-    const bool has_class = y[t] >= 0;
-    const double g_nll = has_class && w != 0 ? g * w : 0.;
-    const double g_logsumexp = has_class ? g_of_logsumexp : T(0);
-    const double u = (has_class ? g_of_uniform_nll : T(0)) / in.classes;
-    const double of_p = g_logsumexp + u * in.total_weight;
-    const Reference<T> ref = reference_of(in.logsumexp[t]);
-    const double scale = high == INFINITY ? 1. : exp_of<T>((log_reference_of(ref) - high) - in.rest[t]);
+  for (int t = 0; t < tile->n; t++) {
+    const bool has_class = tile->y[t] >= 0;
+    const double w = tile->w_label[t], nll = kept.nll[t], high = kept.logsumexp[t];
+    const double g_nll = has_class && w != 0 ? in.nll[t] * w : 0.;
+    const double g_logsumexp = has_class && in.logsumexp ? in.logsumexp[t] : T(0);
+    const double u = (has_class && in.uniform_nll ? in.uniform_nll[t] : T(0)) / c.classes;
+    const double of_p = g_logsumexp + u * c.total_weight;
+    const Reference<T> ref = reference_of(kept.logsumexp[t]);
+    const double scale = high == INFINITY ? 1. : exp_of<T>((log_reference_of(ref) - high) - kept.rest[t]);
     const double label = g_nll * expm1_of<T>(-nll) + of_p * exp_of<T>(-nll) - u * w;
-    shift[t] = ref.shift;
-    k[t] = ref.k;
-    q[t] = T(g_nll + of_p == 0 ? 0. : (g_nll + of_p) * scale);
-    to_u[t] = T(u);
-    at_label[t] = T(std::fabs(g_nll) + std::fabs(g_logsumexp) + std::fabs(u) == 0 ? 0. : label);
+    out->shift[t] = ref.shift, out->k[t] = ref.k;
+    out->q[t] = T(g_nll + of_p == 0 ? 0. : (g_nll + of_p) * scale);
+    out->u[t] = T(u);
+    out->at_label[t] = T(std::fabs(g_nll) + std::fabs(g_logsumexp) + std::fabs(u) == 0 ? 0. : label);
   }
 }

@@ -48,6 +48,7 @@
 #include <memory>
 #include <numeric>
 #include <string>
+#include <type_traits>
 #include <unordered_map>
 #include <vector>
 
@@ -83,51 +84,26 @@ const int kLines = 32;  // classes of kTile positions that fit into the second c
 // is read in lines, one class of many positions. The cut depends on the shape alone, so the results do not on
 // the number of threads.
 struct Work {
-  int64_t outer, classes, inner, positions;
+  int64_t classes, inner = 1, positions;
   bool rows, lines_in_place;
-  int64_t tile, tiles, tiles_per_outer, split, splits;
+  int64_t segment, tile, tiles_per_segment, tiles;  // no tile is in two segments of positions
+  int64_t split, splits;                            // of the classes
 
-  Work(const std::vector<int64_t>& shape, int axis) : outer(1), classes(shape[axis]), inner(1) {
+  Work(const std::vector<int64_t>& shape, int axis) : classes(shape[axis]) {
+    int64_t outer = 1;
     for (int i = 0; i < axis; i++) outer *= shape[i];
     for (size_t i = axis + 1; i < shape.size(); i++) inner *= shape[i];
     positions = outer * inner;
     rows = inner == 1 && classes > 64;
     lines_in_place = inner >= 64;
+    segment = lines_in_place ? inner : positions;
     tile = rows ? std::max<int64_t>(1, std::min<int64_t>(kTile, 16384 / classes)) : kTile;
-    tiles_per_outer = ceil(inner, tile);
-    tiles = lines_in_place ? outer * tiles_per_outer : ceil(positions, tile);
+    tiles_per_segment = ceil(segment, tile);
+    tiles = (lines_in_place ? outer : 1) * tiles_per_segment;
     split = rows ? kRowSplit : kLineSplit;
     splits = ceil(classes, split);
   }
   static int64_t ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }
-};
-
-// Up to kTile positions, and a range of their classes
-struct Part {
-  int64_t begin;           // the first position
-  int n;                   // how many
-  int64_t j_begin, j_end;  // classes
-  int64_t at[kTile];       // where in `pred` the position's class 0 is
-
-  Part(const Work& work, int64_t tile, int64_t split) {
-    j_begin = split * work.split;
-    j_end = std::min(work.classes, j_begin + work.split);
-    int64_t end;
-    if (work.lines_in_place) {
-      const int64_t o = tile / work.tiles_per_outer, i = tile % work.tiles_per_outer * work.tile;
-      begin = o * work.inner + i;
-      end = o * work.inner + std::min(work.inner, i + work.tile);
-    } else {
-      begin = tile * work.tile;
-      end = std::min(work.positions, begin + work.tile);
-    }
-    n = int(end - begin);
-    int64_t i = begin % work.inner, next = begin / work.inner * work.classes * work.inner + i;
-    for (int t = 0; t < n; t++, next++) {
-      at[t] = next;
-      if (++i == work.inner) i = 0, next += (work.classes - 1) * work.inner;
-    }
-  }
 };
 
 // MXNet asks the system for large arrays anew each time. In pages of 4 KB, getting them takes longer than
@@ -140,26 +116,44 @@ void ask_for_large_pages(void* data, size_t size) {
 #endif
 }
 
+using mxnet::ext::MXReturnValue;
 using mxnet::ext::MXTensor;
 typedef std::unordered_map<std::string, std::string> Attributes;
 typedef std::vector<MXTensor> Tensors;
 
+// Calls `f` with the numbers of a tensor.
+template <typename F> void with_floats(MXTensor& tensor, F f) {
+  switch (tensor.dtype) {
+    case mxnet::ext::kFloat64: return f(tensor.data<double>());
+    case mxnet::ext::kFloat32: return f(tensor.data<float>());
+    default: return f(tensor.data<Half>());
+  }
+}
+template <typename F> void with_numbers(MXTensor& tensor, F f) {
+  switch (tensor.dtype) {
+    case mxnet::ext::kInt64: return f(tensor.data<int64_t>());
+    case mxnet::ext::kInt32: return f(tensor.data<int32_t>());
+    case mxnet::ext::kInt8: return f(tensor.data<int8_t>());
+    case mxnet::ext::kUint8: return f(tensor.data<uint8_t>());
+    default: return with_floats(tensor, f);
+  }
+}
+
 // The attributes of the operator
 struct Options {
   int axis = -1;
-  bool has_ignore_label = false, clip = false;  // whether invalid labels become the nearest class
-  int64_t ignore_label = 0;
-  double fill_invalid = NAN, fill_ignored = 0;
+  double ignore_label = NAN, fill_invalid = NAN, fill_ignored = 0;  // NaN is equal to no label
+  bool clip = false;                                          // whether invalid labels become the nearest class
   bool weighted = false, logsumexp = false, uniform = false;  // which inputs and outputs there are
 
   explicit Options(const Attributes& attributes) {
     for (const auto& attribute : attributes) {
       const std::string &name = attribute.first, &value = attribute.second;
       if (name == "axis") axis = std::stoi(value);
-      else if (name == "ignore_label") has_ignore_label = true, ignore_label = std::stoll(value);
-      else if (name == "clip") clip = value != "0";
+      else if (name == "ignore_label") ignore_label = std::stod(value);
       else if (name == "fill_invalid") fill_invalid = std::stod(value);
       else if (name == "fill_ignored") fill_ignored = std::stod(value);
+      else if (name == "clip") clip = value != "0";
       else if (name == "weighted") weighted = value != "0";
       else if (name == "logsumexp") logsumexp = value != "0";
       else if (name == "uniform") uniform = value != "0";
@@ -170,93 +164,13 @@ struct Options {
   int axis_of(size_t rank) const { return axis < 0 ? axis + int(rank) : axis; }
 };
 
-// Classes; kInvalid and kIgnored for labels that are none. double tells all from each other that matter: an
-// integer up to 2^53 - 1, which is the limit of ignore_label, is no other one rounded.
-template <typename L, typename Int>
-void read_labels_as(const L* label, int n, const Options& options, int64_t classes, Int* y) {
-  const double last = double(classes - 1), ignored = double(options.ignore_label);
-  for (int t = 0; t < n; t++) {
-    const double given = double(value(label[t]));
-    const Int nearest = given >= 0 ? Int(given < last ? given : last) : Int(0);  // 0 for NaN
-    const bool is_valid = options.clip || double(nearest) == given;
-    y[t] = options.has_ignore_label && given == ignored ? kIgnored : is_valid ? nearest : kInvalid;
-  }
+// Adds the gaps of more classes of a position, whose weights are `more_weight` in all.
+void add_gaps(int t, double more_top, double more, double more_weight, Sums* sums) {
+  const double top = std::max(sums->top[t], more_top), weight = sums->weight;
+  sums->gaps[t] += more + (weight == 0 ? 0. : weight * (top - sums->top[t])) +
+                   (more_weight == 0 ? 0. : more_weight * (top - more_top));
+  sums->top[t] = top;
 }
-template <typename Int>
-void read_labels(MXTensor& label, const Part& part, const Options& options, int64_t classes, Int* y) {
-#define READ(L) return read_labels_as(label.data<L>() + part.begin, part.n, options, classes, y)
-  switch (label.dtype) {
-    case mxnet::ext::kFloat64: READ(double);
-    case mxnet::ext::kFloat32: READ(float);
-    case mxnet::ext::kFloat16: READ(Half);
-    case mxnet::ext::kInt64: READ(int64_t);
-    case mxnet::ext::kInt32: READ(int32_t);
-    case mxnet::ext::kInt8: READ(int8_t);
-    default: READ(uint8_t);
-  }
-#undef READ
-}
-
-// The weights of the classes: 1 if none are given and uniform_nll needs them, and null if nothing does
-template <typename T> class Weights {
-  std::vector<T> copy;
-
-  template <typename From> void read(const From* from) {
-    for (size_t j = 0; j < copy.size(); j++) copy[j] = T(value(from[j]));
-  }
-
- public:
-  const T* w = nullptr;
-  double total = 0;
-
-  Weights(const Options& options, MXTensor* given, int64_t classes) {
-    if (!given && !options.uniform) return;
-    copy.assign(classes, T(1));
-    if (given && given->dtype == mxnet::ext::kFloat16) read(given->data<Half>());
-    else if (given && given->dtype == mxnet::ext::kFloat32) read(given->data<float>());
-    else if (given) read(given->data<double>());
-    w = copy.data();
-    if (options.uniform) total = std::accumulate(copy.begin(), copy.end(), 0.);
-  }
-  // of the labels of a tile, (positions,)
-  void of_labels(const Int<T>* y, int n, T* w_label) const {
-    for (int t = 0; t < n; t++) w_label[t] = w && y[t] >= 0 ? w[y[t]] : T(1);
-  }
-};
-
-// One class of all positions of a part: in place, or in `buffer`
-template <typename S, typename T>
-const T* load_line(const S* x, const Work& work, const Part& part, int64_t j, T* buffer) {
-  if (work.lines_in_place) return load(x + part.at[0] + j * work.inner, part.n, buffer);
-  for (int t = 0; t < part.n; t++) buffer[t] = value(x[part.at[t] + j * work.inner]);
-  return buffer;
-}
-
-// Of the positions of a part, over some of their classes
-struct Sums {
-  double log_reference[kTile], sum[kTile];
-  double top[kTile], gaps[kTile], weight;  // sum_j w_j (top - z_j), and sum_j w_j
-
-  void clear(int n) {
-    std::fill_n(log_reference, n, 0.);
-    std::fill_n(sum, n, 0.);
-    std::fill_n(top, n, -INFINITY);
-    std::fill_n(gaps, n, 0.);
-    weight = 0;
-  }
-  // Adds the gaps of other classes of a position, whose weights are `more_weight` in all.
-  void add_gaps(int t, double more_top, double more, double more_weight) {
-    const double next = std::max(top[t], more_top);
-    gaps[t] += more + (weight == 0 ? 0. : weight * (next - top[t])) +
-               (more_weight == 0 ? 0. : more_weight * (next - more_top));
-    top[t] = next;
-  }
-  void add(const Sums& more, int n) {
-    add_sums_of_tile(more.log_reference, more.sum, n, log_reference, sum);
-    for (int t = 0; t < n; t++) add_gaps(t, more.top[t], more.gaps[t], more.weight);
-    weight += more.weight;
-  }
-};
 
 // The sum of exponentials of some classes of one position, read once
 template <typename T> struct RunningSum {
@@ -275,247 +189,255 @@ template <typename T> struct RunningSum {
   }
 };
 
-template <typename S, typename T>
-void add_row(const S* row, const T* w, const Part& part, int64_t y, int t, Sums* sums) {
-  T buffer[kBlock];
-  RunningSum<T> others;
-  sums->weight = 0;
-  for (int64_t j = part.j_begin; j < part.j_end; j += kBlock) {
-    const int n = int(std::min<int64_t>(kBlock, part.j_end - j));
-    const T* x = load(row + j, n, buffer);
-    if (w) {
-      const T top = std::max(largest_of_row(x, n), std::numeric_limits<T>::lowest());
-      double weight;
-      const double gaps = weighted_gaps_of_row(x, w + j, n, top, &weight);
-      sums->add_gaps(t, top, gaps, weight);
-      sums->weight += weight;
-    }
-    if (y < j || y >= j + n) {
-      others.add(x, n);
-    } else {  // but the label's
-      if (y > j) others.add(x, int(y - j));
-      if (y + 1 < j + n) others.add(x + (y + 1 - j), int(j + n - (y + 1)));
-    }
-  }
-  sums->log_reference[t] = log_reference_of(others.ref);
-  sums->sum[t] = others.sum;
-}
+// Logits in S, and what is computed of them in T. `state` is what forward leaves to backward.
+template <typename S> class Reduction {
+  typedef typename std::conditional<std::is_same<S, double>::value, double, float>::type T;
+  const Options& options;
+  MXTensor* const inputs;
+  const Work work;
+  const S* const pred;
+  std::vector<char>& state;  // (3, positions)
+  std::vector<T> weights;    // (C,); empty if no class has one, and no term needs them
+  Constants<T> constants;
 
-// Some classes of all positions of a part. They are read once, into a buffer of their own: lines of images
-// are often powers of 2 apart, and so few of them fit into a cache.
-template <typename T> struct Lines {
-  T x[kLines][kTile], largest[kTile];
-  int n, classes;
+ public:
+  Reduction(const Options& options, MXTensor* inputs, std::vector<char>& state)
+      : options(options), inputs(inputs), work(inputs->shape, options.axis_of(inputs->shape.size())),
+        pred(inputs->data<S>()), state(state) {
+    if (options.weighted || options.uniform) weights.assign(work.classes, T(1));
+    if (options.weighted) with_floats(inputs[2], [&](const auto* given) {
+      for (size_t j = 0; j < weights.size(); j++) weights[j] = T(value(given[j]));
+    });
+    constants.total_weight = options.uniform ? std::accumulate(weights.begin(), weights.end(), 0.) : 0;
+    constants.classes = double(work.classes);
+    constants.fill_invalid = T(options.fill_invalid);
+    constants.fill_ignored = T(options.fill_ignored);
+  }
 
-  template <typename S> Lines(const S* pred, const Work& work, const Part& part, int64_t j_begin)
-      : n(part.n), classes(int(std::min<int64_t>(kLines, part.j_end - j_begin))) {
-    for (int j = 0; j < classes; j++) {
-      const T* line = load_line(pred, work, part, j_begin + j, x[j]);
-      if (line != x[j]) std::copy_n(line, n, x[j]);
+  // -> nll[, logsumexp][, uniform_nll]
+  void forward(Tensors& out) {
+    state.resize(3 * work.positions * sizeof(T));
+    std::unique_ptr<Sums[]> partial(work.splits > 1 ? new Sums[work.tiles * work.splits] : nullptr);
+    for_each(work.tiles * work.splits, work.positions * work.classes, [&](int64_t i) {
+      const Tile<T> tile = tile_at(i / work.splits, i % work.splits);
+      if (partial) return reduce(tile, &partial[i]);
+      Sums sums;
+      reduce(tile, &sums);
+      write_terms(tile, &sums, out);
+    });
+    if (!partial) return;
+    for_each(work.tiles, work.positions * work.splits, [&](int64_t i) {
+      const Tile<T> tile = tile_at(i, 0);
+      Sums* const sums = &partial[i * work.splits];
+      for (int64_t split = 1; split < work.splits; split++) add_split(sums[split], tile.n, sums);
+      write_terms(tile, sums, out);
+    });
+  }
+
+  // Gradients of the terms -> the gradient of the logits
+  void backward(Tensors& g_terms, S* out) {
+    ask_for_large_pages(out, work.positions * work.classes * sizeof(S));
+    for_each(work.tiles * work.splits, work.positions * work.classes, [&](int64_t i) {
+      const Tile<T> tile = tile_at(i / work.splits, i % work.splits);
+      Gradient<T> gradient;
+      gradient_of_tile(&tile, constants, kept_of(tile), terms_of(tile, g_terms), &gradient);
+      if (!work.rows) write_lines(tile, gradient, out);
+      for (int t = 0; t < tile.n; t++) {
+        if (work.rows) write_row(tile, gradient, t, out + tile.at[t]);
+        const bool has_label = tile.y[t] >= tile.j_begin && tile.y[t] < tile.j_end;
+        if (has_label) put(gradient.at_label[t], out + tile.at[t] + tile.y[t] * work.inner);
+      }
+    });
+  }
+
+ private:
+  Tile<T> tile_at(int64_t index, int64_t split) const {
+    Tile<T> tile;
+    const int64_t i = index % work.tiles_per_segment * work.tile;
+    tile.begin = index / work.tiles_per_segment * work.segment + i;
+    tile.n = int(std::min(work.tile, work.segment - i));
+    tile.j_begin = split * work.split;
+    tile.j_end = std::min(work.classes, tile.j_begin + work.split);
+    int64_t in_line = tile.begin % work.inner, at = (tile.begin - in_line) * work.classes + in_line;
+    for (int t = 0; t < tile.n; t++, at++) {
+      tile.at[t] = at;
+      if (++in_line == work.inner) in_line = 0, at += (work.classes - 1) * work.inner;
+    }
+    read_labels(&tile);
+    return tile;
+  }
+
+  // double tells all labels from each other that matter: an integer up to 2^53 - 1, which is the limit of
+  // ignore_label, is no other one rounded.
+  void read_labels(Tile<T>* tile) const {
+    const double last = constants.classes - 1;
+    with_numbers(inputs[1], [&](const auto* label) {
+      for (int t = 0; t < tile->n; t++) {
+        const double given = double(value(label[tile->begin + t]));
+        const Int<T> nearest = given >= 0 ? Int<T>(given < last ? given : last) : 0;  // 0 for NaN
+        const bool is_valid = options.clip || double(nearest) == given;
+        const Int<T> y = given == options.ignore_label ? kIgnored : is_valid ? nearest : kInvalid;
+        tile->y[t] = y;
+        tile->w_label[t] = y < 0 || weights.empty() ? T(1) : weights[y];
+      }
+    });
+  }
+
+  Kept<T> kept_of(const Tile<T>& tile) const {
+    T* const nll = reinterpret_cast<T*>(state.data()) + tile.begin;
+    return {nll, nll + work.positions, nll + 2 * work.positions};
+  }
+
+  Terms<T> terms_of(const Tile<T>& tile, Tensors& tensors) const {
+    const auto of = [&](int i) { return tensors[i].template data<T>() + tile.begin; };
+    return {of(0), options.logsumexp ? of(1) : nullptr, options.uniform ? of(options.outputs() - 1) : nullptr};
+  }
+
+  // Forward
+
+  void reduce(const Tile<T>& tile, Sums* sums) const {
+    for (int t = 0; t < tile.n; t++) {
+      sums->log_reference[t] = sums->sum[t] = sums->gaps[t] = 0;
+      sums->top[t] = -INFINITY;
+    }
+    sums->weight = 0;
+    if (std::all_of(tile.y, tile.y + tile.n, [](Int<T> y) { return y < 0; })) return;
+    if (!work.rows) return add_lines(tile, sums);
+    for (int t = 0; t < tile.n; t++) {
+      if (tile.y[t] >= 0) add_row(tile, t, sums);
     }
   }
-  void find_largest(T least) {
-    std::fill_n(largest, n, least);
-    for (int j = 0; j < classes; j++) largest_of_line(x[j], n, largest);
-  }
-  void add_gaps(const T* w, Sums* sums) {
-    double gaps[kTile], weight = 0;
-    std::fill_n(gaps, n, 0.);
-    find_largest(std::numeric_limits<T>::lowest());
-    for (int j = 0; j < classes; j++) {
-      if (w[j] != 0) weighted_gaps_of_line(x[j], w[j], n, largest, gaps);
-      weight += w[j];
+
+  void add_row(const Tile<T>& tile, int t, Sums* sums) const {
+    T buffer[kBlock];
+    RunningSum<T> others;
+    sums->weight = 0;
+    for (int64_t j = tile.j_begin; j < tile.j_end; j += kBlock) {
+      const int n = int(std::min<int64_t>(kBlock, tile.j_end - j));
+      const int64_t y = tile.y[t] - j;
+      const T* x = load(pred + tile.at[t] + j, n, buffer);
+      if (options.uniform) {
+        const T top = std::max(largest_of_row(x, n), std::numeric_limits<T>::lowest());
+        double weight;
+        const double gaps = weighted_gaps_of_row(x, &weights[j], n, top, &weight);
+        add_gaps(t, top, gaps, weight, sums);
+        sums->weight += weight;
+      }
+      if (y < 0 || y >= n) {
+        others.add(x, n);
+      } else {  // but the label's
+        if (y > 0) others.add(x, int(y));
+        if (y + 1 < n) others.add(x + y + 1, int(n - (y + 1)));
+      }
     }
-    for (int t = 0; t < n; t++) sums->add_gaps(t, largest[t], gaps[t], weight);
+    sums->log_reference[t] = log_reference_of(others.ref);
+    sums->sum[t] = others.sum;
+  }
+
+  // They are read once, into a buffer: lines of images are often powers of 2 apart, and so few of them fit
+  // into a cache.
+  void add_lines(const Tile<T>& tile, Sums* sums) const {
+    T x[kLines][kTile], sum[kTile];
+    double log_reference[kTile];
+    for (int64_t j = tile.j_begin; j < tile.j_end; j += kLines) {
+      const int classes = int(std::min<int64_t>(kLines, tile.j_end - j));
+      for (int i = 0; i < classes; i++) {
+        const T* line = load_line(tile, j + i, x[i]);
+        if (line != x[i]) std::copy_n(line, tile.n, x[i]);
+      }
+      if (options.uniform) add_gaps_of_lines(x, classes, tile.n, &weights[j], sums);
+      for (int t = 0; t < tile.n; t++) {
+        const int64_t y = tile.y[t] - j;
+        if (tile.y[t] >= 0 && y >= 0 && y < classes) x[y][t] = -INFINITY;  // all but the label's
+      }
+      const int padded = (classes + kGroup - 1) / kGroup * kGroup;
+      for (int i = classes; i < padded; i++) std::fill_n(x[i], tile.n, T(-INFINITY));
+      sum_exp_of_lines(x, padded, tile.n, log_reference, sum);
+      add_sums_of_tile(log_reference, sum, tile.n, sums);
+    }
+  }
+
+  static void add_gaps_of_lines(const T (*x)[kTile], int classes, int n, const T* w, Sums* sums) {
+    T top[kTile];
+    double gaps[kTile];
+    std::fill_n(top, n, std::numeric_limits<T>::lowest());
+    largest_of_lines(x, classes, n, top);
+    weighted_gaps_of_lines(x, w, classes, n, top, gaps);
+    const double weight = std::accumulate(w, w + classes, 0.);
+    for (int t = 0; t < n; t++) add_gaps(t, top[t], gaps[t], weight, sums);
     sums->weight += weight;
   }
-  void add_exp(Sums* sums) {
-    T shift[kTile], sum[kTile];
-    Int<T> k[kTile];
-    double log_reference[kTile];
-    const int padded = (classes + kGroup - 1) / kGroup * kGroup;
-    for (int j = classes; j < padded; j++) std::fill_n(x[j], n, T(-INFINITY));
-    std::fill_n(sum, n, T(0));
-    find_largest(T(-INFINITY));
-    references_of_tile(largest, n, shift, k, log_reference);
-    for (int j = 0; j < padded; j += kGroup) sum_exp_of_lines(x[j], n, shift, k, sum);
-    add_sums_of_tile(log_reference, sum, n, sums->log_reference, sums->sum);
+
+  static void add_split(const Sums& more, int n, Sums* sums) {
+    add_sums_of_tile(more.log_reference, more.sum, n, sums);
+    for (int t = 0; t < n; t++) add_gaps(t, more.top[t], more.gaps[t], more.weight, sums);
+    sums->weight += more.weight;
+  }
+
+  void write_terms(const Tile<T>& tile, Sums* sums, Tensors& out) const {
+    for (int t = 0; t < tile.n; t++) {
+      const S* x = pred + tile.at[t];
+      sums->z_label[t] = tile.y[t] < 0 ? 0. : double(value(x[tile.y[t] * work.inner]));
+      if (sums->log_reference[t] == INFINITY) sums->sum[t] = nan_or_1(x);
+    }
+    terms_of_tile(&tile, sums, constants, kept_of(tile), terms_of(tile, out));
+  }
+
+  // inf - inf made a NaN of every sum with a logit of inf in it; but the sum is infinite, if no logit is NaN
+  double nan_or_1(const S* x) const {
+    for (int64_t j = 0; j < work.classes; j++) {
+      if (std::isnan(value(x[j * work.inner]))) return NAN;
+    }
+    return 1;
+  }
+
+  // Backward
+
+  void write_row(const Tile<T>& tile, const Gradient<T>& gradient, int t, S* out) const {
+    const T q = gradient.q[t], u = gradient.u[t];
+    if (q == 0 && u == 0 && gradient.at_label[t] == 0) {  // whatever the logits are
+      memset(static_cast<void*>(out + tile.j_begin), 0, (tile.j_end - tile.j_begin) * sizeof(S));
+      return;
+    }
+    const Reference<T> ref = {gradient.shift[t], gradient.k[t]};
+    T buffer[kBlock], result[kBlock];
+    for (int64_t j = tile.j_begin; j < tile.j_end; j += kBlock) {
+      const int n = int(std::min<int64_t>(kBlock, tile.j_end - j));
+      T* const to = target(out + j, result);
+      gradient_of_row(load(pred + tile.at[t] + j, n, buffer), weights.data() + j, n, ref, q, u, to);
+      store(to, n, out + j);
+    }
+  }
+
+  void write_lines(const Tile<T>& tile, const Gradient<T>& gradient, S* out) const {
+    T buffer[kTile], result[kTile];
+    for (int64_t j = tile.j_begin; j < tile.j_end; j++) {
+      const T w = options.uniform ? weights[j] : T(0);
+      gradient_of_line(load_line(tile, j, buffer), w, tile.n, &gradient, result);
+      store_line(result, tile, out + j * work.inner);
+    }
+  }
+
+  void store_line(const T* line, const Tile<T>& tile, S* out) const {
+    if (work.lines_in_place) return store(line, tile.n, out + tile.at[0]);
+    for (int t = 0; t < tile.n; t++) put(line[t], out + tile.at[t]);
+  }
+
+  // One class of the tile's positions: in place, or in `buffer`
+  const T* load_line(const Tile<T>& tile, int64_t j, T* buffer) const {
+    const S* const x = pred + j * work.inner;
+    if (work.lines_in_place) return load(x + tile.at[0], tile.n, buffer);
+    for (int t = 0; t < tile.n; t++) buffer[t] = value(x[tile.at[t]]);
+    return buffer;
   }
 };
 
-template <typename S, typename T>
-void add_lines(const S* pred, const T* w, const Work& work, const Part& part, const Int<T>* y, Sums* sums) {
-  for (int64_t j_begin = part.j_begin; j_begin < part.j_end; j_begin += kLines) {
-    Lines<T> lines(pred, work, part, j_begin);
-    if (w) lines.add_gaps(w + j_begin, sums);
-    for (int t = 0; t < part.n; t++) {
-      const int64_t j = y[t] - j_begin;
-      if (y[t] >= 0 && j >= 0 && j < lines.classes) lines.x[j][t] = -INFINITY;  // all but the label's
-    }
-    lines.add_exp(sums);
-  }
-}
-
-template <typename S, typename T>
-void reduce(const S* pred, const T* w, const Work& work, const Part& part, const Int<T>* y, Sums* sums) {
-  sums->clear(part.n);
-  if (std::all_of(y, y + part.n, [](Int<T> j) { return j < 0; })) return;
-  if (!work.rows) return add_lines(pred, w, work, part, y, sums);
-  for (int t = 0; t < part.n; t++) {
-    if (y[t] >= 0) add_row(pred + part.at[t], w, part, y[t], t, sums);
-  }
-}
-
-// inf - inf made a NaN of every sum with a logit of inf in it; but the sum is infinite, if no logit is NaN
-template <typename S> void restore_infinite(const S* pred, const Work& work, const Part& part, Sums* sums) {
-  for (int t = 0; t < part.n; t++) {
-    if (sums->log_reference[t] != INFINITY) continue;
-    sums->sum[t] = 1;
-    for (int64_t j = 0; j < work.classes; j++) {
-      if (std::isnan(value(pred[part.at[t] + j * work.inner]))) sums->sum[t] = NAN;
-    }
-  }
-}
-
-// pred, label[, class_weight] -> nll[, logsumexp][, uniform_nll]
-template <typename S, typename T>
-void forward_as(const Options& options, Tensors& in, Tensors& out, std::vector<char>* state) {
-  const Work work(in[0].shape, options.axis_of(in[0].shape.size()));
-  const S* pred = in[0].data<S>();
-  const Weights<T> weights(options, options.weighted ? &in[2] : nullptr, work.classes);
-  const T* w = options.uniform ? weights.w : nullptr;  // of the gaps
-  state->resize(3 * work.positions * sizeof(T));
-  T* const kept = reinterpret_cast<T*>(state->data());
-  std::unique_ptr<Sums[]> partial(work.splits > 1 ? new Sums[work.tiles * work.splits] : nullptr);
-
-  const auto write = [&](const Part& part, const Int<T>* y, Sums* sums) {
-    double z_label[kTile];
-    T w_label[kTile];
-    for (int t = 0; t < part.n; t++) {
-      z_label[t] = y[t] < 0 ? 0. : double(value(pred[part.at[t] + y[t] * work.inner]));
-    }
-    weights.of_labels(y, part.n, w_label);
-    restore_infinite(pred, work, part, sums);
-    Terms<T> terms;
-    terms.log_reference = sums->log_reference;
-    terms.sum = sums->sum;
-    terms.top = sums->top;
-    terms.gaps = sums->gaps;
-    terms.z_label = z_label;
-    terms.w_label = w_label;
-    terms.total_weight = weights.total;
-    terms.classes = double(work.classes);
-    terms.fill_invalid = T(options.fill_invalid);
-    terms.fill_ignored = T(options.fill_ignored);
-    terms.nll = out[0].data<T>() + part.begin;
-    terms.logsumexp = options.logsumexp ? out[1].data<T>() + part.begin : nullptr;
-    terms.uniform_nll = options.uniform ? out.back().data<T>() + part.begin : nullptr;
-    terms.kept_nll = kept + part.begin;
-    terms.kept_logsumexp = terms.kept_nll + work.positions;
-    terms.kept_rest = terms.kept_logsumexp + work.positions;
-    terms_of_tile(y, part.n, terms);
-  };
-  for_each(work.tiles * work.splits, work.positions * work.classes, [&](int64_t i) {
-    const Part part(work, i / work.splits, i % work.splits);
-    Int<T> y[kTile];
-    read_labels(in[1], part, options, work.classes, y);
-    if (partial) return reduce(pred, w, work, part, y, &partial[i]);
-    Sums sums;
-    reduce(pred, w, work, part, y, &sums);
-    write(part, y, &sums);
-  });
-  if (!partial) return;
-  for_each(work.tiles, work.positions * work.splits, [&](int64_t tile) {
-    const Part part(work, tile, 0);
-    Int<T> y[kTile];
-    read_labels(in[1], part, options, work.classes, y);
-    Sums& sums = partial[tile * work.splits];
-    for (int64_t split = 1; split < work.splits; split++)
-      sums.add(partial[tile * work.splits + split], part.n);
-    write(part, y, &sums);
-  });
-}
-
-template <typename S, typename T>
-void write_row(const S* row, const T* w, const Part& part, const Gradient<T>& gradient, int t, S* out) {
-  const T q = gradient.q[t], u = gradient.u[t];
-  if (q == 0 && u == 0 && gradient.at_label[t] == 0) {  // whatever the logits are
-    memset(static_cast<void*>(out + part.j_begin), 0, (part.j_end - part.j_begin) * sizeof(S));
-    return;
-  }
-  T buffer[kBlock], result[kBlock];
-  for (int64_t j = part.j_begin; j < part.j_end; j += kBlock) {
-    const int n = int(std::min<int64_t>(kBlock, part.j_end - j));
-    T* to = target(out + j, result);
-    const Reference<T> ref = {gradient.shift[t], gradient.k[t]};
-    gradient_of_row(load(row + j, n, buffer), w ? w + j : nullptr, n, ref, q, u, to);
-    store(to, n, out + j);
-  }
-}
-
-template <typename S, typename T> void write_lines(const S* pred, const T* w, const Work& work,
-                                                   const Part& part, const Gradient<T>& gradient, S* out) {
-  T buffer[kTile], result[kTile];
-  for (int64_t j = part.j_begin; j < part.j_end; j++) {
-    const T* x = load_line(pred, work, part, j, buffer);
-    S* line = out + j * work.inner;
-    T* to = work.lines_in_place ? target(line + part.at[0], result) : result;
-    gradient_of_line(x, w ? w[j] : T(0), part.n, &gradient, to);
-    if (work.lines_in_place) {
-      store(to, part.n, line + part.at[0]);
-    } else {
-      for (int t = 0; t < part.n; t++) put(to[t], line + part.at[t]);
-    }
-  }
-}
-
-// gradients of the outputs, inputs, outputs -> gradients of the inputs
-template <typename S, typename T>
-void backward_as(const Options& options, Tensors& in, Tensors& out, const std::vector<char>& state) {
-  static const T zeros[kTile] = {};
-  MXTensor* const inputs = &in[options.outputs()];
-  const Work work(inputs[0].shape, options.axis_of(inputs[0].shape.size()));
-  const S* pred = inputs[0].data<S>();
-  const T* const kept = reinterpret_cast<const T*>(state.data());
-  S* to = out[0].data<S>();
-  const Weights<T> weights(options, options.weighted ? &inputs[2] : nullptr, work.classes);
-  const T* w = options.uniform ? weights.w : nullptr;  // of the gaps
-  ask_for_large_pages(to, out[0].size() * sizeof(S));
-
-  for_each(work.tiles * work.splits, work.positions * work.classes, [&](int64_t i) {
-    const Part part(work, i / work.splits, i % work.splits);
-    Int<T> y[kTile];
-    T w_label[kTile];
-    Gradient<T> gradient;
-    read_labels(inputs[1], part, options, work.classes, y);
-    weights.of_labels(y, part.n, w_label);
-    Incoming<T> incoming;
-    incoming.g_nll = in[0].data<T>() + part.begin;
-    incoming.g_logsumexp = options.logsumexp ? in[1].data<T>() + part.begin : zeros;
-    incoming.g_uniform_nll = options.uniform ? in[options.outputs() - 1].data<T>() + part.begin : zeros;
-    incoming.nll = kept + part.begin;
-    incoming.logsumexp = incoming.nll + work.positions;
-    incoming.rest = incoming.logsumexp + work.positions;
-    incoming.w_label = w_label;
-    incoming.total_weight = weights.total;
-    incoming.classes = double(work.classes);
-    gradient_of_tile(y, part.n, incoming, &gradient);
-    if (!work.rows) write_lines(pred, w, work, part, gradient, to);
-    for (int t = 0; t < part.n; t++) {
-      if (work.rows) write_row(pred + part.at[t], w, part, gradient, t, to + part.at[t]);
-      if (y[t] >= part.j_begin && y[t] < part.j_end) {
-        put(gradient.at_label[t], to + part.at[t] + y[t] * work.inner);
-      }
-    }
-  });
-}
-
-mxnet::ext::MXReturnValue fail(const std::string& message) {
+MXReturnValue fail(const std::string& message) {
   MX_ERROR_MSG << message;
   return mxnet::ext::MX_FAIL;
 }
 
-mxnet::ext::MXReturnValue parse(const Attributes& attributes, int* num_in, int* num_out) {
+MXReturnValue parse(const Attributes& attributes, int* num_in, int* num_out) {
   const Options options(attributes);
   *num_in = options.inputs();
   *num_out = options.outputs();
@@ -526,20 +448,17 @@ bool is_float(int dtype) {
   return dtype == mxnet::ext::kFloat16 || dtype == mxnet::ext::kFloat32 || dtype == mxnet::ext::kFloat64;
 }
 
-mxnet::ext::MXReturnValue infer_type(const Attributes&, std::vector<int>* in, std::vector<int>* out) {
-  const int pred = in->at(0);
+MXReturnValue infer_type(const Attributes&, std::vector<int>* in, std::vector<int>* out) {
+  static const char* const expected[] = {"pred: expected float16, float32 or float64",
+                                         "label: expected integers or floats", "class_weight: expected floats"};
+  const int pred = in->at(0), terms = pred == mxnet::ext::kFloat64 ? pred : int(mxnet::ext::kFloat32);
   if (pred == -1) return mxnet::ext::MX_SUCCESS;
-  const std::string got = ", got dtype ";
-  if (!is_float(pred)) return fail("pred: expected float16, float32 or float64" + got + std::to_string(pred));
-  const int terms = pred == mxnet::ext::kFloat64 ? pred : int(mxnet::ext::kFloat32);
-  for (size_t i = 1; i < in->size(); i++) {
+  for (size_t i = 0; i < in->size(); i++) {
     int& type = in->at(i);
     if (type == -1) type = terms;
-    const bool is_label = i == 1, is_accepted = is_float(type) || (is_label && type <= mxnet::ext::kInt64);
-    if (!is_accepted) {
-      return fail((is_label ? "label: expected integers or floats" : "class_weight: expected floats") + got +
-                  std::to_string(type));
-    }
+    const bool is_integer = type > mxnet::ext::kFloat16 && type <= mxnet::ext::kInt64;
+    if (is_float(type) || (i == 1 && is_integer)) continue;
+    return fail(std::string(expected[i]) + ", got dtype " + std::to_string(type));
   }
   std::fill(out->begin(), out->end(), terms);
   return mxnet::ext::MX_SUCCESS;
@@ -552,8 +471,7 @@ std::string text(const Shape& shape) {
   return "(" + sizes + (shape.size() == 1 ? ",)" : ")");
 }
 
-mxnet::ext::MXReturnValue infer_shape(const Attributes& attributes, std::vector<Shape>* in,
-                                      std::vector<Shape>* out) {
+MXReturnValue infer_shape(const Attributes& attributes, std::vector<Shape>* in, std::vector<Shape>* out) {
   const Options options(attributes);
   const Shape& pred = in->at(0);
   const int axis = options.axis_of(pred.size());
@@ -569,52 +487,48 @@ mxnet::ext::MXReturnValue infer_shape(const Attributes& attributes, std::vector<
     return fail("label: expected shape " + text(positions) + " or " + text(one_class) + " for pred of " +
                 text(pred) + ", got " + text(label));
   }
-  if (options.weighted) {
-    Shape& weight = in->at(2);
-    if (weight.empty()) weight = classes;
-    if (weight != classes) {
-      return fail("class_weight: expected shape " + text(classes) + ", one weight per class, got " +
-                  text(weight));
-    }
+  if (options.weighted && in->at(2).empty()) in->at(2) = classes;
+  if (options.weighted && in->at(2) != classes) {
+    return fail("class_weight: expected shape " + text(classes) + ", one weight per class, got " +
+                text(in->at(2)));
   }
   std::fill(out->begin(), out->end(), positions);
   return mxnet::ext::MX_SUCCESS;
 }
 
-// One call of the operator in a graph. `state` is what forward leaves to backward: nll, logsumexp and rest,
-// neither weighted nor filled in. MXNet takes longer for another output than the operator for a small call.
+// One call of the operator in a graph. `state` is what forward leaves to backward: MXNet takes longer for
+// another output than the operator for a small call.
 class ClassTerms : public mxnet::ext::CustomStatefulOp {
   const Options options;
-  std::vector<char> state;  // (3, positions)
+  std::vector<char> state;
 
  public:
   explicit ClassTerms(const Attributes& attributes) : options(attributes) {}
 
-  mxnet::ext::MXReturnValue Forward(Tensors* in, Tensors* out, const mxnet::ext::OpResource&) override {
-    switch (in->at(0).dtype) {
-      case mxnet::ext::kFloat16: forward_as<Half, float>(options, *in, *out, &state); break;
-      case mxnet::ext::kFloat32: forward_as<float, float>(options, *in, *out, &state); break;
-      default: forward_as<double, double>(options, *in, *out, &state);
+  // pred, label[, class_weight]
+  MXReturnValue Forward(Tensors* in, Tensors* out, const mxnet::ext::OpResource&) override {
+    with_floats(in->at(0), [&](auto* pred) { reduction_of(pred, &in->at(0)).forward(*out); });
+    return mxnet::ext::MX_SUCCESS;
+  }
+
+  // gradients of the outputs, inputs, outputs -> gradients of the inputs
+  MXReturnValue Backward(Tensors* in, Tensors* out, const mxnet::ext::OpResource&) override {
+    with_floats(out->at(0), [&](auto* to) { reduction_of(to, &in->at(options.outputs())).backward(*in, to); });
+    for (size_t i = 1; i < out->size(); i++) {  // label and class_weight have no gradient
+      MXTensor& zero = out->at(i);
+      with_numbers(zero, [&](auto* to) { memset(to, 0, zero.size() * sizeof(*to)); });
     }
     return mxnet::ext::MX_SUCCESS;
   }
-  mxnet::ext::MXReturnValue Backward(Tensors* in, Tensors* out, const mxnet::ext::OpResource&) override {
-    static const size_t sizes[] = {4, 8, 2, 1, 4, 1, 8};  // of a number, by dtype
-    for (size_t i = 1; i < out->size(); i++) {            // label and class_weight have no gradient
-      memset(out->at(i).data_ptr, 0, out->at(i).size() * sizes[out->at(i).dtype]);
-    }
-    switch (out->at(0).dtype) {
-      case mxnet::ext::kFloat16: backward_as<Half, float>(options, *in, *out, state); break;
-      case mxnet::ext::kFloat32: backward_as<float, float>(options, *in, *out, state); break;
-      default: backward_as<double, double>(options, *in, *out, state);
-    }
-    return mxnet::ext::MX_SUCCESS;
+
+ private:
+  template <typename S> Reduction<S> reduction_of(const S*, MXTensor* inputs) {
+    return Reduction<S>(options, inputs, state);
   }
 };
 
-mxnet::ext::MXReturnValue create(const Attributes& attributes, const mxnet::ext::MXContext&,
-                                 const std::vector<Shape>&, const std::vector<int>,
-                                 mxnet::ext::CustomStatefulOp** op) {
+MXReturnValue create(const Attributes& attributes, const mxnet::ext::MXContext&, const std::vector<Shape>&,
+                     const std::vector<int>, mxnet::ext::CustomStatefulOp** op) {
   *op = mxnet::ext::CustomStatefulOp::create<ClassTerms>(attributes);
   return mxnet::ext::MX_SUCCESS;
 }
@@ -627,7 +541,7 @@ REGISTER_OP(stable_ce_class_terms)
 
 }  // namespace
 
-mxnet::ext::MXReturnValue initialize(int version) {
+MXReturnValue initialize(int version) {
   if (version >= 10900 && version < 11000) return mxnet::ext::MX_SUCCESS;
   return fail("expected MXNet 1.9");
 }

@@ -2,11 +2,14 @@
 
 from typing import NamedTuple, Optional
 
-from ..array_api import Array, F
+from .array_api import Array, F
 
 
 class ClassTerms(NamedTuple):
-    """Terms, (positions...), in nats, weighted by class and filled in. None for what was not asked for."""
+    """Terms, (positions...), in nats; None for what was not asked for.
+
+    `kernels.class_terms` returns them weighted by class, and filled in where labels are invalid or ignored.
+    """
 
     nll: Array  # -w_y log p_y, or -sum_j w_j target_j log p_j
     logsumexp: Optional[Array] = None  # log sum_j exp z_j
