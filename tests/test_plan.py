@@ -42,7 +42,6 @@ def test_plan_of_arrays():
     ('facts', 'expected'),
     [
         ({}, 'float64'),
-        ({'dtype': 'bfloat16'}, 'float32'),
         ({'dtype': 'float32', 'has_few_classes': True}, 'float32'),
         ({'dtype': 'float64', 'has_few_classes': True}, 'float64'),
     ],
