@@ -75,13 +75,15 @@ def find() -> Optional[str]:
         name = file_name()
     except OSError:  # without its sources, nobody knows which library is the right one
         return None
-    path = os.path.join(HERE, name)
-    if os.path.isfile(path) and is_private(path, like=SOURCES) and is_whole(path):
-        return path
-    folder = cache_folder()
-    path = os.path.join(folder, name)
-    if os.path.isfile(path) and is_private(folder) and is_private(path) and is_whole(path):
-        return path
+    for folder in (HERE, cache_folder()):
+        path = os.path.join(folder, name)
+        if not os.path.isfile(path):
+            continue
+        is_safe = (
+            is_private(path, like=SOURCES) if folder == HERE else is_private(folder) and is_private(path)
+        )
+        if is_safe and is_whole(path):
+            return path
     return None
 
 

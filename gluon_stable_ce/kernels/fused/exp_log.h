@@ -38,8 +38,7 @@ template <typename To, typename From> INLINE To bits(From from) {
 }
 
 // x + magic has round(x) in its last bits
-INLINE float magic(float) { return 12582912.f; }
-INLINE double magic(double) { return 6755399441055744.; }
+template <typename T> INLINE T magic(T) { return T(1.5) * T(int64_t(1) << Format<T>::mantissa); }
 template <typename T> INLINE Int<T> last_bits(T sum) { return bits<Int<T>>(sum) - bits<Int<T>>(magic(sum)); }
 
 // 2^n. Valid range: [-bias, bias], where 2^-bias is 0.
@@ -58,8 +57,9 @@ template <typename P> INLINE float expm1_reduced(float r) {  // Cephes' polynomi
   p = p * r + 5.0000001201e-1f;
   return p * r * r + r;
 }
-template <typename P> INLINE double expm1_reduced(double r) {  // sum_k r^k / k!
-  constexpr double factorial[] = {1, 1, 2, 6, 24, 120, 720, 5040, 40320, 362880, 3628800, 39916800, 479001600, 6227020800};
+template <typename P> INLINE double expm1_reduced(double r) {  // r^k / k! for each k
+  constexpr double factorial[] = {1,     1,      2,       6,        24,        120,       720,
+                                  5040., 40320., 362880., 3628800., 39916800., 479001600., 6227020800.};
   double p = 1 / factorial[Format<P>::exp_degree];
   for (int k = Format<P>::exp_degree - 1; k >= 2; k--) p = p * r + 1 / factorial[k];
   return p * r * r + r;

@@ -154,13 +154,15 @@ KERNEL void terms_of_tile(const Tile<T>* tile, const Sums* sums, Constants<T> c,
     if (out.logsumexp) out.logsumexp[t] = has_class ? high : fill;
     if (out.uniform_nll) {
       // of logsumexp and the largest logit: exact to 1e-8, and at least 0; of no weight, it does not count
-      const double gap = c.total_weight == 0 ? 0. : (base - sums->top[t]) + more, positive = gap < 0 ? 0. : gap;
+      const double gap = c.total_weight == 0 ? 0. : (base - sums->top[t]) + more;
+      const double positive = gap < 0 ? 0. : gap;
       out.uniform_nll[t] = has_class ? T((c.total_weight * positive + sums->gaps[t]) / c.classes) : fill;
     }
   }
 }
 
-KERNEL void gradient_of_tile(const Tile<T>* tile, Constants<T> c, Kept<T> kept, Terms<T> in, Gradient<T>* out) {
+KERNEL void gradient_of_tile(const Tile<T>* tile, Constants<T> c, Kept<T> kept, Terms<T> in,
+                             Gradient<T>* out) {
 #pragma omp simd
   for (int t = 0; t < tile->n; t++) {
     const bool has_class = tile->y[t] >= 0;

@@ -142,8 +142,9 @@ template <typename F> void with_numbers(MXTensor& tensor, F f) {
 // The attributes of the operator
 struct Options {
   int axis = -1;
-  double ignore_label = NAN, fill_invalid = NAN, fill_ignored = 0;  // NaN is equal to no label
-  bool clip = false;                                          // whether invalid labels become the nearest class
+  double ignore_label = NAN;  // NaN is equal to no label
+  double fill_invalid = NAN, fill_ignored = 0;
+  bool clip = false;  // whether invalid labels become the nearest class
   bool weighted = false, logsumexp = false, uniform = false;  // which inputs and outputs there are
 
   explicit Options(const Attributes& attributes) {
@@ -159,7 +160,6 @@ struct Options {
       else if (name == "uniform") uniform = value != "0";
     }
   }
-  int inputs() const { return 2 + weighted; }
   int outputs() const { return 1 + logsumexp + uniform; }
   int axis_of(size_t rank) const { return axis < 0 ? axis + int(rank) : axis; }
 };
@@ -289,8 +289,9 @@ template <typename S> class Reduction {
   }
 
   Terms<T> terms_of(const Tile<T>& tile, Tensors& tensors) const {
-    const auto of = [&](int i) { return tensors[i].template data<T>() + tile.begin; };
-    return {of(0), options.logsumexp ? of(1) : nullptr, options.uniform ? of(options.outputs() - 1) : nullptr};
+    const auto at = [&](int i) { return tensors[i].template data<T>() + tile.begin; };
+    return {at(0), options.logsumexp ? at(1) : nullptr,
+            options.uniform ? at(options.outputs() - 1) : nullptr};
   }
 
   // Forward
@@ -348,7 +349,7 @@ template <typename S> class Reduction {
       if (options.uniform) add_gaps_of_lines(x, classes, tile.n, &weights[j], sums);
       for (int t = 0; t < tile.n; t++) {
         const int64_t y = tile.y[t] - j;
-        if (tile.y[t] >= 0 && y >= 0 && y < classes) x[y][t] = -INFINITY;  // all but the label's
+        if (y >= 0 && y < classes) x[y][t] = -INFINITY;  // all but the label's
       }
       const int padded = (classes + kGroup - 1) / kGroup * kGroup;
       for (int i = classes; i < padded; i++) std::fill_n(x[i], tile.n, T(-INFINITY));
@@ -439,26 +440,22 @@ MXReturnValue fail(const std::string& message) {
 
 MXReturnValue parse(const Attributes& attributes, int* num_in, int* num_out) {
   const Options options(attributes);
-  *num_in = options.inputs();
+  *num_in = 2 + options.weighted;
   *num_out = options.outputs();
   return mxnet::ext::MX_SUCCESS;
 }
 
-bool is_float(int dtype) {
-  return dtype == mxnet::ext::kFloat16 || dtype == mxnet::ext::kFloat32 || dtype == mxnet::ext::kFloat64;
-}
-
 MXReturnValue infer_type(const Attributes&, std::vector<int>* in, std::vector<int>* out) {
   static const char* const expected[] = {"pred: expected float16, float32 or float64",
-                                         "label: expected integers or floats", "class_weight: expected floats"};
+                                         "label: expected integers or floats",
+                                         "class_weight: expected floats"};
   const int pred = in->at(0), terms = pred == mxnet::ext::kFloat64 ? pred : int(mxnet::ext::kFloat32);
   if (pred == -1) return mxnet::ext::MX_SUCCESS;
   for (size_t i = 0; i < in->size(); i++) {
     int& type = in->at(i);
     if (type == -1) type = terms;
-    const bool is_integer = type > mxnet::ext::kFloat16 && type <= mxnet::ext::kInt64;
-    if (is_float(type) || (i == 1 && is_integer)) continue;
-    return fail(std::string(expected[i]) + ", got dtype " + std::to_string(type));
+    const int last = i == 1 ? mxnet::ext::kInt64 : mxnet::ext::kFloat16;  // floats come first, then integers
+    if (type > last) return fail(std::string(expected[i]) + ", got dtype " + std::to_string(type));
   }
   std::fill(out->begin(), out->end(), terms);
   return mxnet::ext::MX_SUCCESS;
@@ -513,7 +510,8 @@ class ClassTerms : public mxnet::ext::CustomStatefulOp {
 
   // gradients of the outputs, inputs, outputs -> gradients of the inputs
   MXReturnValue Backward(Tensors* in, Tensors* out, const mxnet::ext::OpResource&) override {
-    with_floats(out->at(0), [&](auto* to) { reduction_of(to, &in->at(options.outputs())).backward(*in, to); });
+    MXTensor* const inputs = &in->at(options.outputs());
+    with_floats(out->at(0), [&](auto* to) { reduction_of(to, inputs).backward(*in, to); });
     for (size_t i = 1; i < out->size(); i++) {  // label and class_weight have no gradient
       MXTensor& zero = out->at(i);
       with_numbers(zero, [&](auto* to) { memset(to, 0, zero.size() * sizeof(*to)); });

@@ -40,6 +40,7 @@ template <typename T> struct Kept {
   T *nll, *logsumexp, *rest;
 };
 
+// The same for all positions
 template <typename T> struct Constants {
   double total_weight, classes;
   T fill_invalid, fill_ignored;
