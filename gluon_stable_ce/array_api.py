@@ -55,17 +55,22 @@ def in_style_of(example: Array, array: Array) -> Array:
 
 def add_float32(F: F, array: Array, other: Array) -> Array:
     """Add a float32 array to one of unknown dtype: float16 becomes float32, and float64 stays."""
-    array, other = array.as_np_ndarray(), other.as_np_ndarray()
     if HAS_MIXED_ADD:
-        return F.np.add(array, other).as_nd_ndarray()
-    array = F.np.multiply(array, F.np.ones(1, dtype='float32'))
-    return F.np.add(array, F.np.multiply(F.np.ones_like(array), other)).as_nd_ndarray()
+        return F.np.add(array.as_np_ndarray(), other.as_np_ndarray()).as_nd_ndarray()
+    array = promoted(F, array, other)
+    return array + promoted(F, other, array)
 
 
-def promoted(F: F, array: Array) -> Array:
-    """Return an array of unknown dtype as float32, or float64 if it is that."""
+def promoted(F: F, array: Array, like: Array) -> Array:
+    """Return `array` in the dtype of `like` if that is the wider one. Both may be unknown."""
+    one = F.slice_axis(F.reshape(F.ones_like(like), shape=(-1,)), axis=0, begin=0, end=1)
+    return F.np.multiply(array.as_np_ndarray(), one.as_np_ndarray()).as_nd_ndarray()
+
+
+def float32_or_64(F: F, array: Array) -> Array:
+    """Return an array of unknown dtype as float64 if it is that, else as float32."""
     # AMP does not let a graph have the classic operator, as that has no input to cast
-    return add_float32(F, array, F.np.zeros(1, dtype='float32'))
+    return F.np.multiply(array.as_np_ndarray(), F.np.ones(1, dtype='float32')).as_nd_ndarray()
 
 
 def is_amp_on() -> bool:
@@ -145,11 +150,15 @@ def dtype_name(array: Array) -> Optional[str]:
 
 
 def without_bfloat16(symbol_: Array) -> Tuple[Array, Optional[str]]:
-    """Return a symbol and the name of its dtype. What may be bfloat16 is cast to float32."""
+    """Return a symbol, cast to float32 if it may be bfloat16, and its dtype if that is certain.
+
+    What a graph says of dtypes is not: a parameter that was cast after its first use keeps the old one, and
+    some operators say float32 whatever their input is.
+    """
     dtype = dtype_name(symbol_)
     if dtype == 'bfloat16' or (dtype is None and is_amp_on()):
         return amp_float32(symbol_), 'float32'
-    return symbol_, dtype
+    return symbol_, None
 
 
 @lru_cache(maxsize=None)

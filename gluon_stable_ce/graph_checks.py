@@ -4,7 +4,7 @@ Many operators would take arrays of wrong shapes and compute numbers. So what th
 on an operator that takes no other shapes.
 """
 
-from .array_api import Array, F
+from .array_api import Array, F, float32_or_64
 
 
 def positions_of(F: F, pred: Array, label: Array, axis: int) -> Array:
@@ -29,7 +29,7 @@ def require_equal_axis(F: F, array: Array, pred: Array, axis: int) -> Array:
 def require_equal_or_1(F: F, array: Array, pred: Array, axis: int) -> Array:
     """Return `array`, and require that its `axis` has length 1, or is as long as that of `pred`."""
     indices, wanted = (F.contrib.arange_like(other, axis=axis) for other in (array, pred))
-    return _add_zero(F, array, F.broadcast_like(indices, wanted))
+    return _add_zero(F, array, F.broadcast_like(indices, float32_or_64(F, wanted)))  # of one dtype before 1.8
 
 
 def _add_zero(F: F, array: Array, indices: Array) -> Array:

@@ -316,20 +316,20 @@ def _rpower(at):
     at.make('Pow', at.constant(float(at.attrs['scalar']), at.dtypes[0]), *at.inputs)
 
 
-@_converts('_npi_zeros')
-def _zeros(at):
-    """Convert the zeros of the NumPy-style API, for which MXNet has no converter."""
+@_converts('_npi_ones')
+def _ones(at):
+    """Convert the ones of the NumPy-style API, for which MXNet has no converter."""
     dtype = np.dtype(at.attrs.get('dtype', 'float32'))
-    at.make('Identity', at.constant(np.zeros(literal_eval(at.attrs['shape'])), dtype))
+    at.make('Identity', at.constant(np.ones(literal_eval(at.attrs['shape'])), dtype))
     at.made[-1].output[0] = at.name
     return at.made, (dtype,)
 
 
-@_converts('_npi_add')
-def _add(at):
-    """Convert the addition that promotes: float16 and float32 are added in float32."""
+@_converts('_npi_add', '_npi_multiply')
+def _promote(at):
+    """Convert the operators that promote: float16 and float32 are computed in float32."""
     dtype = np.result_type(*at.dtypes)
-    at.make('Add', *(at.cast(data, dtype) for data in at.inputs))
+    at.make({'_npi_add': 'Add', '_npi_multiply': 'Mul'}[at.op], *(at.cast(data, dtype) for data in at.inputs))
     at.made[-1].output[0] = at.name
     return at.made, (dtype,)
 

@@ -10,6 +10,7 @@ from .kernels import class_terms
 from .reduction import reduce, with_class_axis
 
 
+@array_api.without_amp
 def loss_of(
     F: F,
     call: Call,
@@ -30,6 +31,7 @@ def loss_of(
     return array_api.in_style_of(given, loss if options.weight is None else loss * options.weight)
 
 
+@array_api.without_amp
 def nll_of(F: F, call: Call, pred: Array, label: Array, *_: Optional[Array]) -> Array:
     """Compute the NLL of each position, (positions...), with the marks of `METRIC_FILL`."""
     given, pred = pred, array_api.as_classic(pred)

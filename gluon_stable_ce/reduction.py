@@ -63,7 +63,9 @@ def with_class_axis(F: F, call: Call, loss: Array) -> Array:
 
 def align_sample_weight(F: F, call: Call, sample_weight: Array, expanded: Array, pred: Array) -> Array:
     """Give sample weights the shape of `expanded`, the losses with an axis of length 1 for the classes."""
-    if call.dtype is not None:
+    if call.dtype is None:
+        sample_weight = array_api.promoted(F, sample_weight, expanded)
+    else:
         sample_weight = F.cast(sample_weight, dtype=call.compute_dtype)
     if call.ndim is not None:
         sample_weight = _align_known_weight(F, call, sample_weight)

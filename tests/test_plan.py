@@ -54,7 +54,7 @@ def test_label_compare_dtype(facts, expected):
 def test_plan_of_symbols_knows_little():
     pred, label = mx.sym.var('pred'), mx.sym.var('label')
     assert call_of(pred, label) == Call(STOCK)
-    assert call_of(mx.sym.var('pred', dtype='float16'), label) == Call(STOCK, dtype='float16')
+    assert call_of(mx.sym.var('pred', dtype='float16'), label) == Call(STOCK)
 
 
 def test_plan_of_np_arrays():

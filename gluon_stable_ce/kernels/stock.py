@@ -51,10 +51,12 @@ def class_terms(
 
 
 def _read_class_weight(F: F, call: Call, pred: Array, class_weight: Array) -> Array:
-    class_weight = F.BlockGrad(F.cast(class_weight, dtype=call.compute_dtype))
-    if call.ndim is not None:
-        return class_weight
-    return graph_checks.require_length(F, class_weight, pred, call.options.axis)
+    class_weight = F.BlockGrad(class_weight)
+    if call.ndim is None:
+        class_weight = graph_checks.require_length(F, class_weight, pred, call.options.axis)
+    if call.dtype is None:
+        return array_api.promoted(F, class_weight, F.contrib.arange_like(pred, axis=call.options.axis))
+    return F.cast(class_weight, dtype=call.compute_dtype)
 
 
 # Sparse labels
@@ -176,9 +178,11 @@ def _uniform_of_lowered(F, log_p, odds, index, class_weight):
 def _dense_terms(F: F, call: Call, pred: Array, target: Array, class_weight: Optional[Array]) -> ClassTerms:
     """Compute the terms of a target, of `pred`'s shape."""
     axis, ndim = call.options.axis, call.ndim
-    if call.dtype is not None:
+    pred = _promoted(F, call, pred)
+    if call.dtype is None:
+        target = array_api.promoted(F, target, F.slice_axis(pred, axis=0, begin=0, end=1))
+    else:
         target = F.cast(target, dtype=call.compute_dtype)
-    pred, target = _promoted(F, call, pred), _promoted(F, call, target)
     if ndim is None and axis != -1:
         like = graph_checks.positions_of(F, pred, class_axis_removed(F, target, axis), axis)
     pred, target = (class_axis_last(F, array, axis, ndim) for array in (pred, target))  # (positions..., C)
@@ -247,7 +251,7 @@ def _clamped(F: F, nll: Any, is_signed: Optional[Array] = None) -> Array:
 
 
 def _promoted(F: F, call: Call, array: Array) -> Array:
-    return array if call.dtype is not None else array_api.promoted(F, array)
+    return array if call.dtype is not None else array_api.float32_or_64(F, array)
 
 
 def class_axis_last(F: F, array: Array, axis: int, ndim: Optional[int] = None) -> Array:
