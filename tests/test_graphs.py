@@ -275,13 +275,11 @@ def test_exported_graph_serves_any_number_of_classes(rng):
         np.testing.assert_array_equal(np.isnan(loaded(pred, label).asnumpy()), [False, False, True, False])
 
 
-@pytest.mark.parametrize(('engine', 'calls'), [
-    pytest.param('ThreadedEnginePerDevice', 2500, marks=pytest.mark.slow),
-    pytest.param('NaiveEngine', 2500, marks=pytest.mark.slow),
-])  # fmt: skip
-def test_four_threads_with_four_kinds_of_call(kernel, engine, calls):
+@pytest.mark.slow
+@pytest.mark.parametrize('engine', ['ThreadedEnginePerDevice', 'NaiveEngine'])
+def test_four_threads_with_four_kinds_of_call(kernel, engine):
     done = subprocess.run(
-        [sys.executable, thread_worker.__file__, str(calls)],
+        [sys.executable, thread_worker.__file__, '2500'],
         env={
             **os.environ,
             'MXNET_ENGINE_TYPE': engine,
