@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 from types import ModuleType
 from typing import Tuple
 
@@ -110,8 +111,9 @@ def compile_to(path: str) -> None:
 
 def _verify_in_fresh_process(path: str) -> None:
     command = [sys.executable, '-c', f'from {__name__} import verify; verify({path!r})']
-    paths = [os.path.dirname(os.path.dirname(library.HERE)), os.environ.get('PYTHONPATH', '')]
-    environment = {**os.environ, 'PYTHONPATH': os.pathsep.join(paths)}
+    root = str(Path(__file__).resolve().parents[2])
+    paths = os.pathsep.join([root, os.environ.get('PYTHONPATH', '')])
+    environment = {**os.environ, 'PYTHONPATH': paths}
     done = subprocess.run(command, capture_output=True, errors='replace', env=environment, check=False)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f'exit code {done.returncode}'])[-1]
@@ -131,10 +133,10 @@ def verify(path: str) -> None:
             rounded = logits.astype(dtype)
             nll, grad = _run(stock, rounded.astype('float64'), label)
             for inner in (1, 70):
-                got_nll, got_grad = _run(fused, rounded.repeat(inner, axis=2), label.repeat(inner, axis=1))
-                is_right = np.allclose(got_nll, nll, tolerance, 0, equal_nan=True)
-                least = np.finfo(dtype).tiny
-                if not is_right or not np.allclose(got_grad, grad, grad_tolerance, least, equal_nan=True):
+                got = _run(fused, rounded.repeat(inner, axis=2), label.repeat(inner, axis=1))
+                least = float(np.finfo(dtype).tiny)
+                is_right = np.allclose(got[0], nll, tolerance, 0, equal_nan=True)
+                if not is_right or not np.allclose(got[1], grad, grad_tolerance, least, equal_nan=True):
                     raise AssertionError(f'{dtype}, {classes} classes, {inner} in a line is wrong')
 
 

@@ -28,14 +28,15 @@ KERNEL T largest_of_row(const T* x, int n) {
 // In kLanes parts: that keeps all units busy, and each part has few additions.
 KERNEL double sum_exp_of_row(const T* x, int n, Reference<T> ref) {
   T sums[kLanes] = {}, rest[kLanes];
-  for (int i = 0; i < n; i += kLanes) {
-    const T* lanes = x + i;
-    if (n - i < kLanes) {
-      for (int lane = 0; lane < kLanes; lane++) rest[lane] = i + lane < n ? x[i + lane] : -INFINITY;
-      lanes = rest;
-    }
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
 #pragma omp simd
-    for (int lane = 0; lane < kLanes; lane++) sums[lane] += scaled_exp(lanes[lane], ref);
+    for (int lane = 0; lane < kLanes; lane++) sums[lane] += scaled_exp(x[i + lane], ref);
+  }
+  if (i < n) {
+    for (int lane = 0; lane < kLanes; lane++) rest[lane] = i + lane < n ? x[i + lane] : -INFINITY;
+#pragma omp simd
+    for (int lane = 0; lane < kLanes; lane++) sums[lane] += scaled_exp(rest[lane], ref);
   }
   double sum = 0;
 #pragma omp simd reduction(+ : sum)
