@@ -97,6 +97,11 @@ class TestReduce:
         loss = self.reduced(self.LOSS, label, reduction='valid', ignore_label=-1)
         np.testing.assert_array_equal(loss, np.array([6, 15], 'float32') / np.float32(divisor))
 
+    def test_valid_of_one_position_per_sample(self):
+        call = Call(Options(reduction='valid', ignore_label=-1), ndim=2, label_ndim=1)
+        loss, label = nd.array([1, 2, 0, 0]), nd.array([0, 1, -1, -1])
+        np.testing.assert_array_equal(reduce(nd, call, loss, nd.zeros((4, 5)), label).asnumpy(), [2, 4, 0, 0])
+
     def test_sample_weight_of_zero_removes_infinite_losses(self):
         weight = nd.array([[0, 2, 0], [0, 3, 0]])
         loss = self.reduced(
