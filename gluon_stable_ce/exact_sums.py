@@ -88,7 +88,9 @@ class ExactSums:
             sums = cls(int(total, 16), *counts)
             is_right = (
                 sums.as_dict()['total'] == total
-                and all(type(count) is int and count >= 0 for count in counts)
+                and (type(sums.count) is int or 0 < math.modf(sums.count)[0] < 1)  # if a subclass counts
+                and all(type(count) is int for count in counts[1:])
+                and all(count >= 0 for count in counts)
                 and sums.infinite + sums.minus_infinite + sums.nan <= sums.count
                 and (sums.count or not sums.total)
             )

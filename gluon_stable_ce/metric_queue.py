@@ -141,8 +141,15 @@ class RunningMean:
         ----------
         store : mxnet.kvstore.KVStore, the module horovod.mxnet, or a store with their methods
             See `gluon_stable_ce.distributed.all_reduce`.
+
+        Raises
+        ------
+        ValueError
+            If a subclass has set a count that is no whole number.
         """
         local = [number for window in _WINDOWS for number in astuple(self._window(window))]
+        if not all(isinstance(number, int) for number in local):
+            raise ValueError(f'num_inst: expected a whole number to add up over workers, got {self.num_inst}')
         numbers = distributed.all_reduce(store, local)
         half = len(numbers) // 2
         whole = copy.copy(self)

@@ -121,3 +121,24 @@ def test_a_net_of_many_classes(rng):
     assert_close(loss.asnumpy(), expected, tolerances.stated('stock', 'float32', MANY)[0])
     assert net.weight.grad().dtype == np.float16
     assert_close(net.weight.grad().asnumpy(), gradient, tolerances.FLOAT16_GRADIENT)
+
+
+@pytest.mark.parametrize(
+    ('first', 'second'),
+    [('float32', 'float64'), ('float64', 'float32'), ('float16', 'float64'), ('float32', 'float16')],
+)
+@pytest.mark.parametrize('options', [{}, {'class_weight': np.arange(5), 'label_smoothing': 0.1}], ids=str)
+def test_a_net_that_is_cast_after_its_first_use(first, second, options, rng):
+    """Its symbols go on telling the first dtype."""
+    pred, label = rng.normal(0, 1, (4, 5)), np.arange(4)
+    net = nn.LayerNorm(center=False, scale=True, in_channels=5)
+    both = WithLoss(net, StableSoftmaxCELoss(**options))
+    both.initialize()
+    both.hybridize()
+    for dtype in (first, second):
+        both.cast(dtype)
+        loss = both(nd.array(pred, dtype=dtype), nd.array(label))
+    logits = net(nd.array(pred, dtype=second)).asnumpy()
+    assert loss.dtype == (np.float64 if second == 'float64' else np.float32)
+    expected = reference.loss_and_gradient(logits, label, **options)[0]
+    assert_close(loss.asnumpy(), expected, tolerances.FLOAT64 if second == 'float64' else tolerances.LOSS)

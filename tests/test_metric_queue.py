@@ -306,3 +306,14 @@ def copied_by_state(metric):
     other = type(metric)()
     other.load_state_dict(json.loads(json.dumps(metric.state_dict(), allow_nan=False)))
     return other
+
+
+def test_a_fractional_count_goes_into_a_checkpoint_but_not_to_other_workers():
+    metric = StableLoss()
+    metric.update(None, nd.array([1.0, 2.0]))
+    metric.num_inst = 2.25
+    resumed = StableLoss()
+    resumed.load_state_dict(json.loads(json.dumps(metric.state_dict())))
+    assert resumed.get() == metric.get() == ('loss', 3 / 2.25)
+    with pytest.raises(ValueError, match=r'^num_inst: expected a whole number .*, got 2.25$'):
+        metric.all_reduce(mx.kv.create('local'))
