@@ -13,7 +13,7 @@ from mxnet import autograd, gluon
 from gluon_stable_ce import StableCrossEntropy, StableSoftmaxCELoss
 from gluon_stable_ce.call import LOSS_FILL, METRIC_FILL, Call
 from gluon_stable_ce.class_terms import ClassTerms
-from gluon_stable_ce.kernels import class_terms, library
+from gluon_stable_ce.kernels import class_terms, library, stock
 from gluon_stable_ce.kernels.choice import resolve
 from gluon_stable_ce.options import Options
 from gluon_stable_ce.plan import plan
@@ -235,6 +235,14 @@ def test_odd_numbers_of_classes(kernel, is_rank_known, classes, rng, ctx):
     terms, _ = compute(call, pred, label)
     for term, truth in zip(terms, expected_terms(1, pred, label)):
         np.testing.assert_allclose(term, truth, **cases.CLOSE)
+
+
+def test_classes_that_float32_cannot_count_are_distinct_float32():
+    classes = np.add.outer(2 ** np.arange(3, 30), np.arange(-2, 3)).ravel()
+    distinct = stock._distinct(nd, nd.array(classes, dtype='float64')).asnumpy()
+    assert distinct.dtype == np.float32
+    assert np.isfinite(distinct).all()
+    assert len(np.unique(distinct)) == len(np.unique(classes))
 
 
 OPERATOR = 'stable_ce_class_terms'

@@ -102,6 +102,12 @@ class TestReduce:
         loss, label = nd.array([1, 2, 0, 0]), nd.array([0, 1, -1, -1])
         np.testing.assert_array_equal(reduce(nd, call, loss, nd.zeros((4, 5)), label).asnumpy(), [2, 4, 0, 0])
 
+    def test_mean_of_a_batch_axis_behind_the_class_axis(self):
+        call = Call(Options(axis=0, batch_axes=(1,), ignore_label=-1), ndim=3, label_ndim=2)
+        label = nd.array([[0, 4, -1], [2, -1, -1]])
+        loss = reduce(nd, call, nd.array(self.LOSS), nd.zeros((5, 2, 3)), label)
+        np.testing.assert_allclose(loss.asnumpy(), [3, 15])
+
     def test_sample_weight_of_zero_removes_infinite_losses(self):
         weight = nd.array([[0, 2, 0], [0, 3, 0]])
         loss = self.reduced(
@@ -188,7 +194,7 @@ class TestSeveralClassAxes:
 
     OPTIONS = {'axis': (1, -1), 'sparse_label': False, 'from_logits': True}  # noqa: RUF012
 
-    @modes.parametrize([modes.default, modes.nested])
+    @modes.parametrize([modes.eager, modes.default, modes.nested])
     @pytest.mark.parametrize('reduction', ['mean', 'sum'])
     @pytest.mark.parametrize('weight', [None, (2, 1, 1, 1), (2, 1, 4, 1)], ids=str)
     def test_loss(self, mode, reduction, weight, rng):

@@ -61,9 +61,10 @@ def test_a_sample_weight_of_another_layout(options, pred, weight):
         modes.nested(StableSoftmaxCELoss(**options), *zeros(pred, positions, weight))
 
 
-def test_a_batch_axis_that_is_the_class_axis():
+@pytest.mark.parametrize(('axis', 'batch_axis', 'positions'), [(-1, 1, 4), (0, -2, 5)])
+def test_a_batch_axis_that_is_the_class_axis(axis, batch_axis, positions):
     with pytest.raises(mx.MXNetError):
-        modes.nested(StableSoftmaxCELoss(axis=-1, batch_axis=1), *zeros((4, 5), 4))
+        modes.nested(StableSoftmaxCELoss(axis=axis, batch_axis=batch_axis), *zeros((4, 5), positions))
 
 
 def test_predictions_without_a_batch_axis():
