@@ -12,9 +12,9 @@ from mxnet import gluon
 
 from . import array_api, graphs, labels
 from .array_api import Array, F
+from .array_checks import check_array_type, check_pred_dtype
 from .call import INPUTS, Call
 from .class_weight import ClassWeight
-from .inputs import check_array_type, check_pred_dtype
 from .kernels import choice
 from .metric import StableCrossEntropy
 from .options import Options, as_numbers, check_loss_options

@@ -1,7 +1,6 @@
 """Metrics: what the loss computes, with exact sums and without waiting for the device."""
 
 import math
-from functools import partial
 from typing import Any, List, Optional, Sequence, Union
 
 import mxnet as mx
@@ -10,9 +9,9 @@ from mxnet import autograd
 
 from . import array_api, graphs
 from .array_api import Array, Arrays
+from .array_checks import check_array_type
 from .call import METRIC_FILL
 from .exact_sums import ExactSums
-from .inputs import check_array_type
 from .kernels import choice
 from .metric_queue import RunningMean
 from .options import check_metric_options
@@ -156,10 +155,9 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric):
         labels, preds = _as_list('labels', labels), _as_list('preds', preds)
         if len(labels) != len(preds):
             raise ValueError(f'labels: expected as many arrays as preds, {len(preds)}, got {len(labels)}')
-        again = [partial(self._nll, label, pred) for label, pred in zip(labels, preds)]
-        self._push([compute() for compute in again], again)
+        self._push([self._compute(*pair) for pair in zip(labels, preds)], list(zip(labels, preds)))
 
-    def _nll(self, label: Any, pred: Any) -> Array:
+    def _compute(self, label: Any, pred: Any) -> Array:
         """Compute the NLL of each position; `label` is moved to the context of `pred`."""
         label = label.as_in_context(pred.context)
         rows = pred.shape[0] if self._options.sparse_label and len(pred.shape) == 2 else None

@@ -60,7 +60,8 @@ class RunningMean:
     def reset(self) -> None:
         """Forget everything."""
         with self._lock:
-            self._computing: Deque[Tuple[Array, Optional[Callable[[], Array]]]] = deque()  # the last updates
+            # the last updates, and their inputs
+            self._computing: Deque[Tuple[Array, Optional[Tuple[Any, ...]]]] = deque()
             self._computed: Deque[Array] = deque()  # those before
             self._sums = {window: ExactSums() for window in _WINDOWS}
 
@@ -161,10 +162,14 @@ class RunningMean:
         options = {name: value for name, value in self._kwargs.items() if name != 'kernel'}
         return {'metric': type(self).__name__, 'options': options}
 
-    def _push(self, arrays: List[Array], again: Sequence[Callable[[], Array]] = ()) -> None:
-        """Queue arrays that the device may still be computing, and what computes them `again`."""
+    def _compute(self, *inputs: Any) -> Array:
+        """Compute the values of an update from what was queued with them."""
+        raise NotImplementedError
+
+    def _push(self, arrays: List[Array], inputs: Sequence[Tuple[Any, ...]] = ()) -> None:
+        """Queue arrays that the device may still be computing, and the `inputs` to compute them again."""
         with self._lock:
-            self._computing.extend(zip_longest(arrays, again))
+            self._computing.extend(zip_longest(arrays, inputs))
             while len(self._computing) > _AHEAD * max(1, len(arrays)):
                 self._wait_for_oldest()
             if len(self._computed) > _AT_ONCE:
@@ -182,21 +187,23 @@ class RunningMean:
 
     def _wait_for_oldest(self) -> None:
         """Wait for the oldest array that may be in computation. An error of the device drops it."""
-        array, _ = self._computing.popleft()
         try:
-            array.wait_to_read()
+            self._computing[0][0].wait_to_read()  # it stays in the queue if this is interrupted
         except MXNetError:  # what was queued behind it may have been skipped silently
-            self._computing = deque((again() if again else array, again) for array, again in self._computing)
+            self._computing.popleft()
+            self._computing = deque(
+                (self._compute(*inputs) if inputs else array, inputs) for array, inputs in self._computing
+            )
             raise
-        self._computed.append(array)
+        self._computed.append(self._computing.popleft()[0])
 
     def _read(self) -> None:
         """Take the computed arrays into the sums."""
         if self._computed:
             values = np.concatenate([array.asnumpy().ravel() for array in self._computed])
-            self._computed.clear()
             sums = self._sums_of(values.astype('float64', copy=False))
             self._sums = {window: before + sums for window, before in self._sums.items()}
+            self._computed.clear()
 
     def _window(self, window: str) -> ExactSums:
         with self._lock:

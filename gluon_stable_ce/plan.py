@@ -6,7 +6,7 @@ from typing import Any, Optional, Tuple
 
 from mxnet import autograd
 
-from . import array_api, inputs
+from . import array_api, array_checks
 from .call import INPUTS, LOSS_FILL, Call, Fill
 from .kernels import choice, fused
 from .options import Options
@@ -72,11 +72,11 @@ def plan(
         choice.is_main_thread(),
         options.kernel != 'stock' and context is not None and fused.needs_guard(pred),
     )
-    label = inputs.on_context('label', label, context)
+    label = array_checks.on_context('label', label, context)
     if sample_weight is not None:
-        sample_weight = inputs.on_context('sample_weight', sample_weight, context)
+        sample_weight = array_checks.on_context('sample_weight', sample_weight, context)
     if options.invalid_label == 'raise':
-        inputs.check_labels(call, pred, label)
+        array_checks.check_labels(call, pred, label)
     return call, (pred, _prepared(call, label), sample_weight)
 
 
@@ -101,18 +101,18 @@ def _plan_arrays(
 ) -> Call:
     for name, described in zip(INPUTS, (pred, label, sample_weight)):
         if described is not None:
-            inputs.check_array_type(name, described[0])
+            array_checks.check_array_type(name, described[0])
     (kind, dtype, shape), (_, label_dtype, label_shape) = pred, label
     dtype, label_dtype = array_api.name_of(dtype), array_api.name_of(label_dtype)
-    inputs.check_pred_dtype('pred', dtype)
-    inputs.check_shapes(shape, label_shape, label_dtype, options.axis, options.sparse_label)
-    inputs.check_axes('axis', options.summed_axes, shape, options.class_axes[:1])
-    inputs.check_axes('batch_axis', options.batch_axes, shape, options.class_axes)
+    array_checks.check_pred_dtype('pred', dtype)
+    array_checks.check_shapes(shape, label_shape, label_dtype, options.axis, options.sparse_label)
+    array_checks.check_axes('axis', options.summed_axes, shape, options.class_axes[:1])
+    array_checks.check_axes('batch_axis', options.batch_axes, shape, options.class_axes)
     if class_weights is not None:
-        inputs.check_class_weights(class_weights, shape[options.axis])
+        array_checks.check_class_weights(class_weights, shape[options.axis])
     layout = None
     if sample_weight is not None:
-        layout = inputs.weight_layout(sample_weight[2], shape, options.class_axes, options.batch_axes)
+        layout = array_checks.weight_layout(sample_weight[2], shape, options.class_axes, options.batch_axes)
     is_empty = 0 in shape
     kernel = choice.resolve(options, device_type, is_main_thread=is_main_thread, is_empty=is_empty)
     one_hot_depth = shape[options.axis] if kernel == 'stock' and shape[options.axis] > ONE_HOT_ABOVE else None

@@ -6,7 +6,7 @@ from typing import Any, Iterator, Tuple
 import mxnet as mx
 import numpy as np
 
-from ..inputs import check_shapes
+from ..array_checks import check_shapes
 
 _CHUNK = 2**20  # predictions in a chunk: 8 MB in float64
 

@@ -26,7 +26,7 @@ SHARED = [
     [*STOCK, 'test_loss.py', 'test_metric.py', 'test_amp.py', 'test_onnx.py'],
 ]
 PLAN = [
-    ['test_plan.py', 'test_inputs.py'],
+    ['test_plan.py', 'test_array_checks.py'],
     ['test_gradient_requests.py', 'test_graphs.py', 'test_metric.py', 'test_class_weight.py'],
 ]
 OPERATOR = [
@@ -40,7 +40,7 @@ TESTS = {
     'pipeline.py': [['test_pipeline.py'], *SHARED],
     'kernels/stock.py': SHARED,
     'plan.py': [*PLAN, *SHARED],
-    'inputs.py': [['test_inputs.py', 'test_plan.py'], *SHARED],
+    'array_checks.py': [['test_array_checks.py', 'test_plan.py'], *SHARED],
     f'{FUSED}/exp_log.h': OPERATOR,
     f'{FUSED}/float16.h': OPERATOR,
     f'{FUSED}/loops.h': OPERATOR,

@@ -9,7 +9,7 @@ from checks import assert_loss_is_reference, every_mode
 from mxnet.gluon.contrib.nn import Identity
 
 from gluon_stable_ce import StableSoftmaxCELoss
-from gluon_stable_ce.inputs import on_context
+from gluon_stable_ce.array_checks import on_context
 
 pytestmark = pytest.mark.usefixtures('kernel')
 
