@@ -235,8 +235,43 @@ def test_odd_numbers_of_classes(kernel, is_rank_known, classes, rng, ctx):
         np.testing.assert_allclose(term, truth, **cases.CLOSE)
 
 
+@RANK_KNOWN
+@pytest.mark.parametrize('axis', range(-4, 4))
+def test_class_axis_last(axis, is_rank_known, rng):
+    pred = rng.normal(0, 1, (2, 3, 4, 5)).astype('float32')
+    expected = np.moveaxis(pred, axis, -1)
+    if is_rank_known:
+        moved = stock.class_axis_last(nd, nd.array(pred), axis, 4).asnumpy()
+    else:  # some axes are merged
+        symbol = stock.class_axis_last(mx.sym, mx.sym.var('pred'), axis)
+        moved = symbol.eval(pred=nd.array(pred))[0].asnumpy()
+        assert moved.shape[-1] == pred.shape[axis]
+        moved = moved.reshape(expected.shape)
+    np.testing.assert_array_equal(moved, expected)
+
+
+def test_a_known_number_of_classes_changes_nothing(rng, ctx):
+    pred, label = make(rng, cases.Layout((4, 300), -1))
+    call = call_of('stock', 'all', ndim=2)
+    terms, gradient = compute(call, pred, label)
+    terms_of_known, gradient_of_known = compute(call._replace(classes=300), pred, label)
+    np.testing.assert_array_equal(terms_of_known, terms)
+    np.testing.assert_array_equal(gradient_of_known, gradient)
+
+
+@every_kernel
+def test_class_weights_have_gradient_zero(kernel, ctx):
+    pred, label, weight = nd.ones((2, 3)), nd.array([0, 2]), nd.ones(3)
+    for array in (pred, weight):
+        array.attach_grad()
+    with autograd.record():
+        terms = class_terms(nd, call_of(kernel, 'all', ndim=2, label_ndim=1), pred, label, weight)
+    autograd.backward(list(terms))
+    np.testing.assert_array_equal(weight.grad.asnumpy(), 0)
+
+
 def test_classes_that_float32_cannot_count_are_distinct_float32():
-    classes = np.add.outer(2 ** np.arange(3, 30), np.arange(-2, 3)).ravel()
+    classes = np.add.outer([*2 ** np.arange(3, 30), 2**30 - 3], np.arange(-2, 3)).ravel()
     distinct = stock._distinct(nd, nd.array(classes, dtype='float64')).asnumpy()
     assert distinct.dtype == np.float32
     assert np.isfinite(distinct).all()
