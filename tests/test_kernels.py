@@ -161,10 +161,11 @@ def test_terms_not_asked_for_are_none(kernel):
 
 
 @every_kernel
-def test_float16_is_cast(kernel, rng, ctx):
+@pytest.mark.parametrize('facts', [{'ndim': 2, 'dtype': 'float16'}, {}], ids=['known', 'unknown'])
+def test_float16_is_cast(kernel, facts, rng, ctx):
     pred = rng.normal(0, 3, (8, 3000)).astype('float16')
     label = rng.randint(0, 3000, 8).astype('float32')
-    (nll, logsumexp, _), gradient = compute(call_of(kernel, 'all', ndim=2, dtype='float16'), pred, label)
+    (nll, logsumexp, _), gradient = compute(call_of(kernel, 'all', **facts), pred, label)
     assert (nll.dtype, logsumexp.dtype, gradient.dtype) == (np.float32, np.float32, np.float16)
     for term, truth in zip((nll, logsumexp), expected_terms(-1, pred, label)):
         np.testing.assert_allclose(term, truth, rtol=2e-6, atol=1e-4)  # a float32 sum of as many terms
