@@ -199,6 +199,15 @@ def test_targets_below_zero_are_not_clamped(ctx):
     np.testing.assert_allclose(nll, [-0.5 * np.log(2)], **cases.CLOSE)
 
 
+@pytest.mark.parametrize('dtype', ['float16', 'float64', 'int32'])
+def test_targets_may_have_another_dtype(dtype, ctx):
+    call = call_of('stock', sparse_label=False, ndim=2, dtype='float32')
+    pred, target = np.array([[0, np.log(3)]], 'float32'), np.array([[2, 1]], dtype)
+    (nll,), gradient = compute(call, pred, target)
+    assert (nll.dtype, gradient.dtype) == (np.float32, np.float32)
+    np.testing.assert_allclose(nll, [2 * np.log(4) + np.log(4 / 3)], **cases.CLOSE)
+
+
 @every_kernel
 @pytest.mark.parametrize('largest', [0, 88, 1e4, 1e30, -1e30])
 def test_logsumexp_of_huge_logits(kernel, largest, ctx):
