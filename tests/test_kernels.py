@@ -163,10 +163,11 @@ def test_terms_not_asked_for_are_none(kernel):
 
 
 @every_kernel
-def test_float16_is_cast(kernel, rng, ctx):
+@pytest.mark.parametrize('facts', [{'ndim': 2, 'dtype': 'float16'}, {}], ids=['known', 'unknown'])
+def test_float16_is_cast(kernel, facts, rng, ctx):
     pred = rng.normal(0, 3, (8, 3000)).astype('float16')
     label = rng.randint(0, 3000, 8).astype('float32')
-    (nll, logsumexp, _), gradient = compute(call_of(kernel, 'all', ndim=2, dtype='float16'), pred, label)
+    (nll, logsumexp, _), gradient = compute(call_of(kernel, 'all', **facts), pred, label)
     assert (nll.dtype, logsumexp.dtype, gradient.dtype) == (np.float32, np.float32, np.float16)
     for term, truth in zip((nll, logsumexp), expected_terms(-1, pred, label)):
         np.testing.assert_allclose(term, truth, rtol=2e-6, atol=1e-4)  # a float32 sum of as many terms
@@ -198,6 +199,15 @@ def test_targets_below_zero_are_not_clamped(ctx):
     pred, target = np.array([[0, 0]], 'float32'), np.array([[-1, 0.5]], 'float32')
     (nll,), _ = compute(call_of('stock', sparse_label=False, ndim=2), pred, target)
     np.testing.assert_allclose(nll, [-0.5 * np.log(2)], **cases.CLOSE)
+
+
+@pytest.mark.parametrize('dtype', ['float16', 'float64', 'int32'])
+def test_targets_may_have_another_dtype(dtype, ctx):
+    call = call_of('stock', sparse_label=False, ndim=2, dtype='float32')
+    pred, target = np.array([[0, np.log(3)]], 'float32'), np.array([[2, 1]], dtype)
+    (nll,), gradient = compute(call, pred, target)
+    assert (nll.dtype, gradient.dtype) == (np.float32, np.float32)
+    np.testing.assert_allclose(nll, [2 * np.log(4) + np.log(4 / 3)], **cases.CLOSE)
 
 
 @every_kernel
@@ -237,8 +247,43 @@ def test_odd_numbers_of_classes(kernel, is_rank_known, classes, rng, ctx):
         np.testing.assert_allclose(term, truth, **cases.CLOSE)
 
 
+@RANK_KNOWN
+@pytest.mark.parametrize('axis', range(-4, 4))
+def test_class_axis_last(axis, is_rank_known, rng):
+    pred = rng.normal(0, 1, (2, 3, 4, 5)).astype('float32')
+    expected = np.moveaxis(pred, axis, -1)
+    if is_rank_known:
+        moved = stock.class_axis_last(nd, nd.array(pred), axis, 4).asnumpy()
+    else:  # some axes are merged
+        symbol = stock.class_axis_last(mx.sym, mx.sym.var('pred'), axis)
+        moved = symbol.eval(pred=nd.array(pred))[0].asnumpy()
+        assert moved.shape[-1] == pred.shape[axis]
+        moved = moved.reshape(expected.shape)
+    np.testing.assert_array_equal(moved, expected)
+
+
+def test_a_known_number_of_classes_changes_nothing(rng, ctx):
+    pred, label = make(rng, cases.Layout((4, 300), -1))
+    call = call_of('stock', 'all', ndim=2)
+    terms, gradient = compute(call, pred, label)
+    terms_of_known, gradient_of_known = compute(call._replace(one_hot_depth=300), pred, label)
+    np.testing.assert_array_equal(terms_of_known, terms)
+    np.testing.assert_array_equal(gradient_of_known, gradient)
+
+
+@every_kernel
+def test_class_weights_have_gradient_zero(kernel, ctx):
+    pred, label, weight = nd.ones((2, 3)), nd.array([0, 2]), nd.ones(3)
+    for array in (pred, weight):
+        array.attach_grad()
+    with autograd.record():
+        terms = class_terms(nd, call_of(kernel, 'all', ndim=2, label_ndim=1), pred, label, weight)
+    autograd.backward(list(terms))
+    np.testing.assert_array_equal(weight.grad.asnumpy(), 0)
+
+
 def test_classes_that_float32_cannot_count_are_distinct_float32():
-    classes = np.add.outer(2 ** np.arange(3, 30), np.arange(-2, 3)).ravel()
+    classes = np.add.outer([*2 ** np.arange(3, 30), 2**30 - 3], np.arange(-2, 3)).ravel()
     distinct = stock._distinct(nd, Call(), nd.array(classes, dtype='float64')).asnumpy()
     assert distinct.dtype == np.float32
     assert np.isfinite(distinct).all()

@@ -189,6 +189,14 @@ class TestAlignSampleWeight:
             self.aligned_in_a_graph(np.ones(shape, 'float32'), pred, axis)
 
 
+@modes.parametrize([modes.eager, modes.default, modes.nested])
+@pytest.mark.parametrize('shape', [(2, 3), (2, 3, 1)], ids=str)
+def test_losses_of_positions_have_the_shape_of_the_label(mode, shape):
+    loss_fn = StableSoftmaxCELoss(reduction='none')
+    loss, _ = mode(loss_fn, np.zeros((2, 3, 5), 'float32'), np.zeros(shape, 'float32'))
+    np.testing.assert_allclose(loss, np.full(shape, np.log(5)), rtol=1e-5)
+
+
 class TestSeveralClassAxes:
     """Further class axes of dense log-probabilities, over which is summed."""
 
