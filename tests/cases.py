@@ -7,9 +7,6 @@ import pytest
 import reference
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from tolerances import LOSS
-
-CLOSE = {'rtol': LOSS.relative, 'atol': LOSS.absolute}
 
 
 class Layout(NamedTuple):

@@ -3,12 +3,15 @@
 import os
 import threading
 
+import cases
 import mxnet as mx
 import numpy as np
 import pytest
+import tolerances
 from fused_operator import needs_operator, python
 from label_cases import DTYPES
 from mxnet import autograd, gluon
+from tolerances import FUSED_VALUE, assert_close
 
 from gluon_stable_ce import StableSoftmaxCELoss
 from gluon_stable_ce.call import METRIC_FILL, Call
@@ -17,8 +20,6 @@ from gluon_stable_ce.options import Options
 
 pytestmark = needs_operator
 
-TOLERANCE = {'float16': 3e-7, 'float32': 3e-7, 'float64': 2e-13}  # of terms and of the label's gradient
-ROUNDING = 2**-23  # of a float32 number up to 1, as a gradient of one loss is, and of adding it to a sum
 NAN, INF = float('nan'), float('inf')
 
 
@@ -117,16 +118,11 @@ def test_terms_and_gradient_equal_long_double(shape, axis, dtype, scale, rng):
     )
     *expected, gradient = expected_terms(pred, label, axis, weights)
     expected_grad = gradient(*grads)
-    for name, value, true in zip(('nll', 'logsumexp', 'uniform_nll'), terms, expected):
-        # of a logsumexp near 0, the sum's rounding is left
-        atol = TOLERANCE[dtype] if name == 'logsumexp' else 1e-37
-        np.testing.assert_allclose(value, true, rtol=TOLERANCE[dtype], atol=atol, err_msg=name)
+    for value, true, tolerance in zip(terms, expected, tolerances.fused_terms(dtype)):
+        assert_close(value, true, tolerance)
         assert value.dtype == ('float64' if dtype == 'float64' else 'float32')
     assert grad.dtype == dtype
-    rtol, atol = (1e-3, 1e-7) if dtype == 'float16' else (3 * TOLERANCE[dtype], 0)
-    np.testing.assert_allclose(
-        grad, expected_grad, rtol=rtol, atol=atol + TOLERANCE[dtype] * np.abs(expected_grad).max()
-    )
+    cases.assert_within(grad, expected_grad, tolerances.fused_gradient_bound(dtype, expected_grad))
 
 
 @pytest.mark.parametrize('inner', [1, 70], ids=['rows', 'lines'])
@@ -147,9 +143,7 @@ def test_uniform_nll_beside_huge_and_masked_logits(classes, inner, weighted, oth
                 np.exp(logits.astype('float64') - logits.max()).sum()
             )
         expected = sum(float(w) * (lse - float(z)) for z, w in zip(logits, weights) if w) / classes
-        np.testing.assert_allclose(
-            terms.uniform_nll.asnumpy(), np.full((1, inner), expected), rtol=3e-7, atol=1e-8
-        )
+        assert_close(terms.uniform_nll.asnumpy(), np.full((1, inner), expected), tolerances.FUSED_UNIFORM)
         assert (terms.uniform_nll.asnumpy() >= 0).all()
 
 
@@ -162,7 +156,7 @@ def test_a_logsumexp_near_0_is_exact_to_the_rounding_of_the_sum(shape, axis, dty
     (_, logsumexp), _ = run(pred, label, axis, logsumexp=True)
     _, true, _, _ = expected_terms(pred, label, axis)
     assert abs(true).max() < 1e-6
-    np.testing.assert_allclose(logsumexp, true, rtol=0, atol=TOLERANCE[dtype])
+    assert_close(logsumexp, true, tolerances.FUSED_LOGSUMEXP[dtype])
 
 
 @pytest.mark.parametrize('logit', [0.1, -0.3, 0.7, 2.9])
@@ -171,13 +165,13 @@ def test_sums_of_equal_terms_do_not_drift(shape, axis, logit):
     pred = np.full(shape, logit, 'float32')
     positions = tuple(np.delete(shape, axis))
     (nll,), _ = run(pred, np.zeros(positions), axis)
-    np.testing.assert_allclose(nll, np.log(shape[axis]), rtol=3e-7)
+    assert_close(nll, np.log(shape[axis]), FUSED_VALUE)
 
 
 def test_small_probabilities_have_gradients_down_to_the_least_number():
     pred = np.array([[100, 0, -3]], 'float32')
     _, grad = run(pred, np.array([0]))
-    np.testing.assert_allclose(grad[0, 1], np.exp(-100.0), atol=1.5e-45)
+    assert_close(grad[0, 1], np.exp(-100.0), FUSED_VALUE)
     assert grad[0, 1] > 0
 
 
@@ -216,22 +210,22 @@ def run_layout(row, label, layout, dtype='float32'):
 )
 def test_infinite_and_nan_logits(row, label, nll, layout, dtype):
     value, _ = run_layout(row, label, layout, dtype)
-    np.testing.assert_allclose(value, nll, rtol=1e-6)
+    assert_close(value, nll, FUSED_VALUE)
 
 
 @pytest.mark.parametrize('layout', LAYOUTS)
 def test_gradient_of_masked_classes_is_0_and_of_a_masked_label_minus_1(layout):
     _, grad = run_layout([-INF, 1, 1], 1, layout)
-    np.testing.assert_allclose(grad, [0, -0.5, 0.5], rtol=3e-7)
+    assert_close(grad, [0, -0.5, 0.5], FUSED_VALUE)
     _, grad = run_layout([-INF, 1, 1], 0, layout)
-    np.testing.assert_allclose(grad, [-1, 0.5, 0.5], rtol=3e-7)
+    assert_close(grad, [-1, 0.5, 0.5], FUSED_VALUE)
 
 
 @pytest.mark.parametrize('layout', LAYOUTS)
 def test_logits_all_at_the_least_number_have_a_gradient(layout):
     nll, grad = run_layout([-3e38, -3e38, -3e38], 0, layout)
-    np.testing.assert_allclose(nll, np.log(3), rtol=3e-7)
-    np.testing.assert_allclose(grad, [-2 / 3, 1 / 3, 1 / 3], rtol=3e-7)
+    assert_close(nll, np.log(3), FUSED_VALUE)
+    assert_close(grad, [-2 / 3, 1 / 3, 1 / 3], FUSED_VALUE)
 
 
 @pytest.mark.parametrize('bad', [-1, 7000], ids=['ignored', 'invalid'])
@@ -262,9 +256,9 @@ def test_a_class_of_weight_0_has_no_nll_and_no_gradient(layout, dtype, weight_dt
     pred[0, 1], pred[1, 0] = -INF, NAN
     weights = mx.nd.array([2, 0] + [1] * (classes - 2), dtype=weight_dtype)
     (nll,), grad = run(pred, np.array([1, 1, 1, 0]), grads=[[NAN, 1, 1, 1]], class_weight=weights)
-    np.testing.assert_allclose(nll, [0, 0, 0, 2 * np.log(classes)], rtol=3e-7)
+    assert_close(nll, [0, 0, 0, 2 * np.log(classes)], FUSED_VALUE)
     np.testing.assert_array_equal(grad[:3], 0)
-    np.testing.assert_allclose(grad[3, :2], [2 / classes - 2, 2 / classes], rtol=1e-3)
+    assert_close(grad[3, :2], [2 / classes - 2, 2 / classes], tolerances.FLOAT16_GRADIENT)
 
 
 @pytest.mark.parametrize(('shape', 'axis'), [((4, 5), -1), ((4, 99), -1), ((1, 5, 80), 1)])
@@ -303,7 +297,8 @@ def test_losses_in_one_graph_add_up(losses, grad_req, rng):
         value.backward()
     total = sum(run(pred.asnumpy(), label.asnumpy())[1] for label in labels)
     times = 2 if grad_req == 'add' else 1
-    np.testing.assert_allclose(pred.grad.asnumpy(), times * total, rtol=0, atol=times * losses**2 * ROUNDING)
+    bound = times * losses**2 * tolerances.SUM_OF_PROBABILITIES.absolute
+    cases.assert_within(pred.grad.asnumpy(), times * total, bound)
 
 
 @pytest.mark.parametrize('req', ['null', 'write'])
@@ -314,10 +309,10 @@ def test_symbols_run_with_and_without_gradients(req, rng):
     executor = symbol.simple_bind(mx.cpu(), pred=(3, 7), grad_req={'pred': req, 'label': 'null'})
     (value,) = executor.forward(is_train=req != 'null', pred=mx.nd.array(pred), label=mx.nd.array(label))
     expected, grad = run(pred, label, uniform=True)
-    np.testing.assert_allclose(value.asnumpy(), sum(expected), rtol=1e-6)
+    assert_close(value.asnumpy(), sum(expected), tolerances.ROUNDED_FLOAT32)
     if req == 'write':
         executor.backward(mx.nd.ones(3))
-        np.testing.assert_allclose(executor.grad_dict['pred'].asnumpy(), grad, rtol=1e-6)
+        assert_close(executor.grad_dict['pred'].asnumpy(), grad, tolerances.ROUNDED_FLOAT32)
 
 
 MEMORY = {

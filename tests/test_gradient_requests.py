@@ -8,13 +8,12 @@ import mxnet as mx
 import numpy as np
 import pytest
 from mxnet import autograd, gluon
+from tolerances import ADDED_GRADIENTS, assert_close
 
 from gluon_stable_ce import StableSoftmaxCELoss
 
 LOGITS = np.array([[0.5, -1, 2, 0], [1, 1, -2, 0.25], [3, 0, 0.5, -0.5]], 'float32')
 LABEL = np.array([2, 0, 3], 'float32')
-# of sums of up to 81 gradients, each off by up to 2e-6 in the stock kernel
-TOLERANCE = {'rtol': 1e-5, 'atol': 2e-5}
 
 
 def gradient(logits, label=LABEL):
@@ -65,7 +64,7 @@ def test_leaf(source, times, grad_req, kernel):
             loss = loss_fn(source(leaf), mx.nd.array(LABEL))
         loss.backward()
     expected = BACKWARDS[grad_req] * times * gradient(times * LOGITS)
-    np.testing.assert_allclose(leaf.grad.asnumpy(), expected, **TOLERANCE)
+    assert_close(leaf.grad.asnumpy(), expected, ADDED_GRADIENTS)
 
 
 @sources
@@ -94,7 +93,7 @@ def test_several_losses_on_the_same_logits(losses, source, times, grad_req, kern
             values = [loss_fn(pred, mx.nd.array((LABEL + i) % 4)) for i in range(losses)]
         autograd.backward(values)
     total = sum(gradient(times * LOGITS, (LABEL + i) % 4) for i in range(losses))
-    np.testing.assert_allclose(leaf.grad.asnumpy(), BACKWARDS[grad_req] * times * total, **TOLERANCE)
+    assert_close(leaf.grad.asnumpy(), BACKWARDS[grad_req] * times * total, ADDED_GRADIENTS)
 
 
 @grad_reqs
@@ -107,7 +106,7 @@ def test_several_backwards_of_one_recording(source, times, grad_req, kernel):
     for i in range(3):
         loss.backward(retain_graph=i < 2)
     expected = BACKWARDS[grad_req] * times * gradient(times * LOGITS)
-    np.testing.assert_allclose(leaf.grad.asnumpy(), expected, **TOLERANCE)
+    assert_close(leaf.grad.asnumpy(), expected, ADDED_GRADIENTS)
 
 
 @sources
@@ -118,7 +117,7 @@ def test_logits_beside_another_use_of_the_leaf(source, times, kernel):
     with autograd.record():
         loss = loss_fn(source(leaf), mx.nd.array(LABEL)).sum() + (leaf * 7).sum()
     loss.backward()
-    np.testing.assert_allclose(leaf.grad.asnumpy(), times * gradient(times * LOGITS) + 7, **TOLERANCE)
+    assert_close(leaf.grad.asnumpy(), times * gradient(times * LOGITS) + 7, ADDED_GRADIENTS)
 
 
 class Net(gluon.HybridBlock):
@@ -204,7 +203,7 @@ def test_parameters_of_nets_that_add_gradients_of_micro_batches(
     # behind an elemwise_add with 'add', layers get what has been added up for the bias, with every loss
     count = 1 if add == 'elemwise_add' and grad_req == 'add' else len(expected)
     for grad, true in zip(actual[:count], expected):
-        np.testing.assert_allclose(grad, true, **TOLERANCE)
+        assert_close(grad, true, ADDED_GRADIENTS)
 
 
 @grad_reqs
@@ -236,6 +235,6 @@ def test_sample_weight(source, times, grad_req, kernel):
             loss = loss_fn(source(leaf), mx.nd.array(LABEL), weight.reshape((3, 1)))
         loss.backward()
     nll = loss_fn(mx.nd.array(times * LOGITS), mx.nd.array(LABEL)).asnumpy()
-    np.testing.assert_allclose(weight.grad.asnumpy(), BACKWARDS[grad_req] * nll, **TOLERANCE)
+    assert_close(weight.grad.asnumpy(), BACKWARDS[grad_req] * nll, ADDED_GRADIENTS)
     expected = BACKWARDS[grad_req] * times * gradient(times * LOGITS) * [[1], [2], [0.5]]
-    np.testing.assert_allclose(leaf.grad.asnumpy(), expected, **TOLERANCE)
+    assert_close(leaf.grad.asnumpy(), expected, ADDED_GRADIENTS)

@@ -8,7 +8,9 @@ import mxnet as mx
 import numpy as np
 import pytest
 import reference
+import tolerances
 from mxnet import autograd, gluon
+from tolerances import assert_close
 
 from gluon_stable_ce import StableCrossEntropy, StableSoftmaxCELoss
 from gluon_stable_ce.call import LOSS_FILL, METRIC_FILL, Call
@@ -100,7 +102,7 @@ def test_terms_of_logits(kernel, layout, is_rank_known, dense, class_weight, rng
     expected = expected_terms(layout.axis, pred, label, dense=dense, class_weight=class_weight)
     for term, truth in zip(terms, expected):
         assert term.shape == truth.shape
-        np.testing.assert_allclose(term, truth, **cases.CLOSE)
+        assert_close(term, truth)
 
 
 @every_layout
@@ -118,7 +120,7 @@ def test_nll_of_pred_types(kernel, layout, is_rank_known, pred_type, rng, ctx):
     (nll,), _ = compute(call_of(kernel, axis=layout.axis, pred_type=pred_type, ndim=ndim), pred, label)
     expected, _, _ = expected_terms(layout.axis, pred, label, pred_type)
     assert nll.dtype == ('float64' if pred_type == 'probs' else 'float32')
-    np.testing.assert_allclose(nll, expected, **cases.CLOSE)
+    assert_close(nll, expected)
 
 
 @every_kernel
@@ -170,7 +172,7 @@ def test_float16_is_cast(kernel, facts, rng, ctx):
     (nll, logsumexp, _), gradient = compute(call_of(kernel, 'all', **facts), pred, label)
     assert (nll.dtype, logsumexp.dtype, gradient.dtype) == (np.float32, np.float32, np.float16)
     for term, truth in zip((nll, logsumexp), expected_terms(-1, pred, label)):
-        np.testing.assert_allclose(term, truth, rtol=2e-6, atol=1e-4)  # a float32 sum of as many terms
+        assert_close(term, truth, tolerances.SUM_OF_CLASSES)
 
 
 @every_kernel
@@ -181,11 +183,8 @@ def test_nll_is_never_negative_and_its_gradient_goes_on(kernel, gap, ctx):
     (nll,), gradient = compute(call_of(kernel, ndim=2), pred, label)
     assert nll[0] >= 0
     p = 1 / (1 + np.exp(np.float64(gap)))
-    if kernel == 'fused':
-        np.testing.assert_allclose([nll[0], *gradient[0]], [np.log1p(np.exp(-gap)), -p, p], rtol=3e-7)
-        return
-    np.testing.assert_allclose(gradient[0, 1], p, rtol=1e-4)
-    np.testing.assert_allclose(gradient[0, 0], -p, rtol=0, atol=2e-6)  # oneDNN's p is up to 1 + 1.4e-6
+    tolerance = tolerances.FUSED_VALUE if kernel == 'fused' else tolerances.stated(kernel, 'float32', 2)[1]
+    assert_close([nll[0], *gradient[0]], [np.log1p(np.exp(-gap)), -p, p], tolerance)
 
 
 def test_log_probs_above_zero_keep_their_gradient(ctx):
@@ -198,7 +197,7 @@ def test_log_probs_above_zero_keep_their_gradient(ctx):
 def test_targets_below_zero_are_not_clamped(ctx):
     pred, target = np.array([[0, 0]], 'float32'), np.array([[-1, 0.5]], 'float32')
     (nll,), _ = compute(call_of('stock', sparse_label=False, ndim=2), pred, target)
-    np.testing.assert_allclose(nll, [-0.5 * np.log(2)], **cases.CLOSE)
+    assert_close(nll, [-0.5 * np.log(2)])
 
 
 @pytest.mark.parametrize('dtype', ['float16', 'float64', 'int32'])
@@ -215,14 +214,14 @@ def test_targets_may_have_another_dtype(dtype, ctx):
 def test_logsumexp_of_huge_logits(kernel, largest, ctx):
     pred = np.array([[largest, largest, -np.inf]], 'float32')
     (_, logsumexp, _), _ = compute(call_of(kernel, 'all', ndim=2), pred, np.array([0.0]))
-    np.testing.assert_allclose(logsumexp, [pred[0, 0] + np.log(2)], rtol=2e-7, atol=1e-5)
+    assert_close(logsumexp, [pred[0, 0] + np.log(2)], tolerances.LOGSUMEXP)
 
 
 @every_kernel
 def test_uniform_nll_has_no_part_of_classes_of_weight_zero(kernel, ctx):
     pred, weight = np.array([[0, 0, -np.inf]], 'float32'), np.array([1, 3, 0], 'float32')
     (_, _, uniform), gradient = compute(call_of(kernel, 'all', ndim=2), pred, np.array([0.0]), weight)
-    np.testing.assert_allclose(uniform, [4 / 3 * np.log(2)], **cases.CLOSE)
+    assert_close(uniform, [4 / 3 * np.log(2)])
     assert np.isfinite(gradient).all()
 
 
@@ -244,7 +243,7 @@ def test_odd_numbers_of_classes(kernel, is_rank_known, classes, rng, ctx):
     call = call_of(kernel, 'all', axis=1, ndim=3 if is_rank_known else None)
     terms, _ = compute(call, pred, label)
     for term, truth in zip(terms, expected_terms(1, pred, label)):
-        np.testing.assert_allclose(term, truth, **cases.CLOSE)
+        assert_close(term, truth)
 
 
 @RANK_KNOWN
@@ -380,7 +379,7 @@ def test_export_is_stock_whatever_the_kernel_is(tmp_path, rng):
     path, _ = loss_fn.export(str(tmp_path / 'loss'))
     assert OPERATOR not in operators_of(mx.sym.load(path))
     loaded = gluon.SymbolBlock.imports(path, ['data0', 'data1'])
-    np.testing.assert_allclose(loaded(pred, label).asnumpy(), loss.asnumpy(), **cases.CLOSE)
+    assert_close(loaded(pred, label).asnumpy(), loss.asnumpy())
 
 
 @IS_FUSED
@@ -391,4 +390,4 @@ def test_metrics_of_both_kernels_may_be_merged(rng):
         metric.update(label, pred)
     expected = (stock.get()[1] + own.get()[1]) / 2
     stock.merge(own)
-    np.testing.assert_allclose(stock.get()[1], expected, rtol=1e-12)
+    assert stock.get()[1] == tolerances.FLOAT64.approx(expected)

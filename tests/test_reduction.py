@@ -5,6 +5,7 @@ import mxnet as mx
 import numpy as np
 import pytest
 import reference
+from tolerances import ROUNDED_FLOAT32, assert_close
 
 from gluon_stable_ce import StableSoftmaxCELoss
 from gluon_stable_ce.call import Call
@@ -77,7 +78,7 @@ class TestReduce:
         ids=str,
     )
     def test_values(self, ndim, options, expected):
-        np.testing.assert_allclose(self.reduced(self.LOSS, ndim=ndim, **options), expected)
+        np.testing.assert_array_equal(self.reduced(self.LOSS, ndim=ndim, **options), expected)
 
     @pytest.mark.parametrize('keeps_axis', [False, True], ids=['', 'keeps-axis'])
     @pytest.mark.parametrize(
@@ -88,7 +89,7 @@ class TestReduce:
         label = np.array(label)[..., None] if keeps_axis else label
         call = Call(Options(ignore_label=-1), ndim=3, label_ndim=np.ndim(label))
         loss = reduce(nd, call, nd.array(self.LOSS), self.PRED, nd.array(label))
-        np.testing.assert_allclose(loss.asnumpy(), expected)
+        np.testing.assert_array_equal(loss.asnumpy(), expected)
 
     @pytest.mark.parametrize(
         ('label', 'divisor'), [([[0, 1, -1], [2, -1, -1]], 1.5), ([[-1, -1, -1]] * 2, 1)]
@@ -106,7 +107,7 @@ class TestReduce:
         call = Call(Options(axis=0, batch_axes=(1,), ignore_label=-1), ndim=3, label_ndim=2)
         label = nd.array([[0, 4, -1], [2, -1, -1]])
         loss = reduce(nd, call, nd.array(self.LOSS), nd.zeros((5, 2, 3)), label)
-        np.testing.assert_allclose(loss.asnumpy(), [3, 15])
+        np.testing.assert_array_equal(loss.asnumpy(), [3, 15])
 
     def test_sample_weight_of_zero_removes_infinite_losses(self):
         weight = nd.array([[0, 2, 0], [0, 3, 0]])
@@ -123,7 +124,7 @@ class TestAlignSampleWeight:
     def check(self, weight, aligned):
         expected = reference.align_sample_weight(weight, self.SHAPE, self.AXIS, [0])
         expected = np.expand_dims(np.broadcast_to(expected, (3, 2, 4)), 1)
-        np.testing.assert_allclose(aligned, expected, rtol=1e-6)
+        assert_close(aligned, expected, ROUNDED_FLOAT32)
 
     def aligned(self, weight, layout, batch_axes=(0,)):
         call = Call(Options(axis=self.AXIS, batch_axes=batch_axes), ndim=4, weight_layout=layout)
@@ -171,7 +172,7 @@ class TestAlignSampleWeight:
         weight = rng.uniform(0, 2, shape).astype('float32')
         expected = weight.reshape(shape + (1,) * (3 - len(shape))).mean(-1, keepdims=True)
         aligned = self.aligned_in_a_graph(weight, (3, 2, 5), -1)
-        np.testing.assert_allclose(aligned, np.broadcast_to(expected, (3, 2, 1)), rtol=1e-6)
+        assert_close(aligned, np.broadcast_to(expected, (3, 2, 1)), ROUNDED_FLOAT32)
 
     @pytest.mark.parametrize(
         ('shape', 'pred', 'axis'),
@@ -214,7 +215,7 @@ class TestSeveralClassAxes:
             expected = expected * given
         expected = getattr(np, reduction)(expected, (1, 2, 3))
         loss, _ = mode(StableSoftmaxCELoss(reduction=reduction, **self.OPTIONS), log_p, target, *weights)
-        np.testing.assert_allclose(loss, expected, rtol=1e-5)
+        assert_close(loss, expected, ROUNDED_FLOAT32)
 
     def test_a_batch_axis_that_is_one_of_them(self):
         arrays = nd.zeros((2, 3, 4)), nd.zeros((2, 3, 4))

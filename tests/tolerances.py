@@ -69,6 +69,27 @@ def is_fused(kernel, options):
 # The fused kernel's bound; the absolute part is float32's least number.
 FUSED_VALUE = Tolerance(absolute=2**-149, relative=3e-7)
 FUSED_FLOAT64 = Tolerance(absolute=1e-300, relative=2e-13)
+# The rounding of the sum is left where the logsumexp is near 0.
+FUSED_LOGSUMEXP = {
+    'float16': Tolerance(absolute=3e-7, relative=3e-7),
+    'float32': Tolerance(absolute=3e-7, relative=3e-7),
+    'float64': Tolerance(absolute=2e-13, relative=2e-13),
+}
+# The part of the largest logit is exact to 1e-8, those of the others relatively.
+FUSED_UNIFORM = Tolerance(absolute=1e-8, relative=3e-7)
+
+
+def fused_terms(dtype):
+    """The tolerances of an NLL, a logsumexp and a uniform NLL of the fused kernel."""
+    value = FUSED_FLOAT64 if dtype == 'float64' else FUSED_VALUE
+    return value, FUSED_LOGSUMEXP[dtype], value
+
+
+def fused_gradient_bound(dtype, expected):
+    """The errors of three terms' gradients, which may cancel: so one is relative to the largest entry."""
+    relative = FUSED_LOGSUMEXP[dtype].relative
+    bound = relative * (np.abs(expected).max() + 3 * np.abs(expected))
+    return bound + FLOAT16_GRADIENT.bound(expected) if dtype == 'float16' else bound
 
 
 def stated(kernel, dtype, classes):
@@ -96,6 +117,12 @@ NLL = Tolerance(absolute=1e-5, relative=1e-5)
 LOSS = Tolerance(absolute=2e-5, relative=5e-6)
 # Both sides are off by oneDNN's error, in sums of up to 64 positions with weights.
 SUMS = {'float32': Tolerance(absolute=1e-4, relative=1e-5), 'float64': FLOAT64}
+# Up to 81 gradients that are added up, each off by up to 2e-6 in the stock kernel.
+ADDED_GRADIENTS = Tolerance(absolute=2e-5, relative=1e-5)
+# The sum of 3,000 classes, which MXNet without oneDNN adds up one by one, and the rounding of its logarithm.
+SUM_OF_CLASSES = Tolerance(absolute=1e-4, relative=2e-6)
+# oneDNN's error of the logarithm, and the rounding of the largest logit.
+LOGSUMEXP = Tolerance(absolute=1e-5, relative=2e-7)
 # oneDNN's logarithm is off by up to 3.6e-6, in both losses. The rest is the rounding of the lowered logits.
 BESIDE_STOCK = Tolerance(absolute=5e-6, relative=1.2e-5)
 # The same operators on the same numbers. What may differ is the layout that oneDNN picks for the net in front.
@@ -121,6 +148,7 @@ EPSILON = Tolerance(absolute=2e-12, relative=1e-9)
 
 ROUNDED = Tolerance(relative=1e-15)  # a float64, rounded a few times
 ROUNDED_FLOAT32 = Tolerance(relative=1e-6)  # a float32, rounded a few times
+SUM_OF_PROBABILITIES = Tolerance(absolute=2**-23)  # each time that a float32 up to 1 is added
 SIX_DECIMALS = Tolerance(absolute=1e-6)  # that are logged or printed
 SEVEN_DIGITS = {'fused': Tolerance(relative=1e-6), 'stock': Tolerance(relative=1e-5)}  # of a printed mean
 # (1 - p)^2 NLL, where 1 - p is 1e-4: that multiplies oneDNN's error near p = 1.
