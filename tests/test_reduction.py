@@ -157,6 +157,13 @@ class TestAlignSampleWeight:
         weight = rng.uniform(0, 2, shape).astype('float32')
         self.check(weight, self.aligned(weight, layout))
 
+    @pytest.mark.parametrize('dtype', ['int32', 'float16', 'float64'])
+    def test_another_dtype(self, dtype):
+        call = Call(Options(), dtype='float32', ndim=2, weight_layout='batch')
+        weight = nd.array([1, 2], dtype=dtype)
+        aligned = align_sample_weight(nd, call, weight, nd.zeros((2, 1)), nd.zeros((2, 3)))
+        assert aligned.dtype == np.float32
+
     def test_batch_layout_of_several_batch_axes(self, rng):
         weight = rng.uniform(0, 2, (3, 4)).astype('float32')
         aligned = self.aligned(weight, 'batch', batch_axes=(-1, 0))
