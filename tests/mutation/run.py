@@ -37,7 +37,9 @@ THREADS = [['-m', 'slow', '-k', 'thread or processors or affinity or forked', 't
 TESTS = {
     'call.py': [*PLAN, *SHARED],
     'labels.py': [[*STOCK, 'test_labels.py'], *SHARED],
-    'pipeline.py': [['test_pipeline.py'], *SHARED],
+    'pipeline.py': [['test_array_checks.py', '-k', 'keep_the_class_axis'], *SHARED],
+    'formula.py': [['test_reduction.py'], *SHARED],
+    'reduction.py': [['test_reduction.py'], *SHARED],
     'kernels/stock.py': SHARED,
     'plan.py': [*PLAN, *SHARED],
     'array_checks.py': [['test_array_checks.py', 'test_plan.py'], *SHARED],
