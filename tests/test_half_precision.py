@@ -130,15 +130,15 @@ def test_a_net_of_many_classes(rng):
 @pytest.mark.parametrize('options', [{}, {'class_weight': np.arange(5), 'label_smoothing': 0.1}], ids=str)
 def test_a_net_that_is_cast_after_its_first_use(first, second, options, rng):
     """Its symbols go on telling the first dtype."""
-    pred, label = rng.normal(0, 1, (4, 5)), np.arange(4)
+    pred, label, weight = rng.normal(0, 1, (4, 5)), np.arange(4), np.array([[1], [2], [0], [3]], 'float32')
     net = nn.LayerNorm(center=False, scale=True, in_channels=5)
     both = WithLoss(net, StableSoftmaxCELoss(**options))
     both.initialize()
     both.hybridize()
     for dtype in (first, second):
         both.cast(dtype)
-        loss = both(nd.array(pred, dtype=dtype), nd.array(label))
+        loss = both(nd.array(pred, dtype=dtype), nd.array(label), nd.array(weight))
     logits = net(nd.array(pred, dtype=second)).asnumpy()
     assert loss.dtype == (np.float64 if second == 'float64' else np.float32)
-    expected = reference.loss_and_gradient(logits, label, **options)[0]
+    expected = reference.loss_and_gradient(logits, label, weight, **options)[0]
     assert_close(loss.asnumpy(), expected, tolerances.FLOAT64 if second == 'float64' else tolerances.LOSS)

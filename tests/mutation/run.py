@@ -23,7 +23,7 @@ SHARED = [
     [*STOCK, 'test_values.py'],
     [*STOCK, 'test_kernels.py', 'test_labels.py'],
     [*STOCK, 'test_shapes_in_graphs.py', 'test_parity.py', 'test_class_weight.py'],
-    [*STOCK, 'test_loss.py', 'test_metric.py', 'test_amp.py', 'test_onnx.py'],
+    [*STOCK, 'test_loss.py', 'test_metric.py', 'test_half_precision.py', 'test_onnx.py'],
 ]
 PLAN = [
     ['test_plan.py', 'test_array_checks.py'],
