@@ -85,7 +85,7 @@ HOROVOD := HOROVOD_WITH_MXNET=1 HOROVOD_WITH_GLOO=1 HOROVOD_WITHOUT_MPI=1 HOROVO
 .venv-horovod/.ready: setup.cfg
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --quiet 'mxnet==1.9.1' 'numpy<1.24' 'setuptools<81' wheel 'cmake<4' \
-	    cffi cloudpickle packaging psutil pyyaml hypothesis pytest
+	    cffi cloudpickle packaging platformdirs psutil pyyaml hypothesis pytest
 	PATH="$(CURDIR)/$(@D)/bin:$$PATH" $(HOROVOD) $(@D)/bin/pip install --no-cache-dir --no-build-isolation --no-deps \
 	    'horovod==0.28.1'
 	$(@D)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
