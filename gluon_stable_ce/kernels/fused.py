@@ -74,7 +74,7 @@ def _guarded(F: F, pred: Array) -> Array:
 
 
 def needs_guard(pred: Array) -> bool:
-    """Whether `guarded` is needed: unless it is known that another operator reads the gradient of `pred`.
+    """Whether `pred` needs `_guarded`: unless it is known that another operator reads its gradient.
 
     MXNet's ``elemwise_add`` and ``add_n`` hand their gradient array on, also to a variable. They have no
     attributes but ``num_args``. A compiled graph has no attributes either, but its outputs have names of
