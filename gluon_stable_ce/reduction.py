@@ -83,7 +83,7 @@ def _align_known_weight(F: F, call: Call, sample_weight: Array) -> Array:
     if call.weight_layout == 'positions':  # (positions...)
         missing = class_axes
     elif call.weight_layout == 'batch':  # (batch...)
-        missing = sorted(set(range(ndim)) - {axis % ndim for axis in call.options.batch_axes})
+        missing = list(set(range(ndim)) - {axis % ndim for axis in call.options.batch_axes})
     else:  # 'keepdims'
         missing = []
     for axis in sorted(missing):
