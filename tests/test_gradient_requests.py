@@ -40,6 +40,10 @@ def nested_sum(x):
     return mx.nd.elemwise_add(mx.nd.elemwise_add(x, zeros(x)), mx.nd.elemwise_add(zeros(x), zeros(x)))
 
 
+def as_np(x, operator, other):
+    return operator(x.as_np_ndarray(), other.as_np_ndarray()).as_nd_ndarray()
+
+
 # how the logits are made of a leaf, and how many times the leaf is in them
 SOURCES = {
     'leaf': (lambda x: x, 1),
@@ -57,6 +61,10 @@ SOURCES = {
     'slice': (lambda x: x[:], 1),
     'scalar': (lambda x: x * 1, 1),
     'broadcast_add': (lambda x: mx.nd.broadcast_add(x, mx.nd.zeros((1, 4))), 1),
+    'dot': (lambda x: mx.nd.dot(x, mx.nd.one_hot(mx.nd.arange(4), 4)), 1),
+    'np.add': (lambda x: as_np(x, mx.np.add, zeros(x)), 1),
+    'np.add to itself': (lambda x: as_np(x, mx.np.add, x), 2),
+    'np.dot': (lambda x: as_np(x, mx.np.dot, mx.nd.one_hot(mx.nd.arange(4), 4)), 1),
 }
 sources = pytest.mark.parametrize(('source', 'times'), SOURCES.values(), ids=SOURCES)
 BACKWARDS = {'write': 1, 'add': 3}  # how many of three backwards arrive

@@ -12,7 +12,8 @@ from ..class_terms import ClassTerms
 
 NAME = 'stable_ce_class_terms'
 LARGE = 2**20  # elements, whose gradient takes about a millisecond to copy
-READERS = ('_copy', 'broadcast_add')  # operators without attributes that make a gradient of their own
+# operators without attributes that make a gradient of their own
+READERS = ('_copy', 'broadcast_add', 'dot', '_npi_add', '_np_dot')
 
 _GUARDS = count()
 
