@@ -1,4 +1,4 @@
-"""``python -m gluon_stable_ce build``: compile the fused kernel and print where it is."""
+"""The command ``python -m gluon_stable_ce build``: compile the fused kernel, and print its path."""
 
 import os
 import sys
@@ -13,7 +13,7 @@ PACKAGE = os.path.dirname(library.HERE)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Add the options of the command to `parser`."""
+    """Declare the arguments of the command ``build``."""
     parser.description = (
         f'{parser.description or ""} It needs MXNet 1.9 and a C++ compiler: $CXX, or else g++.'
         ' Without the fused kernel, the stock kernel is used.'
