@@ -106,11 +106,6 @@ def amp_float32(array: Array) -> Array:
     return in_style_of(array, F.amp_cast(as_classic(array), dtype='float32'))
 
 
-def with_zero_gradient(array: Array) -> Array:
-    """Return an array of the same values, through which the gradient 0 flows."""
-    return in_style_of(array, mx.nd.BlockGrad(as_classic(array)))
-
-
 def in_mode(array: Array) -> Array:
     """View `array` as a member of the API that MXNet is set to."""
     return array.as_np_ndarray() if is_np_array() else array.as_nd_ndarray()

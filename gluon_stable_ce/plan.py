@@ -4,8 +4,6 @@ from functools import lru_cache
 from threading import active_count
 from typing import Any, Optional, Tuple
 
-from mxnet import autograd
-
 from . import array_api, array_checks
 from .call import INPUTS, LOSS_FILL, Call, Fill
 from .kernels import choice, fused
@@ -70,7 +68,7 @@ def plan(
         class_weights,
         'cpu' if context is None else context.device_type,
         choice.is_main_thread(),
-        options.kernel != 'stock' and context is not None and fused.needs_guard(pred),
+        options.kernel != 'stock' and context is not None and fused.needs_guard(pred, described[2]),
     )
     label = array_checks.on_context('label', label, context)
     if sample_weight is not None:
@@ -146,11 +144,8 @@ def _names(has_sample_weight, has_class_weight):
 
 
 def _prepared(call: Call, label: Any) -> Any:
-    """Return a sparse label without a gradient that its readers would overwrite, and safe between threads."""
-    if not call.options.sparse_label:
-        return label
-    is_overwritten = call.kernel == 'fused' and autograd.is_recording()
-    if label.grad is not None:
-        return array_api.with_zero_gradient(label) if is_overwritten else label
-    # Autograd marks the inputs of what it records, and crashes if another thread reads a handle meanwhile.
-    return label.detach() if is_overwritten or active_count() > 1 else label
+    """Return a sparse label that other threads may read at the same time.
+
+    Autograd marks the inputs of what it records, and crashes if another thread reads a handle meanwhile.
+    """
+    return label.detach() if call.options.sparse_label and active_count() > 1 else label

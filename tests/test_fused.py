@@ -430,7 +430,8 @@ class Reads(gluon.HybridBlock):
         return x * 2
 
 
-def test_needs_guard_of_operators_and_compiled_graphs():
+def test_needs_guard_of_operators_and_compiled_graphs(monkeypatch):
+    monkeypatch.setattr(fused, 'SMALL', 0)
     x = mx.nd.ones((2, 3))
     x.attach_grad()
     dense, static = gluon.nn.Dense(3), Reads()
@@ -440,7 +441,10 @@ def test_needs_guard_of_operators_and_compiled_graphs():
         needs_guard = {
             'in no graph': (mx.nd.ones(3), False),
             'leaf': (x, True),
-            'elemwise_add': (x + x, True),
+            'identity': (mx.nd.identity(x), False),
+            'operator without attributes': (mx.nd.softmax(x), True),
+            'elemwise_add': (mx.nd.elemwise_add(x, x), True),
+            'x + x, which is broadcast_add': (x + x, False),
             'add_n': (mx.nd.add_n(x, x, x), True),
             'Dense': (dense(x), False),
             'scalar': (x * 1, False),
@@ -448,8 +452,8 @@ def test_needs_guard_of_operators_and_compiled_graphs():
             'compiled graph': (static(x), False),
         }
         for name, (pred, expected) in needs_guard.items():
-            assert fused.needs_guard(pred) == expected, name
-    assert not fused.needs_guard(x)  # nothing is recorded
+            assert fused.needs_guard(pred, pred.shape) == expected, name
+    assert not fused.needs_guard(x, x.shape)  # nothing is recorded
 
 
 def test_other_threads_compute_with_the_stock_kernel(rng):

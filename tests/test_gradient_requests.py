@@ -18,7 +18,7 @@ from gluon_stable_ce.kernels import fused
 def size(request, monkeypatch):
     """The operator that made large logits is looked up; here, that of small ones may be too."""
     if request.param == 'large':
-        monkeypatch.setattr(fused, 'LARGE', 0)
+        monkeypatch.setattr(fused, 'SMALL', 0)
 
 
 LOGITS = np.array([[0.5, -1, 2, 0], [1, 1, -2, 0.25], [3, 0, 0.5, -0.5]], 'float32')

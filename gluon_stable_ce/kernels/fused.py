@@ -1,8 +1,8 @@
 """The class axis reduced by the operator of ``fused/operator.cc``, on the CPU, for MXNet 1.9."""
 
-import json
 from itertools import count
-from typing import Any, Dict, Optional
+from math import prod
+from typing import Any, Dict, Optional, Sequence
 
 import mxnet as mx
 
@@ -11,7 +11,7 @@ from ..call import LOSS_FILL, Call
 from ..class_terms import ClassTerms
 
 NAME = 'stable_ce_class_terms'
-LARGE = 2**20  # elements, whose gradient takes about a millisecond to copy
+SMALL = 2**13  # elements, which take less time to copy than it takes to find out what made them
 # operators without attributes that make a gradient of their own
 READERS = ('_copy', 'broadcast_add', 'dot', '_npi_add', '_np_dot')
 
@@ -53,9 +53,8 @@ def class_terms(F: F, call: Call, pred: Array, label: Array, class_weight: Optio
     """
     if call.needs_guard:
         pred = _guarded(F, pred)
-    inputs = [label] if class_weight is None else [label, class_weight]
-    if call.ndim is None:  # the operator would overwrite their gradients
-        inputs = [F.BlockGrad(array) for array in inputs]
+    # the operator would overwrite the gradients of the others
+    inputs = [F.BlockGrad(array) for array in (label, class_weight) if array is not None]
     attributes = _attributes(call, class_weight is not None)
     outputs = getattr(F, NAME)(pred, *inputs, **attributes)
     has_logsumexp, has_uniform = 'logsumexp' in attributes, 'uniform' in attributes
@@ -77,14 +76,15 @@ def _guarded(F: F, pred: Array) -> Array:
         return F.reshape(pred, shape=(-2,))
 
 
-def needs_guard(pred: Array) -> bool:
+def needs_guard(pred: Array, shape: Sequence[int]) -> bool:
     """Whether `pred` needs `_guarded`: unless it is known that another operator reads its gradient.
 
     MXNet's ``elemwise_add`` and ``add_n`` hand their gradient array on, also to a variable. They have no
     attributes but ``num_args``. A compiled graph has no attributes either, but its outputs have names of
-    their own. The name of an operator stands in the recorded graph only, and to read it takes a millisecond
-    for 500 operators. So it is read for large arrays, whose gradient takes longer to copy.
+    their own.
     """
+    if prod(shape) < SMALL:
+        return True
     if not mx.autograd.is_recording():
         return False
     try:
@@ -93,15 +93,15 @@ def needs_guard(pred: Array) -> bool:
         return False
     if any(not name.startswith('__') and name != 'num_args' for name in symbol.list_attr()):
         return False
-    if symbol.list_outputs()[0] not in (symbol.name, f'{symbol.name}_output'):
-        return False
-    return pred.size < LARGE or _operator(symbol) not in READERS
+    name, output = symbol.name, symbol.list_outputs()[0]
+    if output == name:  # a variable
+        return True
+    return output == f'{name}_output' and _operator(symbol) not in READERS
 
 
 def _operator(symbol: Any) -> str:
-    """Return the name of the operator that made an output."""
-    graph = json.loads(symbol.tojson())
-    return graph['nodes'][graph['heads'][0][0]]['op']
+    """Return the name of the operator that made an output, without looking at the rest of its graph."""
+    return symbol._gen_atomic_symbol().debug_str().split('Op:')[-1].strip()
 
 
 def _attributes(call: Call, weighted: bool) -> Dict[str, Any]:
