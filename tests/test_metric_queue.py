@@ -44,25 +44,13 @@ def waits(monkeypatch):
     return calls
 
 
-class Failing:
-    """Stands for an array whose computation failed on the device."""
-
-    def copy(self):
-        return self
-
-    def wait_to_read(self):
-        raise mx.MXNetError('out of memory')
-
-    asnumpy = wait_to_read
-
-
 class TestQueue:
     def test_update_waits_for_none_of_the_newest_arrays(self, waits):
         """But for the one of two updates ago, so that the device is never far behind."""
         metric, arrays = StableLoss(), [nd.array([i]) for i in range(3 * _AT_ONCE)]
         for i, array in enumerate(arrays):
             metric.update(None, array)
-            newest = [array for array, _ in metric._computing]
+            newest = [item.array for item in metric._held.queue]
             assert not any(array is waited_for for _, waited_for in waits for array in newest)
             assert len({id(waited_for) for _, waited_for in waits}) == max(0, i + 1 - _AHEAD)
 
@@ -70,7 +58,7 @@ class TestQueue:
         metric, label, pred = StableCrossEntropy(pred_type='logits'), nd.zeros(2), nd.zeros((2, 3))
         for _ in range(2 * _AT_ONCE):
             metric.update(label, pred)
-            newest = [*[array for array, _ in metric._computing], label, pred]
+            newest = [*[item.array for item in metric._held.queue], label, pred]
             assert not any(array is waited_for for _, waited_for in waits for array in newest)
         assert waits
 
@@ -78,45 +66,22 @@ class TestQueue:
         metric = StableLoss()
         for i in range(3 * _AT_ONCE):
             metric.update(None, nd.array([i]))
-            assert len(metric._computing) + len(metric._computed) <= _AT_ONCE + _AHEAD
+            assert len(metric._held.queue) <= _AHEAD
+            assert len(metric._held.read) <= _AT_ONCE
         assert metric.num_inst == 3 * _AT_ONCE
 
     @pytest.mark.parametrize('updates', [1, _AHEAD, _AHEAD + 1, _AT_ONCE + _AHEAD + 1, 100])
     def test_get_reads_all(self, updates, waits):
         metric = filled(*([i] for i in range(updates)))
         assert metric.get() == ('loss', (updates - 1) / 2)
-        assert not metric._computing
-        assert not metric._computed
+        assert not metric._held.queue
+        assert not metric._held.read
 
     def test_values_may_be_written_over_after_an_update(self):
         values, metric = nd.array([1, 2]), StableLoss()
         metric.update(None, values)
         values[:] = 99
         assert metric.get()[1] == 1.5
-
-    def test_device_error_loses_nothing_else(self):
-        metric = filled([1], [2])
-        with metric._lock:
-            metric._computing.append((Failing(), None))
-        metric.update(None, nd.array([3]))
-        with pytest.raises(mx.MXNetError, match='out of memory'):
-            metric.get()
-        assert metric.get() == ('loss', 2)
-        assert metric.num_inst == 3
-        metric.update(None, nd.array([6]))
-        assert metric.get_global() == ('loss', 3)
-
-    def test_device_error_in_the_middle_of_updates_loses_nothing_else(self):
-        metric, failures = StableLoss(), 0
-        for i in range(3 * _AT_ONCE):
-            if i == 20:
-                metric._computing.append((Failing(), None))
-            try:
-                metric.update(None, nd.array([1]))
-            except mx.MXNetError:
-                failures += 1
-        assert failures == 1
-        assert metric.num_inst == 3 * _AT_ONCE
 
     def test_threads_update_one_metric(self):
         """Each from its own arrays, while another one reads."""
