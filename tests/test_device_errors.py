@@ -23,7 +23,7 @@ every_kind = pytest.mark.parametrize('kind', KINDS)
 
 
 class Raising(mx.operator.CustomOp):
-    def forward(self, *_):
+    def forward(self, **_):
         raise ValueError('on purpose')
 
 
