@@ -121,8 +121,7 @@ class TestQueue:
     def test_memory_stays_flat_over_updates_without_a_get(self):
         code = """
             import mxnet as mx
-            import gluon_stable_ce
-from gluon_stable_ce import StableCrossEntropy, StableLoss
+            from gluon_stable_ce import StableCrossEntropy, StableLoss
 
             def resident():
                 with open('/proc/self/status') as file:
