@@ -19,7 +19,10 @@ from .metric_values import judged, packed
 from .options import Options, check_metric_options, checks_names
 from .plan import plan
 
-IMPOSSIBLE = {'probs': 'no probabilities: below 0 or above 1', 'log_probs': 'no log-probabilities: above 0'}
+IMPOSSIBLE = {
+    'probs': 'not probabilities: they are below 0 or above 1',
+    'log_probs': 'not log-probabilities: they are above 0',
+}
 
 
 @mx.metric.register

@@ -7,7 +7,7 @@ from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 
-from . import device_errors, distributed
+from . import array_api, device_errors, distributed
 from .array_api import Array, MXNetError
 from .exact_sums import ExactSums
 
@@ -50,7 +50,8 @@ def _window_property(window: str, field: str, doc: str) -> Any:
             sums, own = metric._window(window), dict(metric._held.own)
             own.pop((window, field), None)
             try:
-                sums = _REPLACED[field](sums, float(value))
+                number = float(value.asnumpy() if array_api.is_array(value) else value)
+                sums = _REPLACED[field](sums, number)
             except (TypeError, ValueError):  # several numbers
                 own[window, field] = value
             metric._held = Held({**metric._held.sums, window: sums}, own=tuple(own.items()))

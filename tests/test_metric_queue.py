@@ -234,6 +234,61 @@ class TestSubclass:
         metric.reset()
         assert math.isnan(metric.get()[1])
 
+    @pytest.mark.parametrize('kind', [np.array, nd.array, lambda values: nd.array(values).as_np_ndarray()])
+    def test_adds_up_arrays(self, kind):
+        class PerClass(StableLoss):
+            def update(self, _, values):
+                self.sum_metric += kind(values)
+                self.num_inst += 1
+
+        metric = PerClass()
+        for values in ([1, 2], [3, 5]):
+            metric.update(None, values)
+        assert metric.get()[0] == 'loss'
+        assert list(metric.get()[1]) == [2, 3.5]
+        assert list(copy.deepcopy(metric).sum_metric) == [4, 7]
+        metric.reset_local()
+        assert math.isnan(metric.get()[1])
+        assert metric.sum_metric == 0
+
+    def test_holds_lists(self):
+        class PerOutput(StableLoss):
+            def reset(self):
+                self.num_inst, self.sum_metric = [0, 0], [0.0, 0.0]
+
+            def update(self, _, values):
+                for i, value in enumerate(values):
+                    self.sum_metric[i] += value
+                    self.num_inst[i] += 1
+
+            def get(self):
+                return self.name, [total / count for total, count in zip(self.sum_metric, self.num_inst)]
+
+        metric = PerOutput()
+        for values in ([1, 2], [3, 5]):
+            metric.update(None, values)
+        assert metric.get() == ('loss', [2, 3.5])
+        for use in (
+            metric.state_dict,
+            lambda: metric.all_reduce(mx.kv.create('local')),
+            lambda: metric.merge(metric),
+        ):
+            with pytest.raises(ValueError, match='^sum_metric, num_inst: expected a number each, got '):
+                use()
+        metric.reset()
+        metric.update(None, [1, 2])
+        assert metric.get() == ('loss', [1, 2])
+
+    @pytest.mark.parametrize(
+        'one', [np.array([3.0]), nd.array([3.0]), np.float32(3)], ids=['np', 'nd', 'scalar']
+    )
+    def test_adds_up_arrays_of_one_number(self, one):
+        metric = StableLoss()
+        metric.sum_metric += one
+        metric.num_inst += 2
+        assert metric.get()[1] == 1.5
+        assert metric.state_dict()['local']['count'] == 2
+
     def test_resets_by_itself_before_it_holds_anything(self):
         class Counting(StableLoss):
             def reset(self):
