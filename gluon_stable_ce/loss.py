@@ -17,7 +17,7 @@ from .call import INPUTS, Call
 from .class_weight import ClassWeight
 from .kernels import choice
 from .metric import StableCrossEntropy
-from .options import Options, as_numbers, check_loss_options
+from .options import Options, as_numbers, check_loss_options, checks_names
 from .pipeline import loss_of
 from .plan import plan
 
@@ -159,6 +159,7 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
     logsumexp).
     """
 
+    @checks_names
     def __init__(
         self,
         axis: Union[int, Sequence[int]] = -1,
@@ -378,6 +379,7 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
             pred_type=options.pred_type,
             ignore_label=options.ignore_label,
             sparse_label=options.sparse_label,
+            invalid_label='clip' if options.invalid_label == 'clip' else 'raise',
             kernel=self._arguments['kernel'],
             **kwargs,
         )
