@@ -378,6 +378,7 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
             pred_type=options.pred_type,
             ignore_label=options.ignore_label,
             sparse_label=options.sparse_label,
+            invalid_label='clip' if options.invalid_label == 'clip' else 'raise',
             kernel=self._arguments['kernel'],
             **kwargs,
         )

@@ -73,8 +73,7 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric):
 
     .. math:: \frac{1}{N} \sum_n -\log p_{n, y_n}
 
-    Reads labels as the loss does and computes what the loss computes, without weights or smoothing. Invalid
-    labels are counted apart, and `get` raises ValueError if there are any.
+    Reads labels as the loss does and computes what the loss computes, without weights or smoothing.
 
     Parameters
     ----------
@@ -86,6 +85,11 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric):
         Label of positions that do not count.
     sparse_label : bool, default True
         Whether labels are class indices, and not distributions over the classes.
+    invalid_label : 'raise' or 'clip'
+        How to treat labels that are outside [0, C), NaN or not an integer. 'raise': they are counted apart,
+        and `get` raises ValueError until `reset`. 'clip': as the loss does, the nearest class counts, a
+        fraction as the class of its integer part, and NaN as class 0. That is what `mx.metric.Perplexity`
+        does.
     kernel : 'auto', 'stock' or 'fused'
         What reduces the class axis of logits, as for the loss.
     name : str, default 'cross-entropy'
@@ -130,6 +134,7 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric):
         pred_type: str = 'probs',
         ignore_label: Optional[int] = None,
         sparse_label: bool = True,
+        invalid_label: str = 'raise',
         kernel: str = 'auto',
         name: str = 'cross-entropy',
         output_names: Optional[List[str]] = None,
@@ -142,10 +147,12 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric):
             'pred_type': pred_type,
             'ignore_label': ignore_label,
             'sparse_label': sparse_label,
+            'invalid_label': invalid_label,
             'kernel': kernel,
         }
         self._options = choice.configured(check_metric_options(given))
-        config = {**{option: getattr(self._options, option) for option in given}, 'kernel': kernel}
+        config = {option: getattr(self._options, option) for option in given}
+        config.update(invalid_label=invalid_label, kernel=kernel)
         if self._options.summed_axes:
             config['axis'] = list(self._options.class_axes)  # as JSON has it
         mx.metric.EvalMetric.__init__(self, name, output_names, label_names, has_global_stats=True, **config)

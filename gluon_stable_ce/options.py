@@ -10,6 +10,7 @@ FLOAT32_MAX = 3.4028234663852886e38  # MXNet reads larger numbers as others
 
 REDUCTIONS = ('mean', 'valid', 'sum', 'none')
 INVALID_LABELS = ('nan', 'raise', 'clip')
+METRIC_INVALID_LABELS = ('raise', 'clip')
 KERNELS = ('auto', 'stock', 'fused')
 PRED_TYPES = ('probs', 'logits', 'log_probs')
 
@@ -68,6 +69,7 @@ def check_loss_options(given: Dict[str, Any]) -> Options:
 def check_metric_options(given: Dict[str, Any]) -> Options:
     """Check the options of a metric, by the names of its arguments; errors as `check_loss_options`."""
     sparse_label = check_flag('sparse_label', given['sparse_label'])
+    invalid_label = check_choice('invalid_label', given['invalid_label'], METRIC_INVALID_LABELS)
     axis, *summed_axes = _as_axes('axis', given['axis'])
     options = Options(
         axis=axis,
@@ -76,14 +78,15 @@ def check_metric_options(given: Dict[str, Any]) -> Options:
         sparse_label=sparse_label,
         pred_type=check_choice('pred_type', given['pred_type'], PRED_TYPES),
         ignore_label=check_ignore_label(given['ignore_label'], sparse_label),
+        invalid_label='clip' if invalid_label == 'clip' else 'nan',  # `get` raises, and no update
         kernel=check_choice('kernel', given['kernel'], KERNELS),
     )
-    _check_combination(options)
+    _check_combination(options, 'raise')
     return options
 
 
-def _check_combination(options: Options) -> None:
-    """Raise ValueError unless the options mean something together."""
+def _check_combination(options: Options, default: str = 'nan') -> None:
+    """Raise ValueError unless the options mean something together; `default` is that of invalid_label."""
     if options.summed_axes and (options.sparse_label or options.pred_type == 'logits'):
         raise ValueError(
             f'axis: expected one class axis for sparse labels and for logits, got {options.class_axes}'
@@ -102,8 +105,8 @@ def _check_combination(options: Options) -> None:
         )
     if not options.sparse_label and options.invalid_label != 'nan':
         raise ValueError(
-            "invalid_label: expected 'nan' with sparse_label=False, as a distribution has no label to check; "
-            f'got {options.invalid_label!r}'
+            f'invalid_label: expected {default!r} with sparse_label=False, as a distribution has no label to '
+            f'check; got {options.invalid_label!r}'
         )
 
 

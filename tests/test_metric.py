@@ -119,6 +119,30 @@ def test_invalid_labels_are_counted_apart_until_reset(ctx):
     assert math.isnan(metric.get()[1])
 
 
+@pytest.mark.parametrize('dtype', ['float32', 'int32'])
+@pytest.mark.parametrize('pred_type', ['probs', 'logits', 'log_probs'])
+def test_clipped_labels_count_as_in_stock_perplexity(pred_type, dtype, rng, ctx):
+    logits = rng.normal(0, 1, (8, 4))
+    label = nd.array([-1, -7, 4, 9, 1.5, -0.5, 2, 3], dtype=dtype)
+    pred = {'logits': nd.identity, 'probs': nd.softmax, 'log_probs': nd.log_softmax}[pred_type](
+        nd.array(logits)
+    )
+    stock = mx.metric.Perplexity(ignore_label=3)
+    stock.update([label], [nd.softmax(nd.array(logits))])
+    metric = StablePerplexity(ignore_label=3, pred_type=pred_type, invalid_label='clip')
+    metric.update([label], [pred])
+    assert_close(metric.get()[1], stock.get()[1], tolerances.NLL)
+    assert metric.num_inst == 7
+
+
+def test_metric_of_a_loss_that_clips_labels_clips_them(rng, ctx):
+    loss_fn = StableSoftmaxCELoss(invalid_label='clip')
+    pred, label = nd.array(rng.normal(0, 1, (3, 4))), nd.array([-1, 7, 1])
+    metric = loss_fn.create_metric()
+    metric.update(label, pred)
+    assert_close(metric.get()[1], loss_fn(pred, label).asnumpy().mean(), tolerances.NLL)
+
+
 def test_results_do_not_depend_on_batches_devices_or_when_get_is_called(rng):
     """Equal to the last bit, since the sums are exact."""
     options = {'pred_type': 'logits', 'ignore_label': -1}

@@ -61,6 +61,8 @@ BAD_METRIC_OPTIONS = [
     ({'axis': None}, TypeError, '^axis: expected an integer, got None$'),
     ({'ignore_label': 0.5}, TypeError, r'^ignore_label: expected an integer, got 0\.5$'),
     ({'sparse_label': False, 'ignore_label': 1}, ValueError, f'^ignore_label: expected None {DENSE}'),
+    ({'invalid_label': 'nan'}, ValueError, "^invalid_label: expected one of 'raise', 'clip', got 'nan'$"),
+    ({'sparse_label': False, 'invalid_label': 'clip'}, ValueError, f"^invalid_label: .* 'raise' {DENSE}, as "),
 ]  # fmt: skip
 
 
