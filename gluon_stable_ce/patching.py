@@ -12,7 +12,7 @@ from typing import Any, Callable, List
 import mxnet as mx
 from mxnet import gluon
 
-from . import array_api
+from . import array_api, traced_dtypes
 from .loss import StableSoftmaxCrossEntropyLoss
 from .metric import StableCrossEntropy, StableLoss, StablePerplexity
 from .options import METRIC_INVALID_LABELS
@@ -209,6 +209,9 @@ def _changes(replacements):
         for name, function in vars(stock).items()
         if isinstance(function, types.FunctionType) and stock.__name__ in function.__code__.co_names
     ]
+    block, name = gluon.HybridBlock, '_call_cached_op'
+    before = getattr(block, name)
+    changes.append((functools.partial(setattr, block), name, before, traced_dtypes.known_to_graphs(before)))
     changes += [
         (
             functools.partial(_set_or_delete, stock),
@@ -327,7 +330,9 @@ def _replacements(patched):
             return loss if self._has_own_graph else _in_dtype_of(pred, loss)
 
         def hybrid_forward(self, F, pred, label, sample_weight=None):
-            return _in_dtype_of(pred, super().hybrid_forward(F, pred, label, sample_weight))
+            is_bfloat16 = traced_dtypes.dtype_of(pred) == 'bfloat16'  # which promotes to no other dtype
+            logits = array_api.amp_float32(pred) if is_bfloat16 else pred
+            return _in_dtype_of(pred, super().hybrid_forward(F, logits, label, sample_weight))
 
         @property
         def _has_own_graph(self):
@@ -426,12 +431,11 @@ def _metric_defaults(options, given):
 
 
 def _in_dtype_of(pred, loss):
-    """Return the loss in the dtype of half precision logits, as gluon does; under AMP, float32 as gluon."""
-    dtype = array_api.dtype_name(pred)
-    if dtype not in ('float16', 'bfloat16') or array_api.is_amp_on():
+    """Return the loss in the dtype of half precision logits, as gluon does; under AMP, gluon's is float32."""
+    dtype = traced_dtypes.dtype_of(pred)
+    if dtype is None or dtype not in ('float16', 'bfloat16') or array_api.is_amp_on():
         return loss
-    F = mx.sym if array_api.is_symbol(loss) else mx.nd
-    return array_api.in_style_of(loss, F.cast(array_api.as_classic(loss), dtype=dtype))
+    return array_api.as_dtype(loss, dtype)
 
 
 def _stock_crosses(call, weight_shape, shape):

@@ -13,15 +13,17 @@ import weakref
 import mxnet as mx
 import numpy as np
 import pytest
+from modes import VERSION
 from mxnet import autograd, gluon
 from mxnet.gluon.loss import SoftmaxCELoss as ImportedBefore
-from tolerances import FLOAT64, NLL, ROUNDED_FLOAT32, assert_close
+from tolerances import FLOAT64, HALF_SUM, NLL, ROUNDED_FLOAT32, assert_close
 
 from gluon_stable_ce import (
     StableCrossEntropy,
     StableLoss,
     StablePerplexity,
     StableSoftmaxCrossEntropyLoss,
+    array_api,
     patch,
     unpatch,
 )
@@ -202,6 +204,105 @@ def test_a_patch_that_is_undone_is_not_kept():
     del active
     gc.collect()
     assert reference() is None
+
+
+# Half precision
+
+
+BFLOAT16 = np.dtype([('bfloat16', np.uint16)])
+HALF = [
+    'float16',
+    pytest.param(
+        BFLOAT16, marks=pytest.mark.skipif(VERSION < (1, 8), reason="gluon's loss takes bfloat16 since 1.8")
+    ),
+]
+
+
+def cast(array, dtype):
+    return mx.nd.amp_cast(array, dtype=dtype) if dtype is BFLOAT16 else array.astype(dtype)
+
+
+def objective(F, loss, pred, mask):
+    return loss * mask + 0.1 * F.mean(F.square(pred), axis=0, exclude=True)
+
+
+class Nested(gluon.HybridBlock):
+    def __init__(self):
+        super().__init__()
+        self.loss_fn = gluon.loss.SoftmaxCELoss()
+
+    def hybrid_forward(self, F, pred, label, mask):
+        return objective(F, self.loss_fn(pred, label), pred, mask)
+
+
+def subclass():
+    class Objective(gluon.loss.SoftmaxCELoss):
+        def hybrid_forward(self, F, pred, label, mask):
+            return objective(F, super().hybrid_forward(F, pred, label), pred, mask)
+
+    return Objective()
+
+
+def eager():
+    loss_fn = gluon.loss.SoftmaxCELoss()
+    return lambda pred, label, mask: objective(mx.nd, loss_fn(pred, label), pred, mask)
+
+
+def hybridized(make):
+    def make_hybridized():
+        block = make()
+        block.hybridize()
+        return block
+
+    return make_hybridized
+
+
+@pytest.mark.parametrize('shape', [(4, 5), (4, 3, 5)], ids=str)
+@pytest.mark.parametrize('dtype', HALF, ids=['float16', 'bfloat16'])
+@pytest.mark.parametrize(
+    'make',
+    [eager, subclass, hybridized(subclass), Nested, hybridized(Nested)],
+    ids=['eager', 'subclass', 'hybridized subclass', 'nested', 'hybridized nested'],
+)
+def test_loss_has_the_dtype_that_gluons_has(rng, make, dtype, shape):
+    pred, mask = cast(mx.nd.array(rng.normal(0, 3, shape)), dtype), cast(mx.nd.array([1, 0, 2, 1]), dtype)
+    label = mx.nd.array(rng.randint(0, 5, shape[:-1]))
+    exact = [pred.astype('float32'), label, mask.astype('float32')]
+    expected, stock = make()(*exact), make()(pred, label, mask)
+    with patch():
+        ours = make()
+        loss = ours(pred, label, mask)
+        assert array_api.dtype_name(loss) == array_api.dtype_name(stock) != 'float32'
+        assert_close(loss.astype('float32').asnumpy(), expected.asnumpy(), HALF_SUM)
+        assert_close(ours(*exact).asnumpy(), expected.asnumpy(), NLL)
+        assert array_api.dtype_name(ours(pred, label, mask)) == array_api.dtype_name(loss)
+
+
+def test_dtype_of_a_net_that_is_cast_after_its_first_use(patched):
+    class Scaled(Nested):
+        def __init__(self):
+            super().__init__()
+            self.scale = self.params.get('scale', shape=(1, 5), init='ones')
+
+        def hybrid_forward(self, F, pred, label, mask, scale):
+            return super().hybrid_forward(F, F.broadcast_mul(pred, scale), label, mask)
+
+    pred, label, mask = mx.nd.ones((2, 5)), mx.nd.zeros(2), mx.nd.ones(2)
+    net = hybridized(Scaled)()
+    net.initialize()
+    assert net(pred, label, mask).dtype == np.float32
+    net.cast('float16')
+    assert net(pred.astype('float16'), label, mask.astype('float16')).dtype == np.float16
+
+
+def test_gradient_has_the_dtype_of_the_logits(patched):
+    pred = mx.nd.array([[1, 2], [3, 1]], dtype='float16')
+    pred.attach_grad()
+    with autograd.record():
+        loss = gluon.loss.SoftmaxCELoss()(pred, mx.nd.array([0, 1]))
+    loss.backward()
+    assert (loss.dtype, pred.grad.dtype) == (np.float16, np.float16)
+    assert_close(pred.grad.asnumpy(), (pred.astype('float32').softmax() - mx.nd.eye(2)).asnumpy(), HALF_SUM)
 
 
 # Options of the loss
