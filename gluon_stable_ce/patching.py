@@ -30,7 +30,7 @@ _STOCK = {name: getattr(module, name) for name, (module, _) in PLACES.items()}
 
 _CROSSED = (
     "sample_weight of shape (N,): the loss of each sample is multiplied by the sample's weight. gluon "
-    'multiplies losses of shape (N, 1) by weights of shape (N,), which gives (N, N)'
+    'multiplies each loss by the mean of all weights, as (N, 1) * (N,) is (N, N)'
 )
 _INVALID = (
     'labels outside [0, C) in a metric. If padding has the label -1: run --ignore-label -1. To count such '
@@ -44,18 +44,18 @@ def patch(**loss_options: Any) -> 'Patch':
     """Put this loss and these metrics in the place of MXNet's own, until `unpatch` or the end of a ``with``.
 
     These names are replaced: ``SoftmaxCrossEntropyLoss`` and ``SoftmaxCELoss`` in `mxnet.gluon.loss`;
-    ``CrossEntropy``, ``Perplexity`` and ``Loss`` in `mxnet.metric`; and the names by which
-    ``mx.metric.create`` finds these three metrics. The replacements are classes. They take the arguments of
-    the classes that they replace, by position and by keyword, and the keyword arguments of this package's
+    ``CrossEntropy``, ``NegativeLogLikelihood``, ``Perplexity`` and ``Loss`` in `mxnet.metric`; and the names
+    by which ``mx.metric.create`` finds these metrics. The replacements are classes. They take the arguments
+    of the classes that they replace, by position and by keyword, and the keyword arguments of this package's
     classes. Code that runs later can make subclasses of them. An ``isinstance`` check against a replaced name
     is true for objects of the stock class, too.
 
     Parameters
     ----------
     **loss_options
-        Options of `StableSoftmaxCrossEntropyLoss`, as defaults for each loss that is made. `ignore_label` is
-        that of ``CrossEntropy`` and ``Perplexity``, too. Arguments that the script gives itself win over
-        them. A default is left out where the script's own arguments rule it out:
+        Options of `StableSoftmaxCrossEntropyLoss`, as defaults for each loss that is made. `ignore_label` and
+        ``invalid_label='clip'`` also apply to the metrics but ``Loss``. Arguments that the script gives
+        itself win over them. A default is left out where the script's own arguments rule it out:
         `ignore_label`, `invalid_label` and `kernel` with ``sparse_label=False``, and `lse_square_scale` and
         `kernel` with ``from_logits=True``.
 
@@ -82,8 +82,13 @@ def patch(**loss_options: Any) -> 'Patch':
     ``mx.metric.CrossEntropy(eps=...)`` is accepted with a warning, and the epsilon is ignored: the metric has
     none. It is only there as the attribute ``eps``, for subclasses with an ``update`` of their own.
 
+    The loss of float16 and bfloat16 logits has their dtype, as gluon's has. It is computed in float32, which
+    this package's class returns. Under AMP the loss is float32.
+
     A pickled replacement does not need a patch where it is read: there it is an object of this package's
-    class.
+    class. Objects of MXNet's own classes that were pickled without a patch become replacements where a patch
+    is active, and have the same state. Objects that were made before the patch stay MXNet's own, also in a
+    pickle.
 
     The names belong to the process, so a patch applies to all threads. Patch before other threads start, and
     undo it when they have ended. Processes that are forked are patched as well, and processes that are
