@@ -2,6 +2,7 @@
 
 import argparse
 import atexit
+import builtins
 import functools
 import io
 import os
@@ -175,7 +176,8 @@ def _listed(counts):
 
 def _execute(script, is_module):
     """Run the script in a new module ``__main__``, which stays: its threads and processes look there."""
-    main = types.ModuleType('__main__')
+    main: Any = types.ModuleType('__main__')
+    main.__builtins__ = builtins  # exec would set a dict
     sys.modules['__main__'] = sys.modules['__mp_main__'] = main  # multiprocessing set the second one, to ours
     if is_module:
         runpy._run_module_as_main(script)  # type: ignore[attr-defined]
