@@ -17,7 +17,7 @@ from .call import INPUTS, Call
 from .class_weight import ClassWeight
 from .kernels import choice
 from .metric import StableCrossEntropy
-from .options import Options, as_numbers, check_loss_options
+from .options import Options, as_numbers, check_loss_options, checks_names
 from .pipeline import loss_of
 from .plan import plan
 
@@ -159,6 +159,7 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
     logsumexp).
     """
 
+    @checks_names
     def __init__(
         self,
         axis: Union[int, Sequence[int]] = -1,

@@ -1,27 +1,30 @@
 """Metrics: what the loss computes, with exact sums and without waiting for the device."""
 
 import math
-from typing import Any, List, Optional, Sequence, Union
+from functools import cached_property
+from typing import Any, List, Optional, Sequence, Tuple, Union
 
 import mxnet as mx
 import numpy as np
 from mxnet import autograd
 
-from . import array_api, graphs
+from . import array_api, device_errors, graphs
 from .array_api import Array, Arrays
 from .array_checks import check_array_type
 from .call import METRIC_FILL
 from .exact_sums import ExactSums
 from .kernels import choice
-from .metric_queue import RunningMean
-from .options import check_metric_options
-from .pipeline import nll_of
+from .metric_queue import Queued, RunningMean
+from .metric_values import judged, packed
+from .options import Options, check_metric_options, checks_names
 from .plan import plan
+
+IMPOSSIBLE = {'probs': 'no probabilities: below 0 or above 1', 'log_probs': 'no log-probabilities: above 0'}
 
 
 @mx.metric.register
 @mx.metric.alias('stable_loss')
-class StableLoss(RunningMean, mx.metric.Loss):
+class StableLoss(RunningMean, mx.metric.Loss, is_kind=True):
     """Mean of given loss values, in the place of `mx.metric.Loss`, of which it is a subclass.
 
     The values are copied on their device and read some updates later, so they may be written over afterwards.
@@ -52,6 +55,7 @@ class StableLoss(RunningMean, mx.metric.Loss):
     (('loss', inf), 1)
     """
 
+    @checks_names
     def __init__(
         self,
         name: str = 'loss',
@@ -63,12 +67,25 @@ class StableLoss(RunningMean, mx.metric.Loss):
 
     def update(self, _: Any, preds: Arrays) -> None:
         """Take in an array of loss values of any shape, or a list of them, each on its own context."""
-        self._push([_copied(array) for array in _as_list('preds', preds)])
+        self._push([_copied(array) for array in _as_list('preds', preds) if array.size])
+
+
+def _option(name: str) -> Any:
+    """Make a property of an option that may be set later: the next update checks it."""
+
+    def get_value(metric):
+        return metric._kwargs[name]
+
+    def set_value(metric, value):
+        metric._kwargs = {**vars(metric).get('_kwargs', {}), name: value}
+        vars(metric).pop('_options', None)
+
+    return property(get_value, set_value, doc=f'The option `{name}`.')
 
 
 @mx.metric.register
 @mx.metric.alias('stable_cross_entropy')
-class StableCrossEntropy(RunningMean, mx.metric.EvalMetric):
+class StableCrossEntropy(RunningMean, mx.metric.EvalMetric, is_kind=True):
     r"""Mean negative log-likelihood of the labels, in nats, with no epsilon.
 
     .. math:: \frac{1}{N} \sum_n -\log p_{n, y_n}
@@ -127,6 +144,9 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric):
     (27.63, 99.02)
     """
 
+    axis, ignore_label = _option('axis'), _option('ignore_label')  # which mx.metric.Perplexity has, too
+
+    @checks_names
     def __init__(
         self,
         *args: Any,
@@ -150,46 +170,66 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric):
             'invalid_label': invalid_label,
             'kernel': kernel,
         }
-        self._options = choice.configured(check_metric_options(given))
-        config = {option: getattr(self._options, option) for option in given}
-        config.update(invalid_label=invalid_label, kernel=kernel)
-        if self._options.summed_axes:
-            config['axis'] = list(self._options.class_axes)  # as JSON has it
+        options = check_metric_options(given)
+        config = {option: getattr(options, option) for option in given}
+        config.update(invalid_label=invalid_label)
+        if options.summed_axes:
+            config['axis'] = list(options.class_axes)  # as JSON has it
         mx.metric.EvalMetric.__init__(self, name, output_names, label_names, has_global_stats=True, **config)
+        self._options  # noqa: B018, which chooses the kernel
+
+    @cached_property
+    def _options(self) -> Options:
+        """The checked options."""
+        return choice.configured(check_metric_options(self._kwargs))
 
     def update(self, labels: Arrays, preds: Arrays) -> None:
         """Take in labels and predictions: an array each, or lists of arrays, each pair on its own context."""
         labels, preds = _as_list('labels', labels), _as_list('preds', preds)
         if len(labels) != len(preds):
             raise ValueError(f'labels: expected as many arrays as preds, {len(preds)}, got {len(labels)}')
-        self._push([self._compute(*pair) for pair in zip(labels, preds)], list(zip(labels, preds)))
+        queued = [self._compute(*pair) for pair in zip(labels, preds)]
+        self._push([item for item in queued if item is not None])
 
-    def _compute(self, label: Any, pred: Any) -> Array:
-        """Compute the NLL of each position; `label` is moved to the context of `pred`."""
-        label = label.as_in_context(pred.context)
+    def _compute(self, label: Any, pred: Any) -> Optional[Queued]:
+        """Compute the values of each position; `label` is moved to the context of `pred`."""
+        pred, label = array_api.as_classic(pred), array_api.as_classic(label).as_in_context(pred.context)
         rows = pred.shape[0] if self._options.sparse_label and len(pred.shape) == 2 else None
         if len(label.shape) > 1 and label.size == rows:
             label = label.reshape((-1,))  # the rows of `pred` are the positions, as in mx.metric
+        errors = device_errors.count()
         with autograd.pause():
             call, inputs = plan(self._options, pred, label, fill=METRIC_FILL)
-            return graphs.compiled(nll_of, call, graphs.STATIC)(*inputs)
+            if call.is_empty:
+                return None
+            values = graphs.compiled(packed, call, graphs.STATIC)(*inputs)
+        return Queued(values, errors, pred.shape[self._options.axis])
 
-    def _sums_of(self, values: np.ndarray) -> ExactSums:
-        is_marked = (values < 0) & self._options.sparse_label
-        return ExactSums.of(values[~is_marked], int((values[is_marked] == METRIC_FILL.invalid).sum()))
+    def _sums_of(self, read: Sequence[Tuple[int, np.ndarray]]) -> ExactSums:
+        sums = ExactSums()
+        for classes, values in read:
+            nll, invalid, impossible = judged(self._options, classes, values.astype('float64', copy=False))
+            sums += ExactSums.of(nll, invalid=invalid, impossible=impossible)
+        return sums
 
     def _value_of(self, sums: ExactSums) -> float:
+        value, total = super()._value_of(sums), sums.count + sums.invalid + sums.impossible
         if sums.invalid:
             raise ValueError(
-                f'labels: expected integers in [0, C); invalid labels: {sums.invalid} of '
-                f'{sums.invalid + sums.count}. If they are padding, set ignore_label. reset() clears them'
+                f'{sums.invalid} of {total} labels are invalid. If they are padding, set ignore_label. '
+                'reset() clears them'
             )
-        return super()._value_of(sums)
+        if sums.impossible:
+            raise ValueError(
+                f'{sums.impossible} of {total} predictions are {IMPOSSIBLE[self._options.pred_type]}. If '
+                "they are logits, set pred_type='logits' (in a loss from_logits=False). reset() clears them"
+            )
+        return value
 
 
 @mx.metric.register
 @mx.metric.alias('stable_perplexity')
-class StablePerplexity(StableCrossEntropy):
+class StablePerplexity(StableCrossEntropy, is_kind=True):
     """Exponential of the mean negative log-likelihood of the labels, with no floor under small probabilities.
 
     `mx.metric.Perplexity` has one at p = 1e-10. The positional arguments are those of `mx.metric.Perplexity`.
@@ -205,22 +245,30 @@ class StablePerplexity(StableCrossEntropy):
     ('perplexity', 8.0)
     """
 
+    @checks_names
     def __init__(
         self,
         ignore_label: Optional[int] = None,
-        axis: int = -1,
+        axis: Union[int, Sequence[int]] = -1,
         name: str = 'perplexity',
         output_names: Optional[List[str]] = None,
         label_names: Optional[List[str]] = None,
-        **kwargs: Any,
+        *,
+        pred_type: str = 'probs',
+        sparse_label: bool = True,
+        invalid_label: str = 'raise',
+        kernel: str = 'auto',
     ) -> None:
         super().__init__(
-            ignore_label=ignore_label,
             axis=axis,
+            pred_type=pred_type,
+            ignore_label=ignore_label,
+            sparse_label=sparse_label,
+            invalid_label=invalid_label,
+            kernel=kernel,
             name=name,
             output_names=output_names,
             label_names=label_names,
-            **kwargs,
         )
 
     def _value_of(self, sums: ExactSums) -> float:
@@ -230,7 +278,7 @@ class StablePerplexity(StableCrossEntropy):
 
 @mx.metric.register
 @mx.metric.alias('stable_bits_per_token')
-class StableBitsPerToken(StableCrossEntropy):
+class StableBitsPerToken(StableCrossEntropy, is_kind=True):
     """Mean negative log-likelihood of the labels in bits: nats divided by log 2.
 
     Parameters, shapes, errors and numerics are those of `StableCrossEntropy`.
@@ -245,18 +293,42 @@ class StableBitsPerToken(StableCrossEntropy):
     ('bits-per-token', 2.0)
     """
 
-    def __init__(self, *, name: str = 'bits-per-token', **kwargs: Any) -> None:
-        super().__init__(name=name, **kwargs)
+    @checks_names
+    def __init__(
+        self,
+        *,
+        axis: Union[int, Sequence[int]] = -1,
+        pred_type: str = 'probs',
+        ignore_label: Optional[int] = None,
+        sparse_label: bool = True,
+        invalid_label: str = 'raise',
+        kernel: str = 'auto',
+        name: str = 'bits-per-token',
+        output_names: Optional[List[str]] = None,
+        label_names: Optional[List[str]] = None,
+    ) -> None:
+        super().__init__(
+            axis=axis,
+            pred_type=pred_type,
+            ignore_label=ignore_label,
+            sparse_label=sparse_label,
+            invalid_label=invalid_label,
+            kernel=kernel,
+            name=name,
+            output_names=output_names,
+            label_names=label_names,
+        )
 
     def _value_of(self, sums: ExactSums) -> float:
         return super()._value_of(sums) / math.log(2)
 
 
-def _copied(array: Array) -> Array:
-    """Return a copy, in a dtype that NumPy has."""
-    array = array_api.as_classic(array)
+def _copied(array: Array) -> Queued:
+    """Copy values, in a dtype that NumPy has."""
+    errors, array = device_errors.count(), array_api.as_classic(array)
     with autograd.pause():
-        return array.astype('float32') if array_api.dtype_name(array) == 'bfloat16' else mx.nd.identity(array)
+        is_bfloat16 = array_api.dtype_name(array) == 'bfloat16'
+        return Queued(array.astype('float32') if is_bfloat16 else mx.nd.identity(array), errors)
 
 
 def _as_list(name: str, arrays: Any) -> List[Array]:

@@ -2,34 +2,60 @@
 
 import copy
 import inspect
-from collections import deque
-from dataclasses import astuple
-from itertools import zip_longest
 from threading import RLock
-from typing import Any, Callable, Deque, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 
-from . import distributed
+from . import device_errors, distributed
 from .array_api import Array, MXNetError
 from .exact_sums import ExactSums
 
 _AHEAD = 2  # updates that the device may be behind
-_AT_ONCE = 32  # arrays that are read together
+_AT_ONCE = 32  # arrays that are added up together,
+_LARGE = 2**14  # unless one of them has that many values
 _WINDOWS = ('local', 'global')
-# How a property is read and replaced in ExactSums.
-_COUNT = (lambda sums: sums.count, ExactSums.with_count)
-_SUM = (lambda sums: sums.over(1), ExactSums.with_sum)
+# How a property of a window is read and replaced in ExactSums, by the field that it shows.
+_READ = {'count': lambda sums: sums.count, 'total': lambda sums: sums.over(1)}
+_REPLACED = {'count': ExactSums.with_count, 'total': ExactSums.with_sum}
 
 
-def _window_property(window: str, read: Callable, replaced: Callable, doc: str) -> Any:
+class Queued(NamedTuple):
+    """An array of values that the device may still be computing."""
+
+    array: Array
+    errors: int  # that the devices had reported before
+    classes: int = 0  # how many the predictions have
+
+
+class Held(NamedTuple):
+    """What a metric holds."""
+
+    sums: Dict[str, ExactSums]  # by window
+    read: Tuple[Tuple[int, np.ndarray], ...] = ()  # classes and values, not added up yet
+    queue: Tuple[Queued, ...] = ()  # not read yet, the oldest first
+    # lists and arrays that a subclass set in the place of numbers: ((window, field of ExactSums), value) each
+    own: Tuple[Tuple[Tuple[str, str], Any], ...] = ()
+
+
+def _window_property(window: str, field: str, doc: str) -> Any:
     """Make a property of the sums of a window. Subclasses that add up by themselves set it."""
+
+    def get_value(metric):
+        sums = metric._window(window)
+        return dict(metric._held.own).get((window, field), _READ[field](sums))
 
     def set_value(metric, value):
         with metric._lock:
-            metric._sums[window] = replaced(metric._window(window), float(value))
+            sums, own = metric._window(window), dict(metric._held.own)
+            own.pop((window, field), None)
+            try:
+                sums = _REPLACED[field](sums, float(value))
+            except (TypeError, ValueError):  # several numbers
+                own[window, field] = value
+            metric._held = Held({**metric._held.sums, window: sums}, own=tuple(own.items()))
 
-    return property(lambda metric: read(metric._window(window)), set_value, doc=doc)
+    return property(get_value, set_value, doc=doc)
 
 
 class RunningMean:
@@ -38,17 +64,25 @@ class RunningMean:
     `_push` queues arrays of one value per position, and only waits for those of `_AHEAD` updates ago, so that
     neither work nor memory pile up. Sums are exact, so the result does not depend on when the queue is read.
     Updates may come from several threads.
+
+    An interrupt (Ctrl-C) may come between any two lines. So all that the metric holds changes in one
+    assignment, of `_held`.
     """
 
     name: str  # EvalMetric's
     _kwargs: Dict[str, Any]  # EvalMetric's: the options
+    get_config: Any  # EvalMetric's
     _lock: Any
+    _held: Held
+    _kind: Any  # the class of this package that a class is, or extends
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, is_kind: bool = False, **kwargs: Any) -> None:
         """Let `help` show the arguments of ``__init__``, and not those of ``__new__``, which takes any."""
         super().__init_subclass__(**kwargs)
         _, *parameters = inspect.signature(cls.__init__).parameters.values()
         cls.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        if is_kind:
+            cls._kind = cls
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Make a metric that holds nothing, whatever the `reset` of a subclass does."""
@@ -60,32 +94,30 @@ class RunningMean:
     def reset(self) -> None:
         """Forget everything."""
         with self._lock:
-            # the last updates, and their inputs
-            self._computing: Deque[Tuple[Array, Optional[Tuple[Any, ...]]]] = deque()
-            self._computed: Deque[Array] = deque()  # those before
-            self._sums = {window: ExactSums() for window in _WINDOWS}
+            self._held = Held({window: ExactSums() for window in _WINDOWS})
 
     def reset_local(self) -> None:
         """Begin a new window for `get`; `get_global` goes on."""
         with self._lock:
-            self._drain()
-            self._sums['local'] = ExactSums()
+            sums = {'local': ExactSums(), 'global': self._window('global')}
+            own = tuple(item for item in self._held.own if item[0][0] == 'global')
+            self._held = Held(sums, own=own)
 
     def get(self) -> Tuple[str, float]:
         """Return (name, value) of all since the last `reset` or `reset_local`; NaN if there is nothing."""
-        return self.name, self._value_of(self._window('local'))
+        return self.name, self._value('local')
 
     def get_global(self) -> Tuple[str, float]:
         """Return (name, value) of all since the last `reset`; NaN if there is nothing."""
-        return self.name, self._value_of(self._window('global'))
+        return self.name, self._value('global')
 
-    num_inst = _window_property('local', *_COUNT, 'How many values `get` is the mean of.')
+    num_inst = _window_property('local', 'count', 'How many values `get` is the mean of.')
     sum_metric = _window_property(
-        'local', *_SUM, 'The sum of the values that `get` is the mean of, rounded once.'
+        'local', 'total', 'The sum of the values that `get` is the mean of, rounded once.'
     )
-    global_num_inst = _window_property('global', *_COUNT, 'How many values `get_global` is the mean of.')
+    global_num_inst = _window_property('global', 'count', 'How many values `get_global` is the mean of.')
     global_sum_metric = _window_property(
-        'global', *_SUM, 'The sum of the values that `get_global` is the mean of, rounded once.'
+        'global', 'total', 'The sum of the values that `get_global` is the mean of, rounded once.'
     )
 
     @property
@@ -99,19 +131,27 @@ class RunningMean:
         Raises
         ------
         TypeError, ValueError
-            If `other` is not the same class of metric, or has other options.
+            If `other` is another kind of metric, or has other options.
         """
-        if type(other) is not type(self):
-            raise TypeError(f'other: expected a {type(self).__name__}, got {type(other).__name__}')
+        if getattr(other, '_kind', None) is not self._kind:
+            raise TypeError(f'other: expected a {self._kind.__name__}, got {type(other).__name__}')
         if other._identity() != self._identity():
             raise ValueError(f'other: expected a metric with {self._identity()}, got {other._identity()}')
-        theirs = {window: other._window(window) for window in _WINDOWS}
+        theirs = other._plain_sums()
         with self._lock:
-            self._sums = {window: self._window(window) + theirs[window] for window in _WINDOWS}
+            ours = self._plain_sums()
+            self._held = Held({window: ours[window] + theirs[window] for window in _WINDOWS})
 
     def state_dict(self) -> Dict[str, Any]:
-        """Return all that the metric holds as plain JSON values, which can go into a checkpoint."""
-        return {**self._identity(), **{window: self._window(window).as_dict() for window in _WINDOWS}}
+        """Return all that the metric holds as plain JSON values, which can go into a checkpoint.
+
+        Raises
+        ------
+        ValueError
+            If a subclass has set `sum_metric` or `num_inst` to a list or an array.
+        """
+        sums = self._plain_sums()
+        return {**self._identity(), **{window: sums[window].as_dict() for window in _WINDOWS}}
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         """Go on from a `state_dict`, in the place of what the metric holds.
@@ -129,8 +169,7 @@ class RunningMean:
         if got != self._identity():
             raise ValueError(f'state: expected that of a metric with {self._identity()}, got {got}')
         with self._lock:
-            RunningMean.reset(self)
-            self._sums = sums
+            self._held = Held(sums)
 
     def all_reduce(self, store: Any) -> Any:
         """Return a metric of what all workers hold; this one stays as it is.
@@ -146,83 +185,109 @@ class RunningMean:
         Raises
         ------
         ValueError
-            If a subclass has set a count that is no whole number.
+            If a subclass has set a count that is no whole number, or a list or an array.
         """
-        local = [number for window in _WINDOWS for number in astuple(self._window(window))]
+        local = [number for sums in self._plain_sums().values() for number in sums]
         if not all(isinstance(number, int) for number in local):
             raise ValueError(f'num_inst: expected a whole number to add up over workers, got {self.num_inst}')
         numbers = distributed.all_reduce(store, local)
         half = len(numbers) // 2
         whole = copy.copy(self)
-        whole._sums = {'local': ExactSums(*numbers[:half]), 'global': ExactSums(*numbers[half:])}
+        whole._held = Held({'local': ExactSums(*numbers[:half]), 'global': ExactSums(*numbers[half:])})
         return whole
 
     def _identity(self) -> Dict[str, Any]:
         """Return what metrics have in common that may be merged, or take each other's state."""
         options = {name: value for name, value in self._kwargs.items() if name != 'kernel'}
-        return {'metric': type(self).__name__, 'options': options}
+        return {'metric': self._kind.__name__, 'options': options}
 
-    def _compute(self, *inputs: Any) -> Array:
-        """Compute the values of an update from what was queued with them."""
-        raise NotImplementedError
-
-    def _push(self, arrays: List[Array], inputs: Sequence[Tuple[Any, ...]] = ()) -> None:
-        """Queue arrays that the device may still be computing, and the `inputs` to compute them again."""
+    def _plain_sums(self) -> Dict[str, ExactSums]:
+        """Return the sums of both windows; ValueError if a subclass holds something else."""
         with self._lock:
-            self._computing.extend(zip_longest(arrays, inputs))
-            while len(self._computing) > _AHEAD * max(1, len(arrays)):
-                self._wait_for_oldest()
-            if len(self._computed) > _AT_ONCE:
-                self._read()
+            sums = {window: self._window(window) for window in _WINDOWS}
+            for _, value in self._held.own:
+                raise ValueError(f'sum_metric, num_inst: expected a number each, got {value!r:.80}')
+            return sums
 
-    def _drain(self) -> None:
-        """Take all that is queued into the sums. Raise an error of the device once all else is counted."""
-        try:
-            while self._computing:
-                self._wait_for_oldest()
-        except MXNetError:
-            self._drain()
-            raise
-        self._read()
+    def _push(self, queued: List[Queued]) -> None:
+        """Queue the arrays of an update, once those of `_AHEAD` updates ago are computed."""
+        with self._lock:
+            while len(self._held.queue) > (_AHEAD - 1) * max(1, len(queued)):
+                self._read_oldest()
+            self._held = self._held._replace(queue=(*self._held.queue, *queued))
 
-    def _wait_for_oldest(self) -> None:
-        """Wait for the oldest array that may be in computation. An error of the device drops it."""
-        try:
-            self._computing[0][0].wait_to_read()  # it stays in the queue if this is interrupted
-        except MXNetError:  # what was queued behind it may have been skipped silently
-            self._computing.popleft()
-            self._computing = deque(
-                (self._compute(*inputs) if inputs else array, inputs) for array, inputs in self._computing
-            )
-            raise
-        self._computed.append(self._computing.popleft()[0])
+    def _read_oldest(self) -> None:
+        """Wait for the oldest array of the queue, and read it: raise an error of the device that it met."""
+        sums, read, (item, *others), own = self._held
+        values = item.array.asnumpy().ravel()
+        if device_errors.count() == item.errors:
+            self._held = Held(sums, (*read, (item.classes, values)), tuple(others), own)
+            if len(read) >= _AT_ONCE or len(values) >= _LARGE:
+                self._add_up()
+        else:  # the array may hold anything
+            self._held = Held(_added(sums, ExactSums(unknown=1)), read, tuple(others), own)
 
-    def _read(self) -> None:
-        """Take the computed arrays into the sums."""
-        if self._computed:
-            values = np.concatenate([array.asnumpy().ravel() for array in self._computed])
-            sums = self._sums_of(values.astype('float64', copy=False))
-            self._sums = {window: before + sums for window, before in self._sums.items()}
-            self._computed.clear()
+    def _add_up(self) -> None:
+        """Take what was read into the sums."""
+        sums, read, queue, own = self._held
+        self._held = Held(_added(sums, self._sums_of(read)), (), queue, own)
 
     def _window(self, window: str) -> ExactSums:
         with self._lock:
-            self._drain()
-            return self._sums[window]
+            while self._held.queue:
+                self._read_oldest()
+            if self._held.read:
+                self._add_up()
+            return self._held.sums[window]
+
+    def _value(self, window: str) -> Any:
+        sums = self._window(window)
+        own = {field: value for (of, field), value in self._held.own if of == window}
+        if not own:
+            return self._value_of(sums)
+        count, total = own.get('count', sums.count), own.get('total', sums.over(1))
+        return float('nan') if count == 0 else total / count  # as mx.metric.EvalMetric has it
 
     def _value_of(self, sums: ExactSums) -> float:
+        if sums.unknown:
+            raise MXNetError(
+                f'After an error on the device, the values of {sums.unknown} of the given arrays are '
+                'unknown. So the mean is unknown, too. reset() clears them'
+            )
         return sums.over(sums.count)
 
-    def _sums_of(self, values: np.ndarray) -> ExactSums:
-        return ExactSums.of(values)
+    def _sums_of(self, read: Sequence[Tuple[int, np.ndarray]]) -> ExactSums:
+        """Sum the values of some arrays, each with its number of classes."""
+        return ExactSums.of(np.concatenate([values for _, values in read]).astype('float64', copy=False))
+
+    def __repr__(self) -> str:
+        """Show the options that differ from their defaults."""
+        config, parameters = self.get_config(), inspect.signature(self._kind).parameters.items()
+        changed = [
+            f'{name}={config[name]!r}'
+            for name, parameter in parameters
+            if name in config and config[name] != parameter.default
+        ]
+        return f'{type(self).__name__}({", ".join(changed)})'
+
+    def __str__(self) -> str:
+        """Show the value as `EvalMetric` does, or why there is none."""
+        try:
+            return super().__str__()
+        except (ValueError, MXNetError) as error:
+            return f'EvalMetric: {self.name}: {error}'
 
     def __getstate__(self) -> Dict[str, Any]:
         """Return what a copy needs: the sums, without arrays on a device and without the lock."""
         with self._lock:
-            self._drain()
-            state = dict(self.__dict__, _sums=dict(self._sums), _computing=deque(), _computed=deque())
+            self._window('local')
+            state = dict(self.__dict__)
         del state['_lock']
         return state
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=RLock())
+
+
+def _added(sums: Dict[str, ExactSums], more: ExactSums) -> Dict[str, ExactSums]:
+    return {window: before + more for window, before in sums.items()}

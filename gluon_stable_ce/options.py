@@ -1,7 +1,10 @@
 """The options of losses and metrics, the values that they may have, and their checks."""
 
+import inspect
+from difflib import get_close_matches
+from functools import wraps
 from numbers import Integral, Real
-from typing import Any, Dict, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, NamedTuple, Optional, Sequence, Tuple, TypeVar, cast
 
 import numpy as np
 
@@ -13,6 +16,11 @@ INVALID_LABELS = ('nan', 'raise', 'clip')
 METRIC_INVALID_LABELS = ('raise', 'clip')
 KERNELS = ('auto', 'stock', 'fused')
 PRED_TYPES = ('probs', 'logits', 'log_probs')
+
+
+BLOCK_OPTIONS = ('prefix', 'params')  # of every gluon.Block
+Init = TypeVar('Init', bound=Callable[..., None])
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 class Options(NamedTuple):
@@ -35,6 +43,25 @@ class Options(NamedTuple):
     def class_axes(self) -> Tuple[int, ...]:
         """All axes of `pred` that are no positions."""
         return (self.axis, *self.summed_axes)
+
+
+def checks_names(init: Init) -> Init:
+    """Let an ``__init__`` refuse unknown options by the name of the class that was called, with a hint."""
+    parameters = list(inspect.signature(init).parameters.values())[1:]
+    known = [parameter.name for parameter in parameters if parameter.kind not in _VARIADIC]
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+        known.extend(BLOCK_OPTIONS)
+
+    @wraps(init)
+    def checked(self, *args, **kwargs):
+        for name in kwargs:
+            if name not in known:
+                near = get_close_matches(name, known, 1)
+                hint = f'did you mean {near[0]!r}?' if near else f'expected one of {", ".join(known)}'
+                raise TypeError(f'{type(self).__name__}: unknown option {name!r}; {hint}')
+        init(self, *args, **kwargs)
+
+    return cast(Init, checked)
 
 
 def check_loss_options(given: Dict[str, Any]) -> Options:

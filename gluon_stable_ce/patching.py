@@ -283,7 +283,8 @@ class _Replacement(metaclass=_ReplacementType):
 
     def __setstate__(self, state):
         """Take over a state, of the stock class if the object was pickled without a patch."""
-        if {'class_weight', '_sums'} & state.keys():  # a loss or a metric of this package
+        is_loss = isinstance(self, gluon.loss.Loss)
+        if 'class_weight' in state if is_loss else 'sum_metric' not in state:  # it is this package's
             getattr(super(), '__setstate__', self.__dict__.update)(state)
             return
         self.__dict__.update(type(self).__new__(type(self)).__dict__)  # which older protocols do not call

@@ -1,4 +1,4 @@
-"""What a graph computes: the loss of each sample, or the NLL of each position, in nats."""
+"""What the graph of a loss computes: the loss of each sample, in nats."""
 
 from typing import Optional
 
@@ -7,7 +7,7 @@ from .array_api import Array, F
 from .call import Call
 from .formula import combine
 from .kernels import class_terms
-from .reduction import reduce, with_class_axis
+from .reduction import reduce
 
 
 @array_api.without_amp
@@ -29,13 +29,3 @@ def loss_of(
     if options.reduction == 'none' and options.sparse_label and call.label_ndim in (None, call.ndim):
         loss = F.reshape_like(loss, label)  # which may have the class axis, of length 1
     return array_api.in_style_of(given, loss if options.weight is None else loss * options.weight)
-
-
-@array_api.without_amp
-def nll_of(F: F, call: Call, pred: Array, label: Array, *_: Optional[Array]) -> Array:
-    """Compute the NLL of each position, (positions...), with the marks of `METRIC_FILL`."""
-    given, pred = pred, array_api.as_classic(pred)
-    nll = class_terms(F, call, pred, array_api.as_classic(label)).nll
-    if call.options.summed_axes:
-        nll = F.squeeze(with_class_axis(F, call, nll), axis=call.options.class_axes)
-    return array_api.in_style_of(given, nll)

@@ -58,7 +58,7 @@ def test_probability_of_1e_43(ctx):
     (5e-324, 744.4401),
     (1 + 2**-23, 0),
     (math.nan, math.nan),
-    (-0.1, math.nan),
+    (1.0009, 0),
 ])  # fmt: skip
 def test_probabilities_of_0_and_1_and_beyond(prob, nll, ctx):
     metric = StableCrossEntropy()
@@ -104,16 +104,14 @@ def test_invalid_labels_are_counted_apart_until_reset(ctx):
     metric = StableCrossEntropy(ignore_label=-1)
     pred = nd.array([[0.5, 0.5]] * 5)
     metric.update(nd.array([0, -1, 2, 1.5, math.nan]), pred)
-    message = (
-        r'^labels: expected integers in \[0, C\); invalid labels: 3 of 4. .* ignore_label. reset\(\) clears'
-    )
+    message = r'^3 of 4 labels are invalid. If they are padding, set ignore_label. reset\(\) clears them$'
     for result in (metric.get, metric.get_global, metric.get_name_value):
         with pytest.raises(ValueError, match=message):
             result()
     metric.reset_local()
     metric.update(nd.array([0, 0, 0, 0, 0]), pred)
     assert metric.get()[1] == tolerances.FLOAT64.approx(math.log(2))
-    with pytest.raises(ValueError, match='invalid labels: 3 of 9'):
+    with pytest.raises(ValueError, match='^3 of 9 labels are invalid'):
         metric.get_global()
     metric.reset()
     assert math.isnan(metric.get()[1])
@@ -331,26 +329,6 @@ def test_load_state_dict_rejects_another_metrics_state():
 def test_merge_rejects_a_metric_of_other_options(options):
     with pytest.raises(ValueError, match='^other: expected '):
         StableCrossEntropy().merge(StableCrossEntropy(**options))
-
-
-@pytest.mark.parametrize('pred_type', ['probs', 'logits'])
-def test_an_error_on_the_device_spoils_no_other_update(pred_type):
-    """MXNet skips work that was queued behind the error, without a word."""
-    label, pred = nd.zeros(4), nd.full((4, 4), 0.25)
-    nd.waitall()
-    metric, errors = StableCrossEntropy(pred_type=pred_type), 0
-    for i in range(8):
-        try:
-            if i == 2:
-                metric.update(label, nd.random.normal(0, -1, shape=(4, 4)))  # fails on the device
-            metric.update(label, pred)
-        except mx.MXNetError:  # noqa: PERF203
-            errors += 1
-    if not errors:
-        with pytest.raises(mx.MXNetError):
-            metric.get()
-    assert metric.get()[1] == tolerances.SEVEN_DIGITS['stock'].approx(math.log(4))
-    assert metric.num_inst == 32
 
 
 @pytest.mark.skipif(modes.VERSION < (1, 7), reason='MXNet has bfloat16 since 1.7')

@@ -16,7 +16,7 @@ def class_terms(
     Parameters
     ----------
     pred : (..., C at the class axis, ...)
-        What ``call.options.pred_type`` says: logits, log-probabilities or probabilities.
+        What ``call.options.pred_type`` says: logits, log-probabilities, or with dense labels probabilities.
     label : (positions...), or with the class axis of length 1; with dense labels `pred`'s shape
         Sparse labels have any dtype that can name the classes.
     class_weight : (C,), optional

@@ -65,9 +65,6 @@ def _read_class_weight(F: F, call: Call, pred: Array, class_weight: Array) -> Ar
 def _sparse_terms(F: F, call: Call, pred: Array, index: Array, class_weight: Optional[Array]) -> ClassTerms:
     """Compute the terms of an index, (positions...), not yet weighted by its class."""
     axis, pred_type = call.options.axis, call.options.pred_type
-    if pred_type == 'probs':  # one number per position is enough
-        probs = F.cast(F.pick(pred, index, axis=axis), dtype='float64')  # (positions...)
-        return ClassTerms(_clamped(F, -F.log(probs)))
     compute = _terms_of_logits if pred_type == 'logits' else _terms_of_log_probs
     pred = class_axis_last(F, pred, axis, call.ndim)  # (positions..., C)
     if call.ndim is not None or axis == -1:
