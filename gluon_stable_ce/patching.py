@@ -32,10 +32,6 @@ _CROSSED = (
     "sample_weight of shape (N,): the loss of each sample is multiplied by the sample's weight. gluon "
     'multiplies each loss by the mean of all weights, as (N, 1) * (N,) is (N, N)'
 )
-_INVALID = (
-    'labels outside [0, C) in a metric. If padding has the label -1: run --ignore-label -1. To count such '
-    'labels as the nearest class, as mx.metric.Perplexity does: run --invalid-label clip'
-)
 _LOCK = threading.RLock()
 _ACTIVE: List['Patch'] = []  # the innermost comes last
 
@@ -104,7 +100,7 @@ def patch(**loss_options: Any) -> 'Patch':
     >>> loss_fn(logits, label).asnumpy().tolist()[1], patched.losses
     (0.0, 1)
     """
-    StableSoftmaxCrossEntropyLoss(**loss_options)  # raises what is to be raised
+    StableSoftmaxCrossEntropyLoss(**loss_options)  # raises the errors of its options
     return Patch(loss_options)
 
 
@@ -161,7 +157,9 @@ class Patch:
     def __init__(self, loss_options):
         self.made: Counter = Counter()
         self._options = loss_options
-        self._notify: Callable[[str], None] = lambda message: None  # what `run` tells
+        # `run` sets these: a function that reports a difference, and the end of the error of invalid labels
+        self._notify: Callable[[str], None] = lambda message: None
+        self._label_hint = ''
         with _LOCK:
             self._changes = _changes(_replacements(self))
             for bind, name, _, after in self._changes:
@@ -195,7 +193,7 @@ class Patch:
 
 
 def _changes(replacements):
-    """List what a patch binds, as (function that binds, name, value before, value after) each."""
+    """List the bindings of a patch: (function that binds, name, value before, value after) each."""
     registry = mx.registry._REGISTRY[mx.metric.EvalMetric]
     changes = [
         (functools.partial(setattr, module), name, getattr(module, name), replacements[_STOCK[name]])
@@ -249,7 +247,7 @@ def _stock_of(kind):
 
 
 class _ReplacementType(abc.ABCMeta):
-    """Type of the replacements: what is an instance of the replaced class is an instance of the replacement.
+    """Type of the replacements: an instance of the replaced class is an instance of the replacement.
 
     An ABCMeta, so that subclasses may have abstract base classes beside the replacement.
     """
@@ -293,7 +291,7 @@ class _Replacement(metaclass=_ReplacementType):
             kind for kind in type(self).__mro__ if vars(kind).get('_in_place_of') is stock
         )
         replacement.__init__(self, **_arguments_in(state, stock))
-        for name in state.keys() - self.__dict__.keys():  # sums, and what a subclass has
+        for name in state.keys() - self.__dict__.keys():  # sums, and attributes of a subclass
             setattr(self, name, state[name])
 
 
@@ -355,9 +353,12 @@ def _replacements(patched):
             super().__init__(*args, **_metric_defaults(patched._options, kwargs), **kwargs)
 
         def _value_of(self, sums):
-            if sums.invalid:
-                patched._notify(_INVALID)
-            return super()._value_of(sums)
+            try:
+                return super()._value_of(sums)
+            except ValueError as error:
+                if sums.invalid:
+                    raise ValueError(f'{error}{patched._label_hint}') from None
+                raise
 
     class CrossEntropy(Metric):
         @_with_signature_of('CrossEntropy')

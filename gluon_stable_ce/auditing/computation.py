@@ -41,7 +41,7 @@ def audit(
     label : `pred`'s shape without `axis`, or with 1 there; integers, floats or bools
         Class indices. A label outside [0, C), NaN or a fraction is invalid, and does not count.
     pred_type : 'probs', 'logits' or 'log_probs'
-        What `pred` is. For 'logits' and 'log_probs', the stock metrics are taken to be fed with
+        The kind of `pred`. For 'logits' and 'log_probs', the stock metrics are taken to be fed with
         ``softmax(pred)`` or ``exp(pred)``, rounded to `pred`'s dtype.
     axis : int, default -1
         Class axis of `pred`.
@@ -105,7 +105,7 @@ _KINDS = {'probs': 'probabilities', 'log_probs': 'log-probabilities', 'logits': 
 
 
 class _Tally:
-    """What is known of the chunks so far."""
+    """Sums and counts of the chunks so far."""
 
     def __init__(self, pred, label, axis, pred_type, ignore_label, eps, size):
         self.pred_type, self.ignore_label, self.eps, self.size = pred_type, ignore_label, eps, size
@@ -134,7 +134,7 @@ class _Tally:
         self._add_samples(np.rec.fromarrays([nll, p, index, position], dtype=_SAMPLE))
 
     def _look_at(self, rows, labels):
-        """Count what the rows, (n, C), look like, and widen the range of the labels, (n,)."""
+        """Count the rows, (n, C), by the kinds they look like, and widen the range of the labels, (n,)."""
         least, largest = rows.min(axis=-1), rows.max(axis=-1)
         sums_to_1 = self._sum_to_1(rows)
         exp_sums_to_1 = np.zeros(len(rows), bool)
@@ -154,7 +154,7 @@ class _Tally:
         return np.abs(p.sum(axis=-1, dtype='float64') - 1) <= self.tolerance
 
     def _hints(self):
-        """What the input may be instead."""
+        """Say how the input may be wrong."""
         labels = self.exact.count + self.invalid
         hints = []
         if self.invalid:
@@ -171,7 +171,7 @@ class _Tally:
         return ': if -1 is padding, --ignore-label -1' if low == -1 else ''
 
     def _kind(self):
-        """What the predictions look like, if it is certain; else what they are said to be."""
+        """Return the kind that the predictions look like, if that is certain; else `pred_type`."""
         if self.pred_type == 'logits':  # log-probabilities are logits, too
             return 'probs' if self.looks_like['probs'] == self.rows > 0 else 'logits'
         for kind in ('probs', 'log_probs'):
@@ -188,7 +188,7 @@ class _Tally:
         self.floored += ExactSums.of(-np.log(np.maximum(self.dtype.type(_FLOOR), p)).astype('float64'))
 
     def _stock_nll(self, p):
-        """What mx.metric.CrossEntropy adds up, in the dtype of `p`, (m,)."""
+        """Return the terms of mx.metric.CrossEntropy, in the dtype of `p`, (m,)."""
         return -np.log(p + self.eps).astype('float64')
 
     def _add_samples(self, samples):

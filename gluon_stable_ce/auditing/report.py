@@ -24,7 +24,7 @@ class Audit:
     Attributes
     ----------
     pred_type, classes, eps
-        What was given.
+        The arguments.
     samples, ignored, invalid : int
         How many samples counted; how many labels are `ignore_label`; how many are outside [0, classes), NaN
         or fractional.
@@ -32,7 +32,7 @@ class Audit:
         Exact mean negative log-likelihood in nats, inf if any p is 0; and ``exp(nll)``. Like all means, they
         are NaN if no sample counts.
     stock_cross_entropy, stock_perplexity : float
-        What ``mx.metric.CrossEntropy(eps)``, in nats, and ``mx.metric.Perplexity`` report.
+        The values of ``mx.metric.CrossEntropy(eps)``, in nats, and of ``mx.metric.Perplexity``.
     under_eps, under_eps_share : int, float
         How many samples have p < eps, and their share of the total loss, from 0 to 1.
     zero, nan : int
@@ -42,7 +42,8 @@ class Audit:
         How many distributions do not sum to 1 within the tolerance, those of ignored labels left out; None
         for logits.
     hints : tuple of str
-        What may be wrong with the input: the share of invalid labels, and what the predictions look like.
+        Possible mistakes in the input: the share of invalid labels, and another kind of predictions than
+        `pred_type`.
     worst : tuple of (index, label, p, nll)
         The samples of the largest NLL, the worst first. NaN ranks as infinite.
 

@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar='FILE',
         help='one .npz with the keys pred and label; or two .npy, predictions, then labels',
     )
-    add('--pred-type', default='probs', choices=PRED_TYPES, help='what the predictions are')
+    add('--pred-type', default='probs', choices=PRED_TYPES, help='the kind of the predictions')
     add('--axis', type=int, default=-1, help='class axis of the predictions')
     add('--ignore-label', type=int, help='label that does not count')
     add('--eps', type=float, default=1e-12, help='the eps of mx.metric.CrossEntropy')

@@ -30,7 +30,7 @@ def _numbers(text):
     return [float(number) for number in text.split(',')]
 
 
-# of the loss: type, what stands for the value, help
+# of the loss: type, name of the value, help
 _OPTIONS: Dict[str, Tuple[Any, Optional[str], str]] = {
     'ignore_label': (int, 'LABEL', 'label of positions that do not count'),
     'class_weight': (_numbers, 'W,W,...', 'one weight for each class'),
@@ -38,14 +38,18 @@ _OPTIONS: Dict[str, Tuple[Any, Optional[str], str]] = {
     'lse_square_scale': (float, 'S', 'factor of the squared logsumexp'),
     'reduction': (str, None, "'mean', 'valid', 'sum' or 'none'"),
     'invalid_label': (str, None, "'nan', 'raise' or 'clip': how to treat labels outside [0, C)"),
-    'kernel': (str, None, "'auto', 'stock' or 'fused': what reduces the class axis"),
+    'kernel': (str, None, "'auto', 'stock' or 'fused': the code that reduces the class axis"),
 }
+_LABEL_HINT = (
+    '. Options of run, before the script: --ignore-label -1, if -1 is the label of padding; '
+    '--invalid-label clip, to count them as the nearest class, as mx.metric.Perplexity does'
+)
 _DESCRIPTION = textwrap.fill(
     'Run a Python script, unmodified, with the loss and the metrics of this package in the place of '
     "mxnet.gluon.loss.SoftmaxCrossEntropyLoss and mxnet.metric's CrossEntropy, NegativeLogLikelihood, "
     'Perplexity and Loss. The options are defaults for the losses that the script makes; --ignore-label and '
     '--invalid-label clip also apply to its metrics. '
-    'What follows the script belongs to it. MXNet is imported before the script starts, so environment '
+    'Arguments after the script belong to it. MXNet is imported before the script starts, so environment '
     'variables that MXNet reads have to be set outside the script.',
     width=100,
 )
@@ -56,7 +60,7 @@ examples:
   python -m gluon_stable_ce run -m package.train --epochs 3
 
 exit code:
-  2 if the options are not valid or there is no such file; otherwise that of the script
+  2 if the options are not valid or there is no such file; otherwise the exit code of the script
 """
 
 
@@ -68,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, (kind, metavar, text) in _OPTIONS.items():
         parser.add_argument(f'--{name.replace("_", "-")}', type=kind, metavar=metavar, help=text)
     parser.add_argument(
-        '-m', '--module', action='store_true', help='what follows is the name of a module, not a file'
+        '-m', '--module', action='store_true', help='run a module by its name, and not a file'
     )
     # REMAINDER would need a positional of its own before it, and that takes away a '--' which belongs to the
     # script.
@@ -80,8 +84,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the script or module of `args` as Python does, patched until the process ends, and return 0.
 
-    Exceptions of the script pass through, SystemExit among them. stderr says what was replaced, with which
-    kernel, and at exit how often each name was made.
+    Exceptions of the script pass through, SystemExit among them. A line on stderr lists the replaced names,
+    the options and the kernel. Others at exit say how often each name was made.
     """
     script, *rest = args.script[1:] if args.script[0] == '--' else args.script
     options = {name: getattr(args, name) for name in _OPTIONS if getattr(args, name) is not None}
@@ -133,11 +137,12 @@ class _Start:
 
 
 def _announce(patched, options):
-    """Say what is replaced, and arrange for the counts at the end, when all threads have ended."""
+    """List the replaced names, and have the counts reported at the end, when all threads have ended."""
     names = ', '.join(f'{module.__name__}.{name}' for name, (module, _) in PLACES.items())
     kernel = choice.resolve(StableSoftmaxCrossEntropyLoss(**options)._options)
     _report(f'replaced {names}{f" with {options}" if options else ""}; kernel: {kernel}')
     patched._notify = functools.lru_cache(None)(_report)  # each message once
+    patched._label_hint = _LABEL_HINT
     atexit.register(_report_counts, os.getpid(), patched, _count_calls())
 
 
