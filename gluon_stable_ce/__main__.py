@@ -27,8 +27,10 @@ def main(argv=None):
     for name, (module, summary) in COMMANDS.items():
         command = subparsers.add_parser(name, help=summary, description=summary)
         module.add_arguments(command)
-        command.set_defaults(run=module.run)
-    args = parser.parse_args(argv)
+        command.set_defaults(run=module.run, parser=command)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        args.parser.error(f'unrecognized arguments: {" ".join(unknown)}')
     return args.run(args)
 
 

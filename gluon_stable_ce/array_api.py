@@ -106,6 +106,14 @@ def amp_float32(array: Array) -> Array:
     return in_style_of(array, F.amp_cast(as_classic(array), dtype='float32'))
 
 
+def as_dtype(array: Array, dtype: str) -> Array:
+    """Cast an array or a symbol to float16 or bfloat16."""
+    F = mx.sym if is_symbol(array) else mx.nd
+    if dtype == 'bfloat16':  # only AMP's operator has it on every device
+        return in_style_of(array, F.amp_cast(as_classic(array), dtype=np.dtype([(dtype, 'uint16')])))
+    return in_style_of(array, F.cast(as_classic(array), dtype=dtype))
+
+
 def in_mode(array: Array) -> Array:
     """View `array` as a member of the API that MXNet is set to."""
     return array.as_np_ndarray() if is_np_array() else array.as_nd_ndarray()

@@ -6,24 +6,32 @@ import inspect
 import threading
 import types
 import warnings
-from typing import Any, List
+from collections import Counter
+from typing import Any, Callable, List
 
 import mxnet as mx
 from mxnet import gluon
 
+from . import array_api, traced_dtypes
 from .loss import StableSoftmaxCrossEntropyLoss
 from .metric import StableCrossEntropy, StableLoss, StablePerplexity
+from .options import METRIC_INVALID_LABELS
 
 # Where each name is found, and the class that takes its place.
 PLACES = {
     'SoftmaxCrossEntropyLoss': (gluon.loss, StableSoftmaxCrossEntropyLoss),
     'SoftmaxCELoss': (gluon.loss, StableSoftmaxCrossEntropyLoss),
     'CrossEntropy': (mx.metric, StableCrossEntropy),
+    'NegativeLogLikelihood': (mx.metric, StableCrossEntropy),
     'Perplexity': (mx.metric, StablePerplexity),
     'Loss': (mx.metric, StableLoss),
 }
 _STOCK = {name: getattr(module, name) for name, (module, _) in PLACES.items()}
 
+_CROSSED = (
+    "sample_weight of shape (N,): the loss of each sample is multiplied by the sample's weight. gluon "
+    'multiplies each loss by the mean of all weights, as (N, 1) * (N,) is (N, N)'
+)
 _LOCK = threading.RLock()
 _ACTIVE: List['Patch'] = []  # the innermost comes last
 
@@ -32,18 +40,18 @@ def patch(**loss_options: Any) -> 'Patch':
     """Put this loss and these metrics in the place of MXNet's own, until `unpatch` or the end of a ``with``.
 
     These names are replaced: ``SoftmaxCrossEntropyLoss`` and ``SoftmaxCELoss`` in `mxnet.gluon.loss`;
-    ``CrossEntropy``, ``Perplexity`` and ``Loss`` in `mxnet.metric`; and the names by which
-    ``mx.metric.create`` finds these three metrics. The replacements are classes. They take the arguments of
-    the classes that they replace, by position and by keyword, and the keyword arguments of this package's
+    ``CrossEntropy``, ``NegativeLogLikelihood``, ``Perplexity`` and ``Loss`` in `mxnet.metric`; and the names
+    by which ``mx.metric.create`` finds these metrics. The replacements are classes. They take the arguments
+    of the classes that they replace, by position and by keyword, and the keyword arguments of this package's
     classes. Code that runs later can make subclasses of them. An ``isinstance`` check against a replaced name
     is true for objects of the stock class, too.
 
     Parameters
     ----------
     **loss_options
-        Options of `StableSoftmaxCrossEntropyLoss`, as defaults for each loss that is made. `ignore_label` is
-        that of ``CrossEntropy`` and ``Perplexity``, too. Arguments that the script gives itself win over
-        them. A default is left out where the script's own arguments rule it out:
+        Options of `StableSoftmaxCrossEntropyLoss`, as defaults for each loss that is made. `ignore_label` and
+        ``invalid_label='clip'`` also apply to the metrics but ``Loss``. Arguments that the script gives
+        itself win over them. A default is left out where the script's own arguments rule it out:
         `ignore_label`, `invalid_label` and `kernel` with ``sparse_label=False``, and `lse_square_scale` and
         `kernel` with ``from_logits=True``.
 
@@ -70,8 +78,13 @@ def patch(**loss_options: Any) -> 'Patch':
     ``mx.metric.CrossEntropy(eps=...)`` is accepted with a warning, and the epsilon is ignored: the metric has
     none. It is only there as the attribute ``eps``, for subclasses with an ``update`` of their own.
 
+    The loss of float16 and bfloat16 logits has their dtype, as gluon's has. It is computed in float32, which
+    this package's class returns. Under AMP the loss is float32.
+
     A pickled replacement does not need a patch where it is read: there it is an object of this package's
-    class.
+    class. Objects of MXNet's own classes that were pickled without a patch become replacements where a patch
+    is active, and have the same state. Objects that were made before the patch stay MXNet's own, also in a
+    pickle.
 
     The names belong to the process, so a patch applies to all threads. Patch before other threads start, and
     undo it when they have ended. Processes that are forked are patched as well, and processes that are
@@ -87,7 +100,7 @@ def patch(**loss_options: Any) -> 'Patch':
     >>> loss_fn(logits, label).asnumpy().tolist()[1], patched.losses
     (0.0, 1)
     """
-    StableSoftmaxCrossEntropyLoss(**loss_options)  # raises what is to be raised
+    StableSoftmaxCrossEntropyLoss(**loss_options)  # raises the errors of its options
     return Patch(loss_options)
 
 
@@ -126,8 +139,10 @@ class Patch:
 
     Attributes
     ----------
+    made : collections.Counter
+        How many objects of each replaced name were made, of their subclasses included.
     losses, metrics : int
-        How many of the replacements were made, objects of their subclasses included.
+        How many of them are losses, and how many are metrics.
 
     Examples
     --------
@@ -140,13 +155,24 @@ class Patch:
     """
 
     def __init__(self, loss_options):
-        self.losses = self.metrics = 0
+        self.made: Counter = Counter()
         self._options = loss_options
+        # `run` sets these: a function that reports a difference, and the end of the error of invalid labels
+        self._notify: Callable[[str], None] = lambda message: None
+        self._label_hint = ''
         with _LOCK:
             self._changes = _changes(_replacements(self))
             for bind, name, _, after in self._changes:
                 bind(name, after)
             _ACTIVE.append(self)
+
+    @property
+    def losses(self):
+        return self.made['SoftmaxCrossEntropyLoss']
+
+    @property
+    def metrics(self):
+        return sum(self.made.values()) - self.losses
 
     def __enter__(self):
         return self
@@ -167,7 +193,7 @@ class Patch:
 
 
 def _changes(replacements):
-    """List what a patch binds, as (function that binds, name, value before, value after) each."""
+    """List the bindings of a patch: (function that binds, name, value before, value after) each."""
     registry = mx.registry._REGISTRY[mx.metric.EvalMetric]
     changes = [
         (functools.partial(setattr, module), name, getattr(module, name), replacements[_STOCK[name]])
@@ -186,7 +212,26 @@ def _changes(replacements):
         for name, function in vars(stock).items()
         if isinstance(function, types.FunctionType) and stock.__name__ in function.__code__.co_names
     ]
+    block, name = gluon.HybridBlock, '_call_cached_op'
+    before = getattr(block, name)
+    changes.append((functools.partial(setattr, block), name, before, traced_dtypes.known_to_graphs(before)))
+    changes += [
+        (
+            functools.partial(_set_or_delete, stock),
+            '__reduce_ex__',
+            vars(stock).get('__reduce_ex__'),
+            _reduce_stock,
+        )
+        for stock in replacements
+    ]
     return changes
+
+
+def _set_or_delete(kind, name, value):
+    if value is None:
+        delattr(kind, name)
+    else:
+        setattr(kind, name, value)
 
 
 def _with_global(function, name, value):
@@ -202,7 +247,7 @@ def _stock_of(kind):
 
 
 class _ReplacementType(abc.ABCMeta):
-    """Type of the replacements: what is an instance of the replaced class is an instance of the replacement.
+    """Type of the replacements: an instance of the replaced class is an instance of the replacement.
 
     An ABCMeta, so that subclasses may have abstract base classes beside the replacement.
     """
@@ -221,18 +266,40 @@ class _Replacement(metaclass=_ReplacementType):
     """Mixin of classes that a patch makes, and of which it counts the objects."""
 
     _patched: Any
+    _in_place_of: Any
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        made = 'losses' if isinstance(self, gluon.loss.Loss) else 'metrics'
         with _LOCK:
-            setattr(self._patched, made, getattr(self._patched, made) + 1)
+            self._patched.made[self._in_place_of.__name__] += 1
 
     # Pickles and copies do not depend on the class, which is gone after `unpatch`.
     def __reduce_ex__(self, protocol):
         reduced = super().__reduce_ex__(protocol)
         kind = type(self)
         return reduced if _stock_of(kind) is kind else (_new, (kind.__name__,), *reduced[2:])
+
+    def __setstate__(self, state):
+        """Take over a state, of the stock class if the object was pickled without a patch."""
+        is_loss = isinstance(self, gluon.loss.Loss)
+        if 'class_weight' in state if is_loss else 'sum_metric' not in state:  # it is this package's
+            getattr(super(), '__setstate__', self.__dict__.update)(state)
+            return
+        self.__dict__.update(type(self).__new__(type(self)).__dict__)  # which older protocols do not call
+        stock = self._in_place_of
+        replacement: Any = next(
+            kind for kind in type(self).__mro__ if vars(kind).get('_in_place_of') is stock
+        )
+        replacement.__init__(self, **_arguments_in(state, stock))
+        for name in state.keys() - self.__dict__.keys():  # sums, and attributes of a subclass
+            setattr(self, name, state[name])
+
+
+def _arguments_in(state, stock):
+    """Return the arguments that made an object of a stock class, from its attributes."""
+    names = [*inspect.signature(stock).parameters, 'prefix']
+    keys = {name: f'_{name}' if f'_{name}' in state else name for name in names}
+    return {name: state[key] for name, key in keys.items() if key in state and name != 'kwargs'}
 
 
 def _new(name):
@@ -243,41 +310,112 @@ def _new(name):
     return kind.__new__(kind)  # type: ignore[call-overload]
 
 
+def _new_stock(name):
+    return _STOCK[name].__new__(_STOCK[name])
+
+
+def _reduce_stock(stock_object, protocol):
+    """Reduce an object of a stock class for `pickle`, which does not find the class by its name."""
+    reduced = object.__reduce_ex__(stock_object, protocol)
+    kind = type(stock_object)
+    return (_new_stock, (kind.__name__,), *reduced[2:]) if kind in _STOCK.values() else reduced
+
+
 def _replacements(patched):
     """Make a class for each stock class, with its name and arguments, and this package's behaviour."""
-    default = patched._options.get('ignore_label')  # of CrossEntropy and Perplexity
 
     class SoftmaxCrossEntropyLoss(_Replacement, StableSoftmaxCrossEntropyLoss):
+        @_with_signature_of('SoftmaxCrossEntropyLoss')
         def __init__(self, *args, **kwargs):
-            super().__init__(*args, **_defaults(patched._options, args, kwargs), **kwargs)
+            super().__init__(*args, **_loss_defaults(patched._options, args, kwargs), **kwargs)
 
-    class CrossEntropy(_Replacement, StableCrossEntropy):
+        def forward(self, pred, label, sample_weight=None, *others):
+            loss = super().forward(pred, label, sample_weight, *others)
+            return loss if self._has_own_graph else _in_dtype_of(pred, loss)
+
+        def hybrid_forward(self, F, pred, label, sample_weight=None):
+            is_bfloat16 = traced_dtypes.dtype_of(pred) == 'bfloat16'  # which promotes to no other dtype
+            logits = array_api.amp_float32(pred) if is_bfloat16 else pred
+            return _in_dtype_of(pred, super().hybrid_forward(F, logits, label, sample_weight))
+
+        @property
+        def _has_own_graph(self):
+            return type(self).hybrid_forward is not SoftmaxCrossEntropyLoss.hybrid_forward
+
+        def _plan(self, pred, label, sample_weight):
+            call, inputs = super()._plan(pred, label, sample_weight)
+            if call.weight_layout and _stock_crosses(call, sample_weight.shape, pred.shape):
+                patched._notify(_CROSSED)
+            return call, inputs
+
+    class Metric(_Replacement, StableCrossEntropy):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **_metric_defaults(patched._options, kwargs), **kwargs)
+
+        def _value_of(self, sums):
+            try:
+                return super()._value_of(sums)
+            except ValueError as error:
+                if sums.invalid:
+                    raise ValueError(f'{error}{patched._label_hint}') from None
+                raise
+
+    class CrossEntropy(Metric):
+        @_with_signature_of('CrossEntropy')
         def __init__(self, eps=None, name='cross-entropy', output_names=None, label_names=None, **kwargs):
-            kwargs.setdefault('ignore_label', default)
             super().__init__(name=name, output_names=output_names, label_names=label_names, **kwargs)
-            self.eps = 1e-12 if eps is None else eps  # as that of mx.metric.CrossEntropy
-            if eps is not None:
-                warnings.warn(
-                    f'eps: {eps} is ignored, as StableCrossEntropy takes the place of mx.metric.CrossEntropy '
-                    'and adds no epsilon',
-                    stacklevel=2,
-                )
+            _ignore_eps(self, eps)
 
-    class Perplexity(_Replacement, StablePerplexity):
-        def __init__(self, ignore_label=None, *args, **kwargs):
-            super().__init__(default if ignore_label is None else ignore_label, *args, **kwargs)
+    class NegativeLogLikelihood(Metric):
+        @_with_signature_of('NegativeLogLikelihood')
+        def __init__(self, eps=None, name='nll-loss', output_names=None, label_names=None, **kwargs):
+            super().__init__(name=name, output_names=output_names, label_names=label_names, **kwargs)
+            _ignore_eps(self, eps)
+
+    class Perplexity(Metric, StablePerplexity):
+        @_with_signature_of('Perplexity')
+        def __init__(
+            self, ignore_label=None, axis=-1, name='perplexity', output_names=None, label_names=None, **kwargs
+        ):
+            names = {'name': name, 'output_names': output_names, 'label_names': label_names}
+            if ignore_label is not None:
+                kwargs['ignore_label'] = ignore_label
+            super().__init__(axis=axis, **names, **kwargs)
 
     class Loss(_Replacement, StableLoss):
-        pass
+        @_with_signature_of('Loss')
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
 
-    kinds: Any = (SoftmaxCrossEntropyLoss, CrossEntropy, Perplexity, Loss)
+    kinds: Any = (SoftmaxCrossEntropyLoss, CrossEntropy, NegativeLogLikelihood, Perplexity, Loss)
     for kind in kinds:
+        stock = _STOCK[kind.__name__]
         kind.__doc__ = PLACES[kind.__name__][1].__doc__
-        kind._in_place_of, kind._patched = _STOCK[kind.__name__], patched
+        kind.__module__, kind.__qualname__ = stock.__module__, stock.__qualname__  # by which it is pickled
+        kind._in_place_of, kind._patched = stock, patched
     return {kind._in_place_of: kind for kind in kinds}
 
 
-def _defaults(options, args, kwargs):
+def _with_signature_of(name):
+    """Return a decorator: `inspect` and `help` show the arguments of the stock class."""
+
+    def decorate(function):
+        function.__signature__ = inspect.signature(_STOCK[name].__init__)
+        return function
+
+    return decorate
+
+
+def _ignore_eps(metric, eps):
+    default = inspect.signature(metric._in_place_of).parameters['eps'].default
+    metric.eps = default if eps is None else eps  # for subclasses that read it
+    if metric.eps != default:
+        warnings.warn(
+            f'eps: {eps} is ignored, as {type(metric).__name__} adds no epsilon after patch()', stacklevel=3
+        )
+
+
+def _loss_defaults(options, args, kwargs):
     """Those of `options` that the arguments of a call leave open and do not rule out."""
     given = {**dict(zip(inspect.signature(StableSoftmaxCrossEntropyLoss).parameters, args)), **kwargs}
     left_out = set(given)
@@ -286,3 +424,28 @@ def _defaults(options, args, kwargs):
     if given.get('from_logits', False):
         left_out |= {'lse_square_scale', 'kernel'}
     return {name: value for name, value in options.items() if name not in left_out}
+
+
+def _metric_defaults(options, given):
+    """Those of `options` that metrics have, and that the keyword arguments of a call do not rule out."""
+    if not given.get('sparse_label', True):
+        return {}
+    is_default = {
+        'ignore_label': 'ignore_label' in options,
+        'invalid_label': options.get('invalid_label') in METRIC_INVALID_LABELS,
+    }
+    return {name: options[name] for name, known in is_default.items() if known and name not in given}
+
+
+def _in_dtype_of(pred, loss):
+    """Return the loss in the dtype of half precision logits, as gluon does; under AMP, gluon's is float32."""
+    dtype = traced_dtypes.dtype_of(pred)
+    if dtype is None or dtype not in ('float16', 'bfloat16') or array_api.is_amp_on():
+        return loss
+    return array_api.as_dtype(loss, dtype)
+
+
+def _stock_crosses(call, weight_shape, shape):
+    """Whether gluon multiplies the losses of all samples by the weights of all: (N, 1) * (N,) is (N, N)."""
+    last = 1 if call.options.axis % len(shape) == len(shape) - 1 else shape[-1]
+    return len(weight_shape) == 1 and shape[0] > 1 and last in (1, shape[0])

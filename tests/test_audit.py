@@ -1,6 +1,7 @@
 """The audit: against mpmath, against the real mx.metric classes, in every layout and chunk size."""
 
 import math
+import re
 import tracemalloc
 
 import mpmath
@@ -67,6 +68,15 @@ def test_nll_is_exact_for_probabilities_near_0_and_near_1(pred, label, pred_type
     ([1.0, 0.0], 0, 'probs', 0.0),
     ([nan, 0.5], 0, 'probs', nan),
     ([-0.5, 1.5], 0, 'probs', nan),
+    ([-0.5, 1.5], 1, 'probs', nan),
+    ([3.0, 1.0], 0, 'probs', nan),
+    ([1.0009, 0.0], 0, 'probs', 0.0),
+    ([1.0011, 0.0], 0, 'probs', nan),
+    ([inf, 0.0], 0, 'probs', nan),
+    ([0.0009, -9.0], 0, 'log_probs', 0.0),
+    ([0.0011, -9.0], 0, 'log_probs', nan),
+    ([3.0, -1.0], 0, 'log_probs', nan),
+    ([nan, -1.0], 0, 'log_probs', nan),
     ([0.0, 1.0000001], 1, 'probs', 0.0),
     ([-inf, 0.0], 0, 'log_probs', inf),
     ([-inf, 0.0], 0, 'logits', inf),
@@ -162,6 +172,42 @@ def test_relative_error(stock, exact, error):
     fields = {name: getattr(found, name) for name in found.__dataclass_fields__}
     found = Audit(**{**fields, 'nll': exact, 'stock_cross_entropy': stock})
     assert_close(found.error, error, FLOAT64)
+    assert ('too low' in found.verdict, 'too high' in found.verdict) == (stock < exact, stock > exact)
+
+
+@pytest.mark.parametrize('shape', [(40, 5), (8, 5, 5)], ids=str)
+@pytest.mark.parametrize('said', ['probs', 'logits', 'log_probs'])
+@pytest.mark.parametrize('given', ['probs', 'logits', 'log_probs'])
+def test_hints_name_what_the_predictions_look_like(given, said, shape):
+    z = np.random.RandomState(4).randn(*shape) * 4
+    log_p = z - np.log(np.exp(z).sum(-1, keepdims=True))
+    pred = {'probs': np.exp(log_p), 'logits': z, 'log_probs': log_p}[given]
+    found = audit(pred, labels_for(shape[:-1], 5), pred_type=said)
+    is_right = given == said or (given, said) == ('log_probs', 'logits')  # which are logits, too
+    assert [hint.split()[-1] for hint in found.hints] == ([] if is_right else [given])
+    if given == 'logits' and said == 'probs':
+        most = pred.argmax(axis=-1)  # labels with possible values beside impossible ones
+        assert audit(pred / 10, most, pred_type=said).hints == found.hints
+    if not is_right and said != 'logits':
+        assert found.nan > 0
+        assert math.isnan(found.nll)
+
+
+def test_no_hint_for_ignored_predictions_and_for_probabilities_that_do_not_sum_to_1():
+    pred, label = np.array([[0.5, 0.2], [9.0, -9.0], [0.9, 0.9]]), np.array([0, -1, 1])
+    assert audit(pred, label, ignore_label=-1).hints == ()
+
+
+@pytest.mark.parametrize(('labels', 'hint'), [
+    ([1, 2, 3, 3], r'^50\.000% of the labels are invalid: .*Shifted by one\?$'),
+    ([0, -1, -1, -1], r'^75\.000% of the labels are invalid: .*--ignore-label -1$'),
+    ([0, 1, 7, 0], r'^25\.000% of the labels are invalid$'),
+    ([0, 1, nan, 0], r'^25\.000% of the labels are invalid$'),
+], ids=['shifted', 'padding', 'other', 'NaN'])  # fmt: skip
+def test_hints_give_the_share_of_invalid_labels(labels, hint):
+    found = audit(distributions(4, 3), np.array(labels))
+    assert re.search(hint, found.hints[0])
+    assert found.table().splitlines()[0] == found.hints[0]
 
 
 def test_bad_rows_counts_rows_that_do_not_sum_to_1():
@@ -366,9 +412,11 @@ def test_a_memory_map_of_100_mb_needs_less_than_60_mb(tmp_path, pred_type, axis)
         r'shape \(4,\) .* their argmax over axis 0',
     ),
     ({'label': np.zeros(3)}, ValueError, r'label: expected shape \(4,\)'),
-    ({'label': np.array(list('abcd'))}, TypeError, 'label: expected integers or floats, got <U1'),
-    ({'label': np.array([None] * 4)}, TypeError, 'label: expected integers or floats, got object'),
-    ({'label': np.zeros(4, bool)}, TypeError, 'label: expected integers or floats, got bool'),
+    ({'label': np.array(list('abcd'))}, TypeError, 'label: expected integers, floats or bools, got <U1'),
+    ({'label': np.array([None] * 4)}, TypeError, 'label: expected integers, floats or bools, got object'),
+    ({'pred': np.zeros(4, int), 'label': np.full((4, 2), 0.5)}, TypeError, r'^pred: .*int64; swapped\?'),
+    ({'pred': np.zeros(4), 'label': np.full((4, 2), 0.5)}, ValueError, r'^pred: .*; swapped\?'),
+    ({'pred': np.zeros((4, 1)), 'label': np.full((4, 2), 0.5)}, ValueError, r'^label: .*; swapped\?'),
     (
         {'pred': np.ones((4, 2049)), 'label': np.zeros(4, 'float16')}, TypeError,
         'label: expected a dtype that can name 2049 classes, got float16',
@@ -394,6 +442,11 @@ def test_one_hot_error_names_no_option_of_the_loss():
     with pytest.raises(ValueError, match='one-hot') as caught:
         audit(np.full((4, 2), 0.5), np.eye(4, 2))
     assert 'sparse_label' not in str(caught.value)
+
+
+def test_bool_labels_are_the_classes_0_and_1():
+    pred, label = distributions(20, 2), labels_for(20, 2)
+    assert same(audit(pred, label.astype(bool)), audit(pred, label))
 
 
 def test_a_single_class_with_a_kept_axis_is_no_one_hot_label():

@@ -1,46 +1,72 @@
 """The command run: scripts that know nothing of this package do what they did, with its loss and metrics."""
 
+import atexit
 import logging
 import os
+import py_compile
 import re
 import runpy
 import subprocess
 import sys
+import threading
+import zipfile
+from multiprocessing import spawn
 
+import mxnet as mx
 import pytest
 import tolerances
 from tolerances import assert_close
 
+from gluon_stable_ce import unpatch
 from gluon_stable_ce.__main__ import main
+from gluon_stable_ce.commands import run as command_module
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(HERE)
 SCRIPTS = os.path.join(HERE, 'scripts')
+NOTEBOOK = os.path.join(ROOT, 'docs', 'notebooks', '1_the_epsilon.ipynb')
 SCRIPT_NAMES = ['bucketing.py', 'segmentation.py', 'seq2seq.py']
 
 
-def run_in_new_process(*args, folder=None):
-    """Run the command as a user does. Return what it printed on stdout and stderr."""
-    command = [sys.executable, '-W', 'ignore::DeprecationWarning', '-m', 'gluon_stable_ce', 'run', *args]
-    env = dict(os.environ, PYTHONPATH=os.path.dirname(HERE))
-    done = subprocess.run(
-        command, env=env, cwd=folder, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout, done.stderr
+RUN = ['-m', 'gluon_stable_ce', 'run']
+
+
+def in_new_process(*args, path=ROOT, **kwargs):
+    """Run Python as a user does. Return its exit code, and what it printed on stdout and stderr."""
+    command = [sys.executable, '-W', 'ignore', *args]
+    env = dict(os.environ, PYTHONPATH=path)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, **kwargs)
+    return done.returncode, done.stdout, done.stderr
 
 
 @pytest.fixture
-def run(capfd):
+def run(capfd, monkeypatch):
     """Run the command in this process. Return its exit code, and what it printed on stdout and stderr."""
+    at_exit = []
+    monkeypatch.setattr(atexit, 'register', lambda *call: at_exit.append(call))
+    monkeypatch.setattr(spawn, 'get_preparation_data', spawn.get_preparation_data)
+    monkeypatch.setattr(sys, 'argv', sys.argv)
+    monkeypatch.setattr(sys, 'path', sys.path[:])
+    for name in ('__main__', '__mp_main__'):
+        monkeypatch.setitem(sys.modules, name, sys.modules[name])
+    for name in command_module.NOT_REPLACED:
+        for module in (mx.nd, mx.sym):
+            monkeypatch.setattr(module, name, getattr(module, name, None), raising=False)
 
     def run(*args):
         try:
             code = main(['run', *args])
         except SystemExit as error:
             code = error.code
+        for function, *arguments in at_exit:
+            function(*arguments)
+            unpatch()
+        at_exit.clear()
         return (code, *capfd.readouterr())
 
-    return run
+    yield run
+    if at_exit:
+        unpatch()
 
 
 @pytest.fixture
@@ -100,9 +126,7 @@ print(type(mx.gluon.loss.SoftmaxCELoss()).__mro__[2].__name__)
 def test_the_script_gets_its_arguments_and_path(run, write, tmp_path):
     script = write(SAY)
     args = ['--ignore-label', '7', '-m', '--l', '--help', '--', 'last', '--version', '-1']
-    before = sys.argv, sys.path[:]
     code, out, err = run('--ignore-label', '-1', script, *args)
-    assert (sys.argv, sys.path) == before
     assert code == 0
     assert out.splitlines() == [
         str([script, *args]),
@@ -113,75 +137,238 @@ def test_the_script_gets_its_arguments_and_path(run, write, tmp_path):
     first, last = [line for line in err.splitlines() if line.startswith('gluon_stable_ce: ')]
     assert 'mxnet.gluon.loss.SoftmaxCELoss' in first
     assert "{'ignore_label': -1}" in first
-    assert last == 'gluon_stable_ce: 1 loss and 0 metrics were replaced'
+    assert '1 loss and 0 metrics were replaced' in last
+
+
+# What `python script.py` does, `run script.py` does: each of these prints the same in both.
+SAME = {
+    'names': """
+import os, sys
+path = __file__ if sys.version_info >= (3, 9) else os.path.abspath(__file__)
+print(__name__, path, __spec__, __package__, sys.argv, sys.path[0])
+main = sys.modules['__main__']
+print(type(__builtins__), __doc__, main.__dict__ is globals(), main.__file__, sys.modules.get('__mp_main__', main) is main)
+""",
+    'exit code': 'import sys; sys.exit(3)',
+    'exit message': "import sys; sys.exit('gone')",
+    'exit without code': 'raise SystemExit',
+    'exception': "raise KeyError('gone')",
+    'syntax error': 'def',
+    'no exit': 'import os; os._exit(4)',
+    'interrupt': 'import os, signal; os.kill(os.getpid(), signal.SIGINT); import time; time.sleep(9)',
+    'terminated': 'import os, signal; os.kill(os.getpid(), signal.SIGTERM); import time; time.sleep(9)',
+    'hook': "import sys; sys.excepthook = lambda *_: print('hook'); raise KeyError",
+    'at exit': "import atexit; atexit.register(print, 'end'); print('start')",
+    'open executor': """
+import mxnet
+from concurrent.futures import ThreadPoolExecutor
+executor = ThreadPoolExecutor(2)
+executor.submit(print, 'work')
+""",
+    'thread of a thread': """
+import threading, time
+def inner():
+    time.sleep(0.3)
+    print('inner')
+threading.Thread(target=lambda: threading.Thread(target=inner).start()).start()
+""",
+    'daemon': 'import threading, time; threading.Thread(target=time.sleep, args=(99,), daemon=True).start()',
+    'fork': """
+import os, sys
+pid = os.fork()
+if not pid:
+    sys.exit(print('child'))
+print(os.waitpid(pid, 0)[1])
+""",
+    'pools': """
+import multiprocessing
+class Result:
+    def __init__(self, value):
+        self.value = value
+def work(value):
+    return Result(value + 1)
+if __name__ == '__main__':
+    for method in multiprocessing.get_all_start_methods():
+        with multiprocessing.get_context(method).Pool(1) as pool:
+            print(method, [result.value for result in pool.map(work, [1, 2])])
+""",
+    'pickle': 'import pickle\nclass A: pass\nprint(type(pickle.loads(pickle.dumps(A()))) is A)',
+    'annotations': 'x: int = 1\nprint(__annotations__)',
+    'encoding': '# coding: latin-1\nprint(ascii("\xe4"))',
+}
 
 
 @pytest.mark.slow
-def test_a_module_runs_from_the_current_folder(write, tmp_path):
-    write('', 'package/__init__.py')
-    write(SAY, 'package/job.py')
-    out, _ = run_in_new_process('--label-smoothing', '0.1', '-m', 'package.job', '-m', 'x', folder=tmp_path)
-    assert out.splitlines() == [
-        str([str(tmp_path / 'package' / 'job.py'), '-m', 'x']),
-        str(tmp_path),
-        '__main__ job.py True',
-        'StableSoftmaxCrossEntropyLoss',
-    ]
+@pytest.mark.parametrize('name', SAME)
+def test_what_python_does(name, tmp_path):
+    (tmp_path / 'script.py').write_text(SAME[name], encoding='latin-1')
+    expected, got = (in_new_process(*command, 'script.py', 'a', '-b', cwd=tmp_path) for command in ([], RUN))
+    assert got[:2] == expected[:2]
+    assert got[2].count('were replaced') == ('_exit' not in SAME[name] and name != 'terminated')
+    last_line = expected[2].splitlines()[-1:]
+    assert set(last_line) <= set(got[2].splitlines())
 
 
-@pytest.mark.parametrize('dashes', [[], ['--']], ids=['plain', '--'])
-def test_a_folder_and_its_modules(run, write, tmp_path, dashes, monkeypatch):
-    monkeypatch.delitem(sys.modules, 'sibling', raising=False)
-    write('from sibling import x\nprint(x)', 'app/__main__.py')
-    write('x = 5', 'app/sibling.py')
-    assert run(*dashes, str(tmp_path / 'app'))[:2] == (0, '5\n')
+KINDS = {
+    'pipe': '/dev/stdin',
+    'FIFO': 'fifo',
+    'folder': 'folder',
+    'zip file': 'app.zip',
+    'bytecode': 'script.pyc',
+    'link': 'link',
+    'module': ('-m', 'folder.job'),
+    'package': ('-m', 'folder'),
+    'no module': ('-m', 'nothing'),
+    'empty folder': 'empty',
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', KINDS)
+def test_what_python_runs(kind, tmp_path):
+    """Python itself is given the same path, file or module."""
+    code = 'import os, sys; print(__name__, *map(os.path.abspath, [__file__, *sys.argv, sys.path[0]]))'
+    for name in ('empty', 'folder'):
+        (tmp_path / name).mkdir()
+    for name in ('folder/__main__.py', 'folder/job.py', 'script.py'):
+        (tmp_path / name).write_text(code)
+    (tmp_path / 'link').symlink_to('folder/job.py')
+    py_compile.compile(str(tmp_path / 'script.py'), str(tmp_path / 'script.pyc'))
+    with zipfile.ZipFile(tmp_path / 'app.zip', 'w') as archive:
+        archive.write(tmp_path / 'script.py', '__main__.py')
+    os.mkfifo(tmp_path / 'fifo')
+    script = KINDS[kind] if isinstance(KINDS[kind], tuple) else (KINDS[kind],)
+
+    def run(*command):
+        if kind == 'FIFO':
+            threading.Thread(target=(tmp_path / 'fifo').write_text, args=(code,)).start()
+        return in_new_process(*command, *script, 'x', cwd=tmp_path, input=code if kind == 'pipe' else None)
+
+    expected, got = run(), run(*RUN)
+    folder_of_process = re.compile(r'/proc/\w+')
+    assert got[0] == expected[0]
+    assert folder_of_process.sub('', got[1]) == folder_of_process.sub('', expected[1])
+    assert not expected[2] or expected[2].splitlines()[-1] in got[2]
+
+
+SPAWNED = """
+import multiprocessing, os, sys
+import mxnet as mx
+def work(_):
+    return mx.gluon.loss.SoftmaxCELoss()._options.ignore_label
+if __name__ == '__main__':
+    os.chdir(sys.argv[1])
+    for method in ('spawn', 'forkserver', 'fork'):
+        with multiprocessing.get_context(method).Pool(1) as pool:
+            print(pool.map(work, [0]))
+"""
+
+
+@pytest.mark.slow
+def test_processes_of_the_script_are_patched(write, tmp_path):
+    """Also where the package is in the folder that the command was called in, and the script leaves it."""
+    command = [*RUN, '--ignore-label', '-7', write(SPAWNED), str(tmp_path)]
+    code, out, _ = in_new_process(*command, cwd=ROOT, path='')
+    assert (code, out) == (0, '[-7]\n' * 3)
+
+
+@pytest.mark.slow
+def test_threads_and_exit_handlers_of_the_script_are_patched_and_counted(write):
+    script = """
+import atexit, threading, time
+import mxnet as mx
+def work():
+    time.sleep(0.3)
+    mx.metric.Loss()
+threading.Thread(target=lambda: threading.Thread(target=work).start()).start()
+atexit.register(mx.metric.CrossEntropy)
+"""
+    _, _, err = in_new_process(*RUN, write(script))
+    assert re.search('0 losses and 2 metrics were replaced: Loss 1, CrossEntropy 1', err)
+
+
+def test_report(run, write):
+    script = """
+import mxnet as mx
+class Mine(mx.metric.Loss): pass
+mx.gluon.loss.SoftmaxCELoss(), mx.gluon.loss.SoftmaxCrossEntropyLoss(), Mine(), mx.metric.create('nll_loss')
+mx.sym.SoftmaxOutput(mx.sym.var('x'))
+mx.nd.SoftmaxOutput(mx.nd.ones((1, 2)), mx.nd.ones(1))
+"""
+    _, _, err = run('--kernel', 'stock', '--ignore-label', '-1', write(script))
+    assert 'kernel: stock' in err
+    assert 'SoftmaxCrossEntropyLoss 2, Loss 1, NegativeLogLikelihood 1' in err
+    assert 'SoftmaxOutput 2' in err
+    assert 'mxnet.metric.Loss averages' in err  # the zeros of ignored samples
+
+
+CLIPPED = """
+import sys
+import mxnet as mx
+for metric in (mx.metric.create('ce'), mx.metric.create('nll_loss'), mx.metric.Perplexity(None)):
+    metric.update([mx.nd.array([0, -1])], [mx.nd.array([[0.5, 0.5], [0.25, 0.75]])])
+    try:
+        print(round(metric.get()[1], 2))
+    except ValueError as error:
+        print('invalid')
+        print(error, file=sys.stderr)
+"""
 
 
 @pytest.mark.parametrize(
-    ('end', 'code'), [('sys.exit(3)', 3), ('sys.exit()', None), ("sys.exit('gone')", 'gone')]
+    ('options', 'values', 'told'),
+    [
+        ([], ['invalid'] * 3, 3),
+        (['--ignore-label', '-1'], ['0.69', '0.69', '2.0'], 0),
+        (['--invalid-label', 'clip'], ['1.04', '1.04', '2.83'], 0),
+    ],
+    ids=['default', 'ignored', 'clipped'],
 )
-def test_exit_codes_pass_through(run, write, end, code):
-    got, _, err = run(write(f'import sys, mxnet as mx\nmx.metric.Loss()\n{end}\n'))
-    assert got == code
-    assert err.endswith('gluon_stable_ce: 0 losses and 1 metric were replaced\n')
+def test_labels_outside_the_classes_in_metrics(run, write, options, values, told):
+    _, out, err = run(*options, write(CLIPPED))
+    assert out.split() == values
+    assert err.count('--ignore-label -1') == told
 
 
-def test_an_exception_passes_through(run, write):
-    with pytest.raises(KeyError, match='gone'):
-        run(write("raise KeyError('gone')"))
-
-
-@pytest.mark.parametrize('end', ['', 'raise SystemExit'])
-def test_threads_of_the_script_end_before_the_names_are_restored(run, write, end):
-    script = """
-import threading, time
+CROSSED = """
 import mxnet as mx
-def work():
-    time.sleep(0.1)
-    print(mx.metric.Loss().name, type(mx.metric.Loss()).__mro__[2].__name__)
-threading.Thread(target=work).start()
+loss_fn = mx.gluon.loss.SoftmaxCELoss()
+for _ in range(2):
+    loss_fn(mx.nd.ones({shape}), mx.nd.ones({label}), mx.nd.ones({weight}))
 """
-    _, out, err = run(write(script + end))
-    assert out == 'loss StableLoss\n'
-    assert '0 losses and 2 metrics' in err
 
 
-@pytest.mark.slow
-def test_a_script_that_forks_is_reported_once(write):
-    script = 'import os, sys\npid = os.fork()\nif not pid:\n    sys.exit()\nos.waitpid(pid, 0)\n'
-    assert run_in_new_process(write(script))[1].count('were replaced') == 1
+@pytest.mark.parametrize(
+    ('shape', 'label', 'weight', 'told'),
+    [
+        ((4, 3), (4,), (4,), 1),
+        ((4, 3), (4,), (4, 1), 0),
+        ((1, 3), (1,), (1,), 0),
+        ((4, 4, 3), (4, 4), (4,), 1),
+    ],
+    ids=['crossed', 'keepdims', 'one sample', '3-D'],
+)
+def test_tells_once_where_gluon_multiplies_samples_by_the_weights_of_others(
+    run, write, shape, label, weight, told
+):
+    _, _, err = run(write(CROSSED.format(shape=shape, label=label, weight=weight)))
+    assert err.count('sample_weight') == told
 
 
 @pytest.mark.parametrize(('args', 'message'), [
     (['no-such-file.py'], "script: expected a file, got 'no-such-file.py'"),
     (['--label-smoothing', '2', __file__], 'label_smoothing: expected a number from 0 to 1, got 2'),
     ([], 'the following arguments are required: script'),
-    (['--ignore', '1', __file__], 'error:'),
-], ids=['file', 'option', 'nothing', 'abbreviation'])  # fmt: skip
+    (['--ignore', '1', __file__], 'unrecognized arguments: --ignore'),
+    (['--kernel', 'fast', __file__], "kernel: expected one of 'auto', 'stock', 'fused', got 'fast'"),
+    ([NOTEBOOK], 'jupyter nbconvert --to script'),
+], ids=['file', 'option', 'nothing', 'abbreviation', 'kernel', 'notebook'])  # fmt: skip
 def test_refuses(run, args, message):
     code, out, err = run(*args)
     assert (code, out) == (2, '')
     assert message in err
+    assert 'usage: ' in err.splitlines()[0]
+    assert 'gluon_stable_ce run' in err.splitlines()[0]
 
 
 LOSSES = """

@@ -4,7 +4,7 @@ import mxnet as mx
 import numpy as np
 import pytest
 from mxnet import autograd, gluon
-from tolerances import NLL, assert_close
+from tolerances import NLL, TRAINED, assert_close
 
 from gluon_stable_ce import StableSoftmaxCELoss
 
@@ -82,6 +82,108 @@ def test_softmax_output_smooth_alpha(batch):
     )
     assert_close(ours, theirs, NLL)
     assert np.abs(other - theirs).max() > 1e-3
+
+
+@pytest.mark.parametrize('normalization', ['null', 'batch', 'valid'])
+def test_softmax_output_preserve_shape(normalization, batch):
+    pred, label, count = batch
+    x = pred.transpose((0, 2, 1))
+    options = {'preserve_shape': True, 'use_ignore': True, 'ignore_label': -1, 'normalization': normalization}
+    theirs = gradient(lambda x: nd.SoftmaxOutput(x, label, **options), x)
+    step = {'null': 1, 'batch': label.size, 'valid': count}[normalization]
+    assert_close(gradient_of_loss(x, label, scale=1 / step, ignore_label=-1, reduction='sum'), theirs, NLL)
+
+
+def test_softmax_output_grad_scale(batch):
+    pred, label, _ = batch
+    x, y = flat(pred), nd.maximum(label, 0).reshape((-1,))
+    theirs = gradient(lambda x: nd.SoftmaxOutput(x, y, grad_scale=3), x)
+    assert_close(gradient_of_loss(x, y, weight=3, reduction='sum'), theirs, NLL)
+
+
+BATCH, STEPS, FEATURES = 4, 6, 3
+
+
+@pytest.fixture
+def data(rng):
+    label = rng.randint(-1, C, (3 * BATCH, STEPS)).astype('float32')
+    return mx.io.NDArrayIter(rng.normal(0, 1, (3 * BATCH, STEPS, FEATURES)), label, BATCH)
+
+
+WEIGHT = np.linspace(-1, 1, C * FEATURES).reshape(C, FEATURES)
+
+
+def train_module(data, output):
+    """Train a Module with an output of logits (batch, C) and labels (batch,); return its weights."""
+    logits = mx.sym.FullyConnected(
+        mx.sym.var('data'), num_hidden=C, flatten=False, no_bias=True, name='dense'
+    )
+    module = mx.mod.Module(output(logits, mx.sym.var('softmax_label')))
+    module.bind(data.provide_data, data.provide_label)
+    module.init_params(arg_params={'dense_weight': nd.array(WEIGHT)})
+    module.init_optimizer(optimizer_params={'learning_rate': 0.5})
+    data.reset()
+    for batch in data:
+        module.forward_backward(batch)
+        module.update()
+    return module.get_params()[0]['dense_weight'].asnumpy()
+
+
+def train_gluon(data, step):
+    net = gluon.nn.Dense(C, flatten=False, use_bias=False, in_units=FEATURES)
+    net.initialize()
+    net.weight.set_data(nd.array(WEIGHT))
+    trainer = gluon.Trainer(net.collect_params(), 'sgd', {'learning_rate': 0.5}, kvstore=None)
+    loss_fn = StableSoftmaxCELoss(ignore_label=-1, reduction='sum')
+    data.reset()
+    for batch in data:
+        (x,), (y,) = batch.data, batch.label
+        with autograd.record():
+            loss = loss_fn(net(x), y)
+        loss.backward()
+        trainer.step(step(max(1, loss_fn.valid_count(y))))
+    return net.weight.data().asnumpy()
+
+
+def softmax_output(normalization):
+    options = {'use_ignore': True, 'ignore_label': -1, 'preserve_shape': True}
+    return lambda x, y: mx.sym.SoftmaxOutput(x, y, normalization=normalization, name='softmax', **options)
+
+
+@pytest.mark.parametrize(
+    ('normalization', 'step'),
+    [
+        ('null', lambda n: BATCH),
+        ('batch', lambda n: BATCH * BATCH * STEPS),
+        ('valid', lambda n: n * BATCH),
+    ],
+    ids=['null', 'batch', 'valid'],
+)
+def test_softmax_output_in_a_module(normalization, step, data):
+    """Module's optimizer divides by the batch size, too."""
+    theirs = train_module(data, softmax_output(normalization))
+    assert_close(train_gluon(data, step), theirs, TRAINED)
+    assert np.abs(train_gluon(data, lambda n: step(n) / BATCH) - theirs).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ('normalization', 'reduction', 'grad_scale'),
+    [('null', 'sum', 1), ('valid', 'valid', 1 / BATCH)],
+    ids=['null', 'valid'],
+)
+def test_make_loss_in_a_module(normalization, reduction, grad_scale, data):
+    loss_fn = StableSoftmaxCELoss(ignore_label=-1, reduction=reduction)
+    ours = train_module(data, lambda x, y: mx.sym.MakeLoss(loss_fn(x, y), grad_scale=grad_scale))
+    assert_close(ours, train_module(data, softmax_output(normalization)), TRAINED)
+
+
+def test_sample_weight_of_one_axis(batch, rng):
+    """Gluon multiplies (N, 1) by (N,), and takes the mean of (N, N)."""
+    pred, label, _ = batch
+    x, y, weight = flat(pred), nd.maximum(label, 0).reshape((-1,)), nd.array(rng.uniform(1, 2, 24))
+    ours, theirs = StableSoftmaxCELoss(), gluon.loss.SoftmaxCELoss()
+    assert_close(ours(x, y, weight).asnumpy(), theirs(x, y, weight.expand_dims(1)).asnumpy(), NLL)
+    assert_close(theirs(x, y, weight).asnumpy(), (ours(x, y) * weight.mean()).asnumpy(), NLL)
 
 
 @pytest.mark.parametrize('weighted', [False, True])

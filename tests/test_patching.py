@@ -4,6 +4,7 @@ import abc
 import contextlib
 import copy
 import gc
+import inspect
 import pickle
 import re
 import threading
@@ -12,15 +13,17 @@ import weakref
 import mxnet as mx
 import numpy as np
 import pytest
+from modes import VERSION
 from mxnet import autograd, gluon
 from mxnet.gluon.loss import SoftmaxCELoss as ImportedBefore
-from tolerances import FLOAT64, NLL, ROUNDED_FLOAT32, assert_close
+from tolerances import FLOAT64, HALF_SUM, NLL, ROUNDED_FLOAT32, assert_close
 
 from gluon_stable_ce import (
     StableCrossEntropy,
     StableLoss,
     StablePerplexity,
     StableSoftmaxCrossEntropyLoss,
+    array_api,
     patch,
     unpatch,
 )
@@ -29,13 +32,21 @@ STOCK = {
     'SoftmaxCrossEntropyLoss': gluon.loss.SoftmaxCrossEntropyLoss,
     'SoftmaxCELoss': gluon.loss.SoftmaxCELoss,
     'CrossEntropy': mx.metric.CrossEntropy,
+    'NegativeLogLikelihood': mx.metric.NegativeLogLikelihood,
     'Perplexity': mx.metric.Perplexity,
     'Loss': mx.metric.Loss,
 }
-METRICS = {'CrossEntropy': StableCrossEntropy, 'Perplexity': StablePerplexity, 'Loss': StableLoss}
+METRICS = {
+    'CrossEntropy': StableCrossEntropy,
+    'NegativeLogLikelihood': StableCrossEntropy,
+    'Perplexity': StablePerplexity,
+    'Loss': StableLoss,
+}
 REGISTERED = {
     'ce': 'CrossEntropy',
     'crossentropy': 'CrossEntropy',
+    'nll_loss': 'NegativeLogLikelihood',
+    'negativeloglikelihood': 'NegativeLogLikelihood',
     'perplexity': 'Perplexity',
     'loss': 'Loss',
 }
@@ -98,10 +109,23 @@ def test_replaces_the_metrics_that_create_finds_by_name(patched, name):
     assert type(metric) is getattr(mx.metric, REGISTERED[name])
 
 
-def test_a_patched_metric_has_no_floor(patched):
-    metric = mx.metric.create('ce')
+@pytest.mark.parametrize(('name', 'shown'), [('ce', 'cross-entropy'), ('nll_loss', 'nll-loss')])
+def test_a_patched_metric_has_no_floor(patched, name, shown):
+    metric = mx.metric.create(name)
     metric.update([mx.nd.array([0])], [mx.nd.array([[1e-43, 1]])])
-    assert metric.get() == ('cross-entropy', ROUNDED_FLOAT32.approx(-np.log(np.float32(1e-43))))
+    assert metric.get() == (shown, ROUNDED_FLOAT32.approx(-np.log(np.float32(1e-43))))
+
+
+@pytest.mark.parametrize('name', STOCK)
+def test_inspect_shows_the_stock_arguments(patched, name):
+    kind = getattr(gluon.loss if 'Softmax' in name else mx.metric, name)
+
+    class Subclass(kind):
+        def __init__(self, other):
+            super().__init__()
+
+    assert inspect.signature(kind) == inspect.signature(STOCK[name])
+    assert list(inspect.signature(Subclass).parameters) == ['other']
 
 
 def test_metric_configuration_makes_the_metric_again(patched):
@@ -182,6 +206,105 @@ def test_a_patch_that_is_undone_is_not_kept():
     assert reference() is None
 
 
+# Half precision
+
+
+BFLOAT16 = np.dtype([('bfloat16', np.uint16)])
+HALF = [
+    'float16',
+    pytest.param(
+        BFLOAT16, marks=pytest.mark.skipif(VERSION < (1, 8), reason="gluon's loss takes bfloat16 since 1.8")
+    ),
+]
+
+
+def cast(array, dtype):
+    return mx.nd.amp_cast(array, dtype=dtype) if dtype is BFLOAT16 else array.astype(dtype)
+
+
+def objective(F, loss, pred, mask):
+    return loss * mask + 0.1 * F.mean(F.square(pred), axis=0, exclude=True)
+
+
+class Nested(gluon.HybridBlock):
+    def __init__(self):
+        super().__init__()
+        self.loss_fn = gluon.loss.SoftmaxCELoss()
+
+    def hybrid_forward(self, F, pred, label, mask):
+        return objective(F, self.loss_fn(pred, label), pred, mask)
+
+
+def subclass():
+    class Objective(gluon.loss.SoftmaxCELoss):
+        def hybrid_forward(self, F, pred, label, mask):
+            return objective(F, super().hybrid_forward(F, pred, label), pred, mask)
+
+    return Objective()
+
+
+def eager():
+    loss_fn = gluon.loss.SoftmaxCELoss()
+    return lambda pred, label, mask: objective(mx.nd, loss_fn(pred, label), pred, mask)
+
+
+def hybridized(make):
+    def make_hybridized():
+        block = make()
+        block.hybridize()
+        return block
+
+    return make_hybridized
+
+
+@pytest.mark.parametrize('shape', [(4, 5), (4, 3, 5)], ids=str)
+@pytest.mark.parametrize('dtype', HALF, ids=['float16', 'bfloat16'])
+@pytest.mark.parametrize(
+    'make',
+    [eager, subclass, hybridized(subclass), Nested, hybridized(Nested)],
+    ids=['eager', 'subclass', 'hybridized subclass', 'nested', 'hybridized nested'],
+)
+def test_loss_has_the_dtype_that_gluons_has(rng, make, dtype, shape):
+    pred, mask = cast(mx.nd.array(rng.normal(0, 3, shape)), dtype), cast(mx.nd.array([1, 0, 2, 1]), dtype)
+    label = mx.nd.array(rng.randint(0, 5, shape[:-1]))
+    exact = [pred.astype('float32'), label, mask.astype('float32')]
+    expected, stock = make()(*exact), make()(pred, label, mask)
+    with patch():
+        ours = make()
+        loss = ours(pred, label, mask)
+        assert array_api.dtype_name(loss) == array_api.dtype_name(stock) != 'float32'
+        assert_close(loss.astype('float32').asnumpy(), expected.asnumpy(), HALF_SUM)
+        assert_close(ours(*exact).asnumpy(), expected.asnumpy(), NLL)
+        assert array_api.dtype_name(ours(pred, label, mask)) == array_api.dtype_name(loss)
+
+
+def test_dtype_of_a_net_that_is_cast_after_its_first_use(patched):
+    class Scaled(Nested):
+        def __init__(self):
+            super().__init__()
+            self.scale = self.params.get('scale', shape=(1, 5), init='ones')
+
+        def hybrid_forward(self, F, pred, label, mask, scale):
+            return super().hybrid_forward(F, F.broadcast_mul(pred, scale), label, mask)
+
+    pred, label, mask = mx.nd.ones((2, 5)), mx.nd.zeros(2), mx.nd.ones(2)
+    net = hybridized(Scaled)()
+    net.initialize()
+    assert net(pred, label, mask).dtype == np.float32
+    net.cast('float16')
+    assert net(pred.astype('float16'), label, mask.astype('float16')).dtype == np.float16
+
+
+def test_gradient_has_the_dtype_of_the_logits(patched):
+    pred = mx.nd.array([[1, 2], [3, 1]], dtype='float16')
+    pred.attach_grad()
+    with autograd.record():
+        loss = gluon.loss.SoftmaxCELoss()(pred, mx.nd.array([0, 1]))
+    loss.backward()
+    assert (loss.dtype, pred.grad.dtype) == (np.float16, np.float16)
+    assert_close(pred.grad.asnumpy(), (pred.astype('float32').softmax() - mx.nd.eye(2)).asnumpy(), HALF_SUM)
+
+
 # Options of the loss
 
 
@@ -240,6 +363,15 @@ def test_ignore_label_is_that_of_the_metrics_too():
     assert other.get_config()['ignore_label'] == 0
 
 
+@pytest.mark.parametrize('kwargs', [{}, {'invalid_label': 'raise'}, {'sparse_label': False}])
+@pytest.mark.parametrize('invalid_label', ['nan', 'raise', 'clip'])
+def test_invalid_label_clip_is_that_of_the_metrics_too(invalid_label, kwargs):
+    with patch(invalid_label=invalid_label, ignore_label=-1):
+        metrics = [mx.metric.create('ce', **kwargs), mx.metric.Perplexity(None, **kwargs)]
+    clips = invalid_label == 'clip' and not kwargs
+    assert [metric.get_config()['invalid_label'] for metric in metrics] == ['clip' if clips else 'raise'] * 2
+
+
 def test_perplexity_takes_ignore_label_first(patched):
     """Three rows of three classes, where an axis of 0 would fit as well."""
     probs = mx.nd.array([[0.5, 0.25, 0.25], [0.25, 0.5, 0.25], [0.125, 0.375, 0.5]])
@@ -256,7 +388,11 @@ def test_loss_metric_takes_a_name_first(patched):
 
 
 def test_eps_is_ignored_with_a_warning(patched):
-    for make in (lambda: mx.metric.CrossEntropy(1e-3), lambda: mx.metric.create('ce', eps=1e-3)):
+    for make in (
+        lambda: mx.metric.CrossEntropy(1e-3),
+        lambda: mx.metric.create('ce', eps=1e-3),
+        lambda: mx.metric.NegativeLogLikelihood(1e-3),
+    ):
         with pytest.warns(UserWarning, match=r'eps: 0\.001 is ignored'):
             metric = make()
         assert metric.eps == 1e-3
@@ -266,6 +402,7 @@ def test_eps_is_ignored_with_a_warning(patched):
 
 def test_no_warning_without_eps(patched, recwarn):
     assert mx.metric.CrossEntropy(name='ce').eps == 1e-12
+    assert mx.metric.create(STOCK['CrossEntropy']().get_config()).eps == 1e-12
     assert not [warning for warning in recwarn if 'eps' in str(warning.message)]
 
 
@@ -387,7 +524,7 @@ def test_stock_classes_work_while_their_names_are_replaced(patched, logits):
     assert ImportedBefore()(logits, LABEL).shape == (6,)
     for name in METRICS:
         stock = STOCK[name](*[None] * (name == 'Perplexity'))
-        assert stock.name in ('cross-entropy', 'perplexity', 'loss')
+        assert stock.name in ('cross-entropy', 'nll-loss', 'perplexity', 'loss')
     assert mx.metric.Torch().name == 'torch'
     assert mx.metric.create('caffe').name == 'caffe'
 
@@ -434,6 +571,89 @@ def test_pickles_do_not_need_a_patch(logits, active):
     assert (type(loss_again), type(metric_again)) == expected
     np.testing.assert_array_equal(loss_again(logits, LABEL).asnumpy(), loss_fn(logits, LABEL).asnumpy())
     assert metric_again.get() == metric.get()
+
+
+PRED, CLASSES = mx.nd.array([[0.5, 0.5], [0.25, 0.75]]), mx.nd.array([0, 1])
+
+
+def stock_objects():
+    """Objects of MXNet's own classes, and what each of them does next."""
+    loss_fn = STOCK['SoftmaxCELoss'](1, True, True, 2.0, 0, prefix='mine_')
+    loss_metric = STOCK['Loss']('train')
+    loss_metric.update(None, mx.nd.array([1, 2, 4]))
+    metrics = [STOCK['CrossEntropy'](name='ce'), STOCK['NegativeLogLikelihood'](), STOCK['Perplexity'](1, -1)]
+    for metric in metrics:
+        metric.update([CLASSES], [PRED])
+        metric.reset_local()
+        metric.update([CLASSES[:1]], [PRED[:1]])
+    composite = mx.metric.CompositeEvalMetric([copy.deepcopy(metrics[0]), mx.metric.Accuracy()])
+    return loss_fn, loss_metric, [*metrics, composite]
+
+
+def results(loss_fn, loss_metric, metrics):
+    loss_metric.update(None, mx.nd.array([1]))
+    for metric in metrics:
+        metric.update([CLASSES], [PRED])
+    values = [metric.get_global()[1] for metric in [loss_metric, *metrics[:-1]]]
+    values += [metric.get()[1] for metric in metrics[:-1]] + metrics[-1].get()[1]
+    return [loss_metric.get(), loss_fn.prefix, loss_fn(PRED.log(), CLASSES).asnumpy().tolist()], values
+
+
+@pytest.mark.parametrize('protocol', range(pickle.HIGHEST_PROTOCOL + 1))
+def test_pickles_of_stock_objects_become_replacements(protocol):
+    data = pickle.dumps(stock_objects(), protocol)
+    with patch() as active:
+        loss_fn, loss_metric, metrics = pickle.loads(data)
+    assert active.losses == 1
+    assert active.metrics == 5
+    assert isinstance(loss_fn, StableSoftmaxCrossEntropyLoss)
+    assert metrics[2].get_config()['ignore_label'] == 1
+    got, values = results(loss_fn, loss_metric, metrics)
+    expected, expected_values = results(*stock_objects())
+    assert got == [('train', 2.0), *expected[1:]]
+    assert_close(values, expected_values, NLL)
+
+
+def test_pickles_of_stock_objects_of_a_subclass(monkeypatch):
+    class Mean(STOCK['Loss']):
+        __module__, __qualname__ = 'mxnet.metric', 'Mean'
+
+        def __init__(self, factor):
+            super().__init__('mean')
+            self.factor = factor
+
+    monkeypatch.setattr(mx.metric, 'Mean', Mean, raising=False)
+    metric = Mean(factor=3)
+    metric.update(None, mx.nd.array([1, 2]))
+    data = pickle.dumps(metric)
+    with patch():
+
+        class Mean(mx.metric.Loss):  # the script runs again, with the patch
+            pass
+
+        monkeypatch.setattr(mx.metric, 'Mean', Mean)
+        again = pickle.loads(data)
+        assert (type(again), again.factor, again.get()) == (Mean, 3, ('mean', 1.5))
+
+
+@pytest.mark.parametrize('protocol', [0, pickle.HIGHEST_PROTOCOL])
+def test_stock_objects_can_be_pickled_and_copied_while_their_names_are_replaced(protocol):
+    thing = stock_objects()
+    with patch(), patch():
+        again = pickle.loads(pickle.dumps(thing, protocol))
+        copied = copy.deepcopy(thing)
+    data = pickle.dumps(thing, protocol)
+    expected = results(*thing)
+    for other in (again, copied, pickle.loads(data)):
+        assert [type(other[0]), type(other[1])] == [STOCK['SoftmaxCELoss'], STOCK['Loss']]
+        assert results(*other) == expected
+
+
+@pytest.mark.parametrize('name', STOCK)
+def test_replacements_are_pickled_by_the_name_that_they_replace(patched, name):
+    kind = getattr(gluon.loss if 'Softmax' in name else mx.metric, name)
+    assert pickle.loads(pickle.dumps(kind)) is kind
+    assert pickle.dumps(kind, 0) == f'c{STOCK[name].__module__}\n{STOCK[name].__name__}\np0\n.'.encode()
 
 
 def test_copies_have_the_class(patched):

@@ -140,6 +140,8 @@ BESIDE_STOCK = Tolerance(absolute=5e-6, relative=1.2e-5)
 SAME_OPERATORS = Tolerance(absolute=2e-6, relative=2e-6)
 # Parameters after a few steps: gradients within 1e-6 of each other, at learning rates of about 1.
 TRAINED = Tolerance(absolute=5e-6, relative=1e-5)
+# Some operations with the 8 bits of bfloat16.
+HALF_SUM = Tolerance(absolute=2**-8, relative=2**-6)
 # Numbers that scripts print after training with either loss.
 PRINTED = Tolerance(relative=1e-4)
 # Gluon's loss adds up thousands of classes in float16.

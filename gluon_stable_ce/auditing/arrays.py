@@ -13,8 +13,17 @@ _CHUNK = 2**20  # predictions in a chunk: 8 MB in float64
 
 def check_arrays(pred: Any, label: Any, axis: int) -> Tuple[np.ndarray, np.ndarray]:
     """Return predictions, and labels without `axis`, in NumPy; TypeError or ValueError if they do not fit."""
+    try:
+        return _checked(pred, label, axis)
+    except (TypeError, ValueError) as error:
+        if math.prod(getattr(label, 'shape', ())) > math.prod(getattr(pred, 'shape', ())):
+            raise type(error)(f'{error}; swapped? There are more labels than predictions') from error
+        raise
+
+
+def _checked(pred, label, axis):
     pred = _to_numpy('pred', pred, 'f', 'float16, float32 or float64')
-    label = _to_numpy('label', label, 'iuf', 'integers or floats')
+    label = _to_numpy('label', label, 'iufb', 'integers, floats or bools')
     _check_not_one_hot(pred.shape, label.shape, axis)
     # the integers of files come in more kinds than MXNet's, and float64 holds the indices of all of them
     dtype = label.dtype.name if label.dtype.kind == 'f' else 'float64'

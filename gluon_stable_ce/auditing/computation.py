@@ -10,6 +10,7 @@ from ..options import PRED_TYPES, check_choice, check_ignore_label, check_number
 from .arrays import check_arrays, split_into_chunks
 from .report import Audit, Worst
 
+_ROUNDING = 1e-3  # by which a probability may be above 1, and a log-probability above 0
 _FLOOR = 1e-10  # of mx.metric.Perplexity
 _WORST, _SPREAD = 1000, 10000  # how many samples a picture has: the worst, and of evenly spaced ranks
 # Of a sample: exact NLL in nats, probability, label, and flat index in the labels.
@@ -37,10 +38,10 @@ def audit(
         A NumPy array or an MXNet array. A memory map is read in chunks, of a size that
         ``python -m gluon_stable_ce audit --help`` describes. 4 bytes for each sample stay in memory, for the
         picture.
-    label : `pred`'s shape without `axis`, or with 1 there; integers or floats
+    label : `pred`'s shape without `axis`, or with 1 there; integers, floats or bools
         Class indices. A label outside [0, C), NaN or a fraction is invalid, and does not count.
     pred_type : 'probs', 'logits' or 'log_probs'
-        What `pred` is. For 'logits' and 'log_probs', the stock metrics are taken to be fed with
+        The kind of `pred`. For 'logits' and 'log_probs', the stock metrics are taken to be fed with
         ``softmax(pred)`` or ``exp(pred)``, rounded to `pred`'s dtype.
     axis : int, default -1
         Class axis of `pred`.
@@ -74,6 +75,9 @@ def audit(
     float64 the batch size changes only the last digits. In float16 a batch that adds up to more than 65504
     gives inf, and smaller batches may not.
 
+    A probability below 0 or above 1.001 and a log-probability above 0.001 are impossible. Such a sample has
+    the NLL NaN. `Audit.hints` says what such predictions may be.
+
     A row sums to 1 if it does so within 1e-3, or in float16 within 1e-2.
 
     Examples
@@ -97,8 +101,11 @@ def audit(
         return tally.report()
 
 
+_KINDS = {'probs': 'probabilities', 'log_probs': 'log-probabilities', 'logits': 'logits'}
+
+
 class _Tally:
-    """What is known of the chunks so far."""
+    """Sums and counts of the chunks so far."""
 
     def __init__(self, pred, label, axis, pred_type, ignore_label, eps, size):
         self.pred_type, self.ignore_label, self.eps, self.size = pred_type, ignore_label, eps, size
@@ -106,7 +113,9 @@ class _Tally:
         self.dtype = np.dtype(pred.dtype.name)  # in the machine's byte order
         self.tolerance = 1e-2 if self.dtype == 'float16' else 1e-3
         self.exact, self.under, self.stock, self.floored = [ExactSums()] * 4
-        self.ignored = self.invalid = self.bad_rows = 0
+        self.ignored = self.invalid = self.bad_rows = self.rows = 0
+        self.looks_like = dict.fromkeys(('probs', 'log_probs', 'logits'), 0)  # counts of rows
+        self.label_range = float('inf'), float('-inf')
         self.worst = np.zeros(0, _SAMPLE)
         self.nlls = [np.zeros(0, 'float32')]  # of all samples: a picture needs no float64
 
@@ -116,8 +125,7 @@ class _Tally:
         is_counted = labels != self.ignore_label  # all, if it is None
         self.ignored += int((~is_counted).sum())
         self.invalid += int((is_counted & ~is_valid).sum())
-        if self.pred_type != 'logits':
-            self.bad_rows += int((is_counted & ~self._sum_to_1(rows)).sum())
+        self._look_at(rows[is_counted] if self.ignored else rows, labels[is_counted])
         chosen = is_counted & is_valid
         rows, index = rows if chosen.all() else rows[chosen], labels[chosen].astype('int64')  # (m, C), (m,)
         nll, p = _nll_and_p(rows, index, self.pred_type)  # (m,) each
@@ -125,10 +133,52 @@ class _Tally:
         position = start + np.flatnonzero(chosen)
         self._add_samples(np.rec.fromarrays([nll, p, index, position], dtype=_SAMPLE))
 
-    def _sum_to_1(self, rows):
-        """Whether each row, (n, C), is a distribution."""
-        p = rows if self.pred_type == 'probs' else np.exp(rows, dtype='float64')
+    def _look_at(self, rows, labels):
+        """Count the rows, (n, C), by the kinds they look like, and widen the range of the labels, (n,)."""
+        least, largest = rows.min(axis=-1), rows.max(axis=-1)
+        sums_to_1 = self._sum_to_1(rows)
+        exp_sums_to_1 = np.zeros(len(rows), bool)
+        if self.pred_type == 'log_probs' or (self.pred_type == 'probs' and (least < 0).any()):
+            exp_sums_to_1 = self._sum_to_1(np.exp(rows, dtype='float64'))
+        if self.pred_type != 'logits':
+            self.bad_rows += int((~(sums_to_1 if self.pred_type == 'probs' else exp_sums_to_1)).sum())
+        self.rows += len(rows)
+        self.looks_like['probs'] += int((sums_to_1 & (least >= 0)).sum())
+        self.looks_like['log_probs'] += int((exp_sums_to_1 & (largest <= _ROUNDING)).sum())
+        self.looks_like['logits'] += int(((least < 0) | (largest > 1 + _ROUNDING)).sum())
+        low, high = self.label_range
+        self.label_range = min(low, labels.min(initial=low)), max(high, labels.max(initial=high))
+
+    def _sum_to_1(self, p):
+        """Whether each row of probabilities, (n, C), is a distribution."""
         return np.abs(p.sum(axis=-1, dtype='float64') - 1) <= self.tolerance
+
+    def _hints(self):
+        """Say how the input may be wrong."""
+        labels = self.exact.count + self.invalid
+        hints = []
+        if self.invalid:
+            hints.append(f'{self.invalid / labels:.3%} of the labels are invalid{self._shift()}')
+        kind = self._kind()
+        if kind != self.pred_type:
+            hints.append(f'these look like {_KINDS[kind]}: --pred-type {kind}')
+        return tuple(hints)
+
+    def _shift(self):
+        low, high = self.label_range
+        if (low, high) == (1, self.classes):
+            return f': they go from 1 to {high:g}, and the classes from 0 to {high - 1:g}. Shifted by one?'
+        return ': if -1 is padding, --ignore-label -1' if low == -1 else ''
+
+    def _kind(self):
+        """Return the kind that the predictions look like, if that is certain; else `pred_type`."""
+        if self.pred_type == 'logits':  # log-probabilities are logits, too
+            return 'probs' if self.looks_like['probs'] == self.rows > 0 else 'logits'
+        for kind in ('probs', 'log_probs'):
+            if self.looks_like[kind] == self.rows:
+                return kind
+        logits = self.looks_like['logits']
+        return 'logits' if 2 * logits > self.rows or (logits and self.exact.nan) else self.pred_type
 
     def _add_sums(self, nll, p):
         """Add exact NLLs, (m,), and those of both stock metrics from `p`, (m,)."""
@@ -138,7 +188,7 @@ class _Tally:
         self.floored += ExactSums.of(-np.log(np.maximum(self.dtype.type(_FLOOR), p)).astype('float64'))
 
     def _stock_nll(self, p):
-        """What mx.metric.CrossEntropy adds up, in the dtype of `p`, (m,)."""
+        """Return the terms of mx.metric.CrossEntropy, in the dtype of `p`, (m,)."""
         return -np.log(p + self.eps).astype('float64')
 
     def _add_samples(self, samples):
@@ -171,6 +221,7 @@ class _Tally:
             nan=self.exact.nan,
             bad_rows=None if self.pred_type == 'logits' else self.bad_rows,
             row_tolerance=self.tolerance,
+            hints=self._hints(),
             worst=tuple(self._describe(*sample) for sample in self.worst.tolist()),
             _curve=self._curve(),
         )
@@ -214,7 +265,8 @@ def _nll_and_p(rows, index, pred_type):
         return nll, np.exp(-nll)
     chosen = rows[at_label].astype('float64')
     p, log_p = (chosen, np.log(chosen)) if pred_type == 'probs' else (np.exp(chosen), chosen)
-    return np.maximum(-log_p, 0) + 0.0, p  # + 0: no negative zero
+    is_possible = (p >= 0) & (p <= 1 + _ROUNDING if pred_type == 'probs' else log_p <= _ROUNDING)
+    return np.where(is_possible, np.maximum(-log_p, 0) + 0.0, np.nan), p  # + 0: no negative zero
 
 
 def _nll_of_logits(rows, at_label):

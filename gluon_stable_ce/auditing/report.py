@@ -24,7 +24,7 @@ class Audit:
     Attributes
     ----------
     pred_type, classes, eps
-        What was given.
+        The arguments.
     samples, ignored, invalid : int
         How many samples counted; how many labels are `ignore_label`; how many are outside [0, classes), NaN
         or fractional.
@@ -32,15 +32,18 @@ class Audit:
         Exact mean negative log-likelihood in nats, inf if any p is 0; and ``exp(nll)``. Like all means, they
         are NaN if no sample counts.
     stock_cross_entropy, stock_perplexity : float
-        What ``mx.metric.CrossEntropy(eps)``, in nats, and ``mx.metric.Perplexity`` report.
+        The values of ``mx.metric.CrossEntropy(eps)``, in nats, and of ``mx.metric.Perplexity``.
     under_eps, under_eps_share : int, float
         How many samples have p < eps, and their share of the total loss, from 0 to 1.
     zero, nan : int
-        How many samples have p = 0 and an infinite NLL; how many have none, as of a NaN or a negative
-        probability.
+        How many samples have p = 0 and an infinite NLL; how many have none, as of a NaN or an impossible
+        probability: one below 0 or above 1.001.
     bad_rows, row_tolerance : int or None, float
         How many distributions do not sum to 1 within the tolerance, those of ignored labels left out; None
         for logits.
+    hints : tuple of str
+        Possible mistakes in the input: the share of invalid labels, and another kind of predictions than
+        `pred_type`.
     worst : tuple of (index, label, p, nll)
         The samples of the largest NLL, the worst first. NaN ranks as infinite.
 
@@ -71,6 +74,7 @@ class Audit:
     nan: int
     bad_rows: Optional[int]
     row_tolerance: float
+    hints: Tuple[str, ...]
     worst: Tuple[Worst, ...]
     # rank from the worst on, exact NLL, stock NLL: (3, points)
     _curve: Any = field(repr=False, compare=False)
@@ -84,6 +88,16 @@ class Audit:
         if math.isnan(stock + exact):
             return float('nan')
         return abs(stock - exact) / exact if 0 < exact < float('inf') else float('inf')
+
+    @property
+    def verdict(self) -> str:
+        """How far off the stock metric is, and in which direction."""
+        if math.isnan(self.error):
+            return 'not comparable with NaN'
+        if not self.error:
+            return 'equal'
+        direction = 'low' if self.stock_cross_entropy < self.nll else 'high'
+        return f'{"infinitely" if math.isinf(self.error) else f"{100 * self.error:.3g}%"} too {direction}'
 
     def as_dict(self) -> dict:
         """All fields and `error` for strict JSON: what is not finite is the string 'inf', '-inf' or 'nan'."""
@@ -100,16 +114,17 @@ class Audit:
             ('labels ignored', self.ignored, ''),
             ('labels invalid', self.invalid, f'outside [0, {self.classes}), NaN or fractional; not counted'),
             ('mean NLL, exact', f'{self.nll:.9g}', 'nats'),
-            (stock, f'{self.stock_cross_entropy:.9g}', f'nats; relative error {self.error:.3g}'),
+            (stock, f'{self.stock_cross_entropy:.9g}', f'nats; {self.verdict}'),
             ('perplexity, exact', f'{self.perplexity:.9g}', ''),
             ('mx.metric.Perplexity', f'{self.stock_perplexity:.9g}', ''),
             ('samples with p < eps', self.under_eps, f'{self.under_eps_share:.3%} of the total loss'),
             ('samples with p = 0', self.zero, 'infinite NLL'),
-            ('samples without an NLL', self.nan, 'NaN, or a negative probability'),
+            ('samples without an NLL', self.nan, 'NaN, or an impossible probability'),
         ]
         if self.bad_rows is not None:
             rows.append(('rows that do not sum to 1', self.bad_rows, f'to within {self.row_tolerance:g}'))
-        lines = [f'{name:<34} {value:>14}  {note}'.rstrip() for name, value, note in rows]
+        lines = [*self.hints, ''] if self.hints else []
+        lines += [f'{name:<34} {value:>14}  {note}'.rstrip() for name, value, note in rows]
         if self.worst:
             lines += ['', f'{"worst samples":<26} {"label":>7} {"p":>14} {"NLL (nats)":>14}']
             lines += [

@@ -23,7 +23,8 @@ memory:
   sample stay in memory, for the picture.
 
 exit code:
-  1 if mx.metric.CrossEntropy is off by more than --max-error, or cannot be compared with the exact value
+  1 if mx.metric.CrossEntropy is off by more than --max-error, or cannot be compared with the exact value; one
+    line on stderr says why
   2 if files or arguments are bad, or if no label is both valid and not ignored; one line on stderr says why
   0 otherwise
 """
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar='FILE',
         help='one .npz with the keys pred and label; or two .npy, predictions, then labels',
     )
-    add('--pred-type', default='probs', choices=PRED_TYPES, help='what the predictions are')
+    add('--pred-type', default='probs', choices=PRED_TYPES, help='the kind of the predictions')
     add('--axis', type=int, default=-1, help='class axis of the predictions')
     add('--ignore-label', type=int, help='label that does not count')
     add('--eps', type=float, default=1e-12, help='the eps of mx.metric.CrossEntropy')
@@ -78,4 +79,8 @@ def _run(args):
     print(json.dumps(found.as_dict(), allow_nan=False) if args.json else found.table())
     if args.plot:
         found.plot(args.plot)
-    return 0 if args.max_error is None or found.error <= args.max_error else 1
+    if args.max_error is None or found.error <= args.max_error:
+        return 0
+    reason = f'mx.metric.CrossEntropy is {found.verdict}, and --max-error is {args.max_error:g}'
+    print(f'audit: exit code 1: {reason}', file=sys.stderr)
+    return 1
