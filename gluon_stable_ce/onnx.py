@@ -48,8 +48,8 @@ def export_model(
         The files that ``block.export`` writes, or a graph and its parameters.
     in_shapes, in_types : dict or list of tuple, dict or list of dtype
         Shapes and dtypes of the inputs. A dict has them by the name of the input. A list has them in the
-        order of ``sym.list_inputs()``. That is the order in which the graph first reads them, so the label
-        may come first. A single dtype is that of all inputs.
+        order of ``sym.list_inputs()``: for the loss, that is pred, label, sample_weight. A single dtype is
+        that of all inputs.
     onnx_file_path, verbose, dynamic, dynamic_input_shapes, run_shape_inference, input_type, input_shape
         As in MXNet. With ``dynamic=True``, None in `dynamic_input_shapes` stands for an axis of any length.
         `dynamic_input_shapes`, `input_type` and `input_shape` may be dicts, too.

@@ -179,9 +179,9 @@ def _dense_terms(F: F, call: Call, pred: Array, target: Array, class_weight: Opt
     """Compute the terms of a target, of `pred`'s shape."""
     axis, ndim = call.options.axis, call.ndim
     pred = _promoted(F, call, pred)
-    if call.dtype is None:
+    if call.ndim is None:  # the graph reads pred first
         target = array_api.promoted(F, target, F.slice_axis(pred, axis=0, begin=0, end=1))
-    else:
+    if call.dtype is not None:
         target = F.cast(target, dtype=call.compute_dtype)
     if ndim is None and axis != -1:
         like = graph_checks.positions_of(F, pred, class_axis_removed(F, target, axis), axis)
