@@ -496,9 +496,49 @@ def test_several_class_axes_in_the_metric_and_the_count(joint, ctx):
     assert resumed.get() == metric.get()
 
 
-def test_repr_between_two_options_that_are_set_later():
+def test_options_are_checked_by_the_call_if_they_are_set_one_after_the_other():
     loss_fn = StableSoftmaxCELoss()
-    loss_fn._axis = 0  # which is the batch axis, too
-    assert repr(loss_fn) == 'StableSoftmaxCrossEntropyLoss(axis=0)'
+    loss_fn._axis = (0, 1)  # which sparse labels do not have
+    assert repr(loss_fn) == 'StableSoftmaxCrossEntropyLoss(axis=(0, 1))'
+    with pytest.raises(ValueError, match='^axis: expected one class axis for sparse labels'):
+        loss_fn(nd.zeros((3, 4)), nd.zeros(4))
+    loss_fn._axis = 0
     loss_fn._batch_axis = 1
     assert loss_fn(nd.zeros((3, 4)), nd.zeros(4)).shape == (4,)
+
+
+class MaskedLoss(StableSoftmaxCELoss):
+    """As public code has it: the arguments of `Loss` are given to a loss that has others in front."""
+
+    def __init__(self, axis=-1, sparse_label=True, from_logits=False, weight=None, batch_axis=0, **kwargs):
+        super().__init__(weight, batch_axis, **kwargs)
+        self._axis = axis
+        self._sparse_label, self._from_logits = sparse_label, from_logits
+        self._weight, self._batch_axis = weight, batch_axis
+
+
+@every_mode
+@pytest.mark.parametrize('options', [
+    {}, {'weight': 0.5}, {'weight': 2, 'batch_axis': 1}, {'axis': 1, 'batch_axis': [0, 2]}, {'sparse_label': False},
+], ids=str)  # fmt: skip
+def test_options_that_a_subclass_sets_after_the_constructor(mode, options, rng, ctx):
+    axis = options.get('axis', -1)
+    arrays = cases.make(rng, (5, 5, 5), axis, options.get('sparse_label', True), invalid=False)
+    expected = modes.default(gluon.loss.SoftmaxCELoss(**options), *arrays)
+    for got, wanted in zip(mode(MaskedLoss(**options), *arrays), expected):
+        assert_close(got, wanted)
+
+
+def test_options_that_a_subclass_sets_wrongly_are_errors_of_the_call():
+    loss_fn = MaskedLoss(axis=None)
+    assert repr(loss_fn) == 'MaskedLoss(axis=None)'
+    with pytest.raises(TypeError, match='^axis: expected an integer, got None$'):
+        loss_fn(nd.zeros((3, 4)), nd.zeros(3))
+
+
+@pytest.mark.parametrize(
+    'options', [{'reduction': 'avg'}, {'label_smoothing': 2}, {'kernel': 'fast'}], ids=str
+)
+def test_other_options_of_a_subclass_are_checked_by_the_constructor(options):
+    with pytest.raises(ValueError, match=f'^{next(iter(options))}: expected '):
+        MaskedLoss(**options)
