@@ -90,6 +90,16 @@ def float32_or_64(F: F, array: Array) -> Array:
     return F.np.multiply(array.as_np_ndarray(), F.np.ones(1, dtype='float32')).as_nd_ndarray()
 
 
+def apart(symbol_: Any) -> Array:
+    """Put an operator that copies nothing behind a graph.
+
+    With static memory, MXNet has wrong gradients where some operators read a sum such as ``Dense(x) + mask``.
+    """
+    if symbol_.get_children() is None:  # a variable
+        return symbol_
+    return in_style_of(symbol_, mx.sym.identity(as_classic(symbol_)))
+
+
 def is_amp_on() -> bool:
     """Whether ``amp.init`` was called, since when MXNet's operators cast their inputs."""
     return bool(amp._amp_initialized)

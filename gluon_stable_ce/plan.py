@@ -53,7 +53,7 @@ def plan(
             dtype=dtype,
             kernel=choice.resolve(options, is_symbol=True),
         )
-        return call, (pred, label, sample_weight)
+        return call, (array_api.apart(pred), label, sample_weight)
     context = pred.context if array_api.is_array(pred) else None
     described = _describe(pred)
     if context is not None and array_api.name_of(described[1]) == 'bfloat16':  # no kernel reads it

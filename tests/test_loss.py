@@ -342,6 +342,25 @@ def test_float16_is_cast_inside_a_net(ctx):
     assert_close(loss.asnumpy(), [np.log(5000), np.nan], tolerances.ROUNDED_FLOAT32)
 
 
+def test_gradients_of_higher_order(rng):
+    """First order with `create_graph` needs single operators, as in gluon; second order has none."""
+    pred, label = nd.array(rng.normal(0, 1, (4, 3))), nd.array([0, 1, 2, 0])
+    _, expected = reference.loss_and_gradient(pred.asnumpy(), label.asnumpy())
+    pred.attach_grad()
+    loss_fn = StableSoftmaxCELoss()
+    with autograd.record():
+        loss = loss_fn(pred, label)
+        with pytest.raises(mx.MXNetError, match='create_graph=True please do not use hybridize'):
+            autograd.grad(loss, [pred], create_graph=True, retain_graph=True)
+    loss_fn.hybridize(False)
+    with autograd.record():
+        (gradient,) = autograd.grad(loss_fn(pred, label), [pred], create_graph=True, retain_graph=True)
+        square = (gradient * gradient).sum()
+    assert_close(gradient.asnumpy(), expected)
+    with pytest.raises(mx.MXNetError, match='non-differentiable'):
+        square.backward()
+
+
 FEW = 2000  # up to so many classes, the random logits are cheap
 
 
