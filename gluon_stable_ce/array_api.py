@@ -62,15 +62,42 @@ def add_float32(F: F, array: Array, other: Array) -> Array:
 
 
 def promoted(F: F, array: Array, like: Array) -> Array:
-    """Return `array` in the dtype of `like` if that is the wider one. Both may be unknown."""
+    """Return `array` in the dtype of `like` if that is the wider one. Both may be unknown.
+
+    The graph reads `like` first.
+    """
     one = F.slice_axis(F.reshape(F.ones_like(like), shape=(-1,)), axis=0, begin=0, end=1)
-    return F.np.multiply(array.as_np_ndarray(), one.as_np_ndarray()).as_nd_ndarray()
+    return multiply(F, one, array)
+
+
+def multiply(F: F, array: Array, other: Array) -> Array:
+    """Multiply, in the wider one of the two dtypes."""
+    return F.np.multiply(array.as_np_ndarray(), other.as_np_ndarray()).as_nd_ndarray()
+
+
+def one_after(F: F, *arrays: Array, dtype: str = 'float32') -> Array:
+    """Return a 1, of shape (1,). A graph with it reads these arrays in this order.
+
+    MXNet lists the inputs of a graph in the order in which a walk from the output first meets them.
+    """
+    axes = F.concat(*map(F.shape_array, arrays), dim=0)  # (1,) for each axis; no array is read
+    return F.cast(F.ones_like(F.slice_axis(axes, axis=0, begin=0, end=1)), dtype=dtype)
 
 
 def float32_or_64(F: F, array: Array) -> Array:
     """Return an array of unknown dtype as float64 if it is that, else as float32."""
     # AMP does not let a graph have the classic operator, as that has no input to cast
     return F.np.multiply(array.as_np_ndarray(), F.np.ones(1, dtype='float32')).as_nd_ndarray()
+
+
+def apart(symbol_: Any) -> Array:
+    """Put an operator that copies nothing behind a graph.
+
+    With static memory, MXNet has wrong gradients where some operators read a sum such as ``Dense(x) + mask``.
+    """
+    if symbol_.get_children() is None:  # a variable
+        return symbol_
+    return in_style_of(symbol_, mx.sym.identity(as_classic(symbol_)))
 
 
 def is_amp_on() -> bool:
@@ -139,7 +166,8 @@ def sum_of_none(F: F, array: Array, kept_axes: Sequence[int], ndim: Any) -> Arra
     """Sum a classic array of size 0 over its other axes. The classic sums fail for some of these shapes."""
     axes = ascii_lowercase[:ndim]
     kept = ''.join(axes[axis] for axis in sorted(axis % ndim for axis in kept_axes))
-    return F.np.einsum(f'{axes}->{kept}', array.as_np_ndarray()).as_nd_ndarray()
+    total = F.np.einsum(f'{axes}->{kept}', array.as_np_ndarray()).as_nd_ndarray()
+    return total if kept else total.reshape((1,))
 
 
 def dtype_name(array: Array) -> Optional[str]:

@@ -1,5 +1,8 @@
 """Whether the arrays of a call are right: checks that raise an error with the argument's name; contexts."""
 
+import math
+from itertools import accumulate
+from operator import mul
 from typing import Any, Optional, Sequence, Tuple
 
 import mxnet as mx
@@ -8,6 +11,7 @@ from . import array_api
 from .array_api import Array
 from .call import Call
 from .labels import read_labels
+from .options import Options
 
 LABEL_DTYPES = ('int8', 'uint8', 'int32', 'int64', 'float16', 'float32', 'float64')
 PRED_DTYPES = ('float16', 'bfloat16', 'float32', 'float64')
@@ -43,6 +47,8 @@ def check_shapes(
     if not sparse_label:
         if label_shape != shape:
             hint = '; class indices need sparse_label=True' if label_shape == positions else ''
+            if math.prod(label_shape) == math.prod(shape):
+                hint = f"; gluon's loss would read its numbers one after the other, as an array of {shape}"
             raise ValueError(
                 f'label: expected shape {shape} like pred with sparse_label=False, got {label_shape}{hint}'
             )
@@ -64,14 +70,12 @@ def check_shapes(
     return positions
 
 
-def check_axes(name: str, axes: Sequence[int], shape: Shape, class_axes: Sequence[int]) -> None:
-    """Raise ValueError unless these are different axes of `shape`, and none is a class axis."""
+def check_axes(name: str, axes: Sequence[int], shape: Shape) -> None:
+    """Raise ValueError unless these are different axes of `shape`."""
     ndim = len(shape)
-    known = {axis % ndim for axis in axes if -ndim <= axis < ndim}
-    if len(known - {axis % ndim for axis in class_axes}) < len(axes):
+    if len({axis % ndim for axis in axes if -ndim <= axis < ndim}) < len(axes):
         raise ValueError(
-            f'{name}: expected axes of pred, of shape {shape}, other than the class axis '
-            f'{", ".join(map(str, class_axes))}, got {", ".join(map(str, axes))}'
+            f'{name}: expected different axes of pred, of shape {shape}, got {", ".join(map(str, axes))}'
         )
 
 
@@ -93,16 +97,67 @@ def weight_layout(got: Shape, shape: Shape, class_axes: Sequence[int], batch_axe
     classes = {axis % ndim for axis in class_axes}
     keepdims = tuple(1 if i in classes else size for i, size in enumerate(shape))
     positions = tuple(size for i, size in enumerate(shape) if i not in classes)
-    batch = tuple(shape[i] for i in sorted(axis % ndim for axis in batch_axes))
+    batch = tuple(keepdims[i] for i in sorted(axis % ndim for axis in batch_axes))
     for layout, full in (('keepdims', keepdims), ('pred', shape), ('positions', positions)):
         if len(got) == len(full) and all(size in (1, whole) for size, whole in zip(got, full)):
             return layout
     if got in (batch, (1,) * len(batch)):
         return 'batch'
+    hint = ''
+    if len(classes) == 1 and got == tuple(shape[axis] for axis in classes) and shape[-1:] == got:
+        hint = "; gluon's loss would multiply by their mean; for a weight of each class, use class_weight"
     raise ValueError(
-        f'sample_weight: expected one weight per sample {batch}, one per label {positions}, '
-        f'or a shape that broadcasts to {keepdims}, or to {shape} for the mean over the classes, got {got}'
+        f'sample_weight: expected one weight per sample {batch}, one per label {positions}, or a shape that '
+        f'broadcasts to {keepdims}, or to {shape} for the mean over the classes, got {got}{hint}'
     )
+
+
+def in_usual_form(
+    options: Options, pred: Any, label: Any, sample_weight: Any
+) -> Optional[Tuple[Options, Any, Any, Any]]:
+    """Return what gluon's loss also accepts in the form that `plan` accepts; None if that is no other one.
+
+    - Sparse storage becomes dense.
+    - Logits of one axis are one sample.
+    - A dense label gets the shape of `pred`, if one shape is the other with axes merged.
+    - A sample_weight with too few axes is that of the last axes, as in broadcasting.
+    """
+    given = (pred, label) if sample_weight is None else (pred, label, sample_weight)
+    if not all(map(array_api.is_array, given)):
+        return None
+    arrays = [array if array.stype == 'default' else array.tostype('default') for array in given]
+    if arrays[0].ndim == 1 and arrays[1].size == (1 if options.sparse_label else arrays[0].size):
+        if options.class_axes not in ((0,), (-1,)):
+            return None
+        options = options._replace(axis=-1, batch_axes=(0,))
+        arrays = [array.reshape((1, -1)) for array in arrays]
+    shape = arrays[0].shape
+    if not options.sparse_label and _is_merged(arrays[1].shape, shape):
+        arrays[1] = arrays[1].reshape(shape)
+    arrays[2:] = [_with_all_axes(options, weight, shape) for weight in arrays[2:]]
+    if all(array is before for array, before in zip(arrays, given)):
+        return None
+    return (options, arrays[0], arrays[1], arrays[2] if arrays[2:] else None)
+
+
+def _is_merged(shape: Shape, other: Shape) -> bool:
+    """Whether one of two shapes is the other with axes merged, so that a reshape keeps rows together."""
+    ends, other_ends = ({*accumulate(sizes, mul)} for sizes in (shape, other))
+    is_same_size = math.prod(shape) == math.prod(other)
+    return shape != other and is_same_size and (ends <= other_ends or other_ends <= ends)
+
+
+def _with_all_axes(options: Options, weight: Array, shape: Shape) -> Array:
+    """Add axes in front of a sample_weight, if it then broadcasts to `shape`, pred's.
+
+    With sparse labels, it must have one weight for all classes: weights of classes are no sample weights.
+    """
+    full = (1,) * (len(shape) - weight.ndim) + weight.shape
+    if len(weight.shape) >= len(shape) or not all(size in (1, whole) for size, whole in zip(full, shape)):
+        return weight
+    if options.sparse_label and any(full[axis] != 1 for axis in options.class_axes):
+        return weight
+    return weight.reshape(full)
 
 
 def check_labels(call: Call, pred: Array, label: Array) -> None:

@@ -1,7 +1,9 @@
 """Class weights as a constant of the loss's graph, on every device without being initialised."""
 
+import json
+import warnings
 from threading import RLock, active_count
-from typing import Any, List
+from typing import Any, Dict, List
 
 import mxnet as mx
 import numpy as np
@@ -17,7 +19,7 @@ _LOCK = RLock()  # a constant is put on a device by the first call there, in wha
 class ClassWeight(gluon.HybridBlock):
     """The weights of a loss's classes as a constant of its graph, (C,) float32.
 
-    They are saved and exported with the loss.
+    They are exported with the loss, and are not in a file of parameters.
     """
 
     def __init__(self, weights: Any, **kwargs: Any) -> None:
@@ -37,8 +39,9 @@ class ClassWeight(gluon.HybridBlock):
         weights = self.value.data(pred.context)
         return weights.detach() if active_count() > 1 else weights  # threads may share no recorded handle
 
-    def cast(self, dtype: Any) -> None:
-        """Stay in float32, as 0.1 would become 0.09998 in float16; the graph casts to what it computes in."""
+    def _collect_params_with_prefix(self, prefix: str = '') -> Dict[str, Any]:
+        """Leave the weights out of what ``save_parameters`` saves: they are an option of the loss."""
+        return {}
 
 
 def as_weights(weights: Any) -> np.ndarray:
@@ -54,45 +57,61 @@ def as_weights(weights: Any) -> np.ndarray:
 
 
 class _Everywhere(gluon.Constant):
-    """A Constant that is on whatever context asks for it, initialised or not, in np mode or not."""
+    """A Constant that is on whatever context asks for it, from the start, in np mode or not.
+
+    It is always what the script says: nothing casts it or loads another value into it.
+    """
 
     def __init__(self, name: str, value: Array) -> None:
-        super().__init__(name, value)
+        # not through Constant.__init__, which registers an initializer that keeps the value for ever
+        initializer = json.dumps(['constant', {'value': value.asnumpy().tolist()}])  # for a Module
+        gluon.Parameter.__init__(
+            self, name, grad_req='null', shape=value.shape, dtype=value.dtype, init=initializer
+        )
+        self.value = value
         self.lr_mult = self.wd_mult = 0  # for a Module that goes on training an exported graph
+        self.reset_ctx(mx.cpu())
 
-    def __reduce__(self) -> Any:  # gluon's own holds a class that can't be pickled
+    def __reduce__(self) -> Any:
         return type(self), (self.name, self.value)
 
-    def initialize(self, *args: Any, **kwargs: Any) -> None:
-        with array_api.classic_mode():  # its value is a classic array
-            super().initialize(*args, **kwargs)
+    def initialize(self, init: Any = None, ctx: Any = None, *args: Any, **kwargs: Any) -> None:
+        self.reset_ctx(ctx)
 
     def reset_ctx(self, ctx: Any) -> None:
-        with array_api.classic_mode():
-            super().reset_ctx(ctx)
+        contexts = ctx if isinstance(ctx, (list, tuple)) else [ctx or mx.current_context()]
+        with array_api.classic_mode():  # its value is a classic array
+            self._init_impl(self.value, contexts)
+        self._copies = dict(zip(contexts, self._data))
 
     def data(self, ctx: Any = None) -> Array:
         ctx = ctx or mx.current_context()
-        if ctx not in self._contexts():
+        array = self._copies.get(ctx)
+        if array is None:
             with _LOCK:
-                self._add(ctx)
-        return array_api.in_mode(super().data(ctx))
+                array = self._copies.setdefault(ctx, self.value.copyto(ctx))
+        return array_api.in_mode(array)
+
+    def list_ctx(self) -> List[Any]:
+        """List the contexts of the net that is trained with it, which a Trainer compares."""
+        others = [other for other in getattr(self._trainer, '_params', ()) if type(other) is not type(self)]
+        return others[0].list_ctx() if others else super().list_ctx()
 
     def list_data(self) -> List[Array]:
-        if not self._contexts():
-            self.data()
-        return [array_api.in_mode(array) for array in super().list_data()]
+        return [self.data(context) for context in self.list_ctx()]
 
-    def _add(self, ctx: Any) -> None:
-        known = self._contexts()
-        if not known:
-            self.initialize(ctx=ctx)
-        elif ctx not in known:
-            with known[0]:  # where gluon looks for the value
-                self.reset_ctx([*known, ctx])
+    def cast(self, dtype: Any) -> None:
+        """Stay in float32, as 0.1 would become 0.09998 in float16; the graph casts to what it computes in."""
 
-    def _contexts(self) -> List[Any]:
-        try:
-            return self.list_ctx()
-        except RuntimeError:  # not initialised
-            return []
+    def _reduce(self) -> Array:
+        return array_api.in_mode(self.value)
+
+    def _load_init(self, data: Array, ctx: Any, *args: Any, **kwargs: Any) -> None:
+        if not np.array_equal(data.asnumpy(), self.value.asnumpy()):
+            warnings.warn(
+                f'{self.name}: the file has other class weights; those of the script are used',
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        if ctx is not None:
+            self.reset_ctx(ctx)

@@ -21,17 +21,8 @@ def require_length(F: F, vector: Array, pred: Array, axis: int) -> Array:
     return F.reshape_like(vector, F.contrib.arange_like(pred, axis=axis))
 
 
-def require_equal_axis(F: F, array: Array, pred: Array, axis: int) -> Array:
-    """Return `array`, and require that its `axis` is as long as that of `pred`."""
-    return _add_zero(F, array, require_length(F, F.contrib.arange_like(array, axis=axis), pred, axis))
-
-
 def require_equal_or_1(F: F, array: Array, pred: Array, axis: int) -> Array:
     """Return `array`, and require that its `axis` has length 1, or is as long as that of `pred`."""
     indices, wanted = (F.contrib.arange_like(other, axis=axis) for other in (array, pred))
-    return _add_zero(F, array, F.broadcast_like(indices, float32_or_64(F, wanted)))  # of one dtype before 1.8
-
-
-def _add_zero(F: F, array: Array, indices: Array) -> Array:
-    """Add the first element of ``arange_like``, which is 0."""
-    return F.broadcast_add(array, F.slice_axis(indices, axis=0, begin=0, end=1))
+    indices = F.broadcast_like(indices, float32_or_64(F, wanted))  # of one dtype before 1.8
+    return F.broadcast_add(array, F.slice_axis(indices, axis=0, begin=0, end=1))  # the first one is 0

@@ -5,7 +5,7 @@ This file states the rule, in operators of MXNet. The fused operator applies the
 
 from typing import NamedTuple, Optional
 
-from . import graph_checks
+from . import array_api, graph_checks
 from .array_api import Array, F
 from .call import Call
 
@@ -48,10 +48,16 @@ def read_labels(F: F, call: Call, label: Array, pred: Array) -> Labels:
 
 
 def align_label(F: F, call: Call, label: Array, pred: Array) -> Array:
-    """Give a label, which may have the class axis with length 1, the shape of the positions."""
+    """Give a label, which may have the class axis with length 1, the shape of the positions.
+
+    A graph of symbols reads `pred` first, as gluon's does.
+    """
     axis = call.options.axis
     if call.ndim is None:
-        return F.reshape_like(label, graph_checks.positions_of(F, pred, label, axis))
+        like = graph_checks.positions_of(F, pred, label, axis)
+        one = array_api.one_after(F, like, dtype=call.label_compare_dtype)
+        label = F.broadcast_mul(one, F.cast(label, dtype=call.label_compare_dtype))
+        return F.reshape_like(label, like)
     return F.squeeze(label, axis=axis) if call.label_ndim == call.ndim else label
 
 

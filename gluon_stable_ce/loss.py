@@ -21,7 +21,8 @@ from .options import Options, as_numbers, check_loss_options, checks_names
 from .pipeline import loss_of
 from .plan import plan
 
-_GLUON_OPTIONS = ('_axis', '_sparse_label', '_from_logits', '_weight', '_batch_axis')
+_GLUON_DEFAULTS = {'axis': -1, 'sparse_label': True, 'from_logits': False, 'weight': None, 'batch_axis': 0}
+_GLUON_OPTIONS = tuple(f'_{name}' for name in _GLUON_DEFAULTS)  # attributes, which may be set later
 _FLAGS = ('static_alloc', 'static_shape', 'inline_limit', 'forward_bulk_size', 'backward_bulk_size')
 
 
@@ -99,9 +100,10 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
     Raises
     ------
     TypeError, ValueError
-        If an option, or a combination of them, means nothing; if arrays do not fit each other. The message
-        names the argument, what was expected and what it got. A subclass with a `hybrid_forward` of its own
-        is not checked, as its inputs may mean something else.
+        If an option or a combination of options is meaningless; if arrays do not fit each other. The message
+        names the argument, what was expected and what it got. The inputs of a subclass with a
+        `hybrid_forward` of its own are not checked, as they may mean something else. The first five options
+        of a subclass with an `__init__` of its own are checked by the first call, as it may still set them.
 
     Notes
     -----
@@ -182,13 +184,20 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         self._axis, self._sparse_label, self._from_logits = axis, sparse_label, from_logits  # as gluon's
         # as they were given; of gluon's own arguments, the attributes are read, which may be set later
         self._arguments = {name: value for name, value in locals().items() if name in Options._fields}
-        self._options  # noqa: B018, which checks them
+        self._check_options()
         self.class_weight: Optional[ClassWeight] = None
         if class_weight is not None:
             with self.name_scope():
                 self.class_weight = ClassWeight(class_weight)
         self._is_compiled, self._graph_flags = True, graphs.STATIC
         self._op_hook: Optional[Tuple[Any, bool]] = None
+
+    def _check_options(self) -> None:
+        """Check the options that are final. The `__init__` of a subclass may set gluon's own later."""
+        if type(self).__init__ is StableSoftmaxCrossEntropyLoss.__init__:
+            self._options  # noqa: B018, which checks them
+        else:
+            choice.configured(check_loss_options({**self._arguments, **_GLUON_DEFAULTS}))
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute. Gluon's options may be set later and in any order: the next call checks them."""

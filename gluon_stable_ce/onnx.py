@@ -4,15 +4,19 @@ MXNet has one registry of converters. Those of this module are in it only while 
 never replace a user's converter.
 """
 
+import json
 from ast import literal_eval
 from contextlib import contextmanager
 from functools import partial
 from itertools import count
+from pathlib import Path
 from threading import Lock
 from typing import Any, Dict
 
 import mxnet as mx
 import numpy as np
+
+from .kernels.fused import NAME as FUSED
 
 __all__ = ['export_model']
 
@@ -48,8 +52,8 @@ def export_model(
         The files that ``block.export`` writes, or a graph and its parameters.
     in_shapes, in_types : dict or list of tuple, dict or list of dtype
         Shapes and dtypes of the inputs. A dict has them by the name of the input. A list has them in the
-        order of ``sym.list_inputs()``. That is the order in which the graph first reads them, so the label
-        may come first. A single dtype is that of all inputs.
+        order of ``sym.list_inputs()``: for the loss, that is pred, label, sample_weight. A single dtype is
+        that of all inputs.
     onnx_file_path, verbose, dynamic, dynamic_input_shapes, run_shape_inference, input_type, input_shape
         As in MXNet. With ``dynamic=True``, None in `dynamic_input_shapes` stands for an axis of any length.
         `dynamic_input_shapes`, `input_type` and `input_shape` may be dicts, too.
@@ -66,7 +70,8 @@ def export_model(
     ImportError
         If onnx is not installed, or MXNet is older than 1.9.
     ValueError
-        If `opset_version` is another opset, or if a dict lacks an input or has a name that no input has.
+        If `opset_version` is another opset, if a dict lacks an input or has a name that no input has, or if
+        the loss in the graph has ``kernel='fused'``.
     NotImplementedError
         If an operator has options that no converter handles.
 
@@ -80,6 +85,7 @@ def export_model(
     onnx = _import_onnx()
     if opset_version not in _OPSETS:
         raise ValueError(f'opset_version: expected {" or ".join(map(str, _OPSETS))}, got {opset_version!r}')
+    _check_operators(sym)
     given = {
         'in_shapes': in_shapes,
         'in_types': in_types,
@@ -96,6 +102,16 @@ def export_model(
             dynamic=dynamic,
             run_shape_inference=run_shape_inference,
             **_lists_of(given, sym, params),
+        )
+
+
+def _check_operators(sym):
+    """Raise ValueError if a graph has the fused operator. It need not be known to this process."""
+    graph = Path(sym).read_text() if isinstance(sym, str) else sym.tojson()
+    if any(node['op'] == FUSED for node in json.loads(graph)['nodes']):
+        raise ValueError(
+            "sym: expected a graph of MXNet's own operators, got one of a loss with kernel='fused'; "
+            "export it with kernel='stock'"
         )
 
 
@@ -377,6 +393,10 @@ def _reduce(at):
     if not at.is_true('exclude'):
         return at.stock()
     axes = np.ravel(literal_eval(at.attrs.get('axis', '()'))).tolist()
+    if not axes and not at.is_true('keepdims'):  # over all axes, of which none is excluded
+        total = at.make({'mean': 'ReduceMean', 'sum': 'ReduceSum'}[at.op], at.inputs[0])
+        at.make('Reshape', total, at.constant([1]))
+        return None
     if len(axes) != 1 or at.is_true('keepdims'):
         raise NotImplementedError(
             f'{at.op}: expected one axis and no keepdims with exclude=True, got {at.attrs}'

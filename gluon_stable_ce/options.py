@@ -28,7 +28,7 @@ class Options(NamedTuple):
 
     axis: int = -1
     summed_axes: Tuple[int, ...] = ()  # further class axes of dense log-probabilities, over which is summed
-    batch_axes: Tuple[int, ...] = (0,)
+    batch_axes: Tuple[int, ...] = (0,)  # none: the loss is one number for the whole batch
     sparse_label: bool = True
     pred_type: str = 'logits'
     weight: Optional[float] = None
@@ -72,16 +72,22 @@ def check_loss_options(given: Dict[str, Any]) -> Options:
     TypeError, ValueError
         If an option or a combination of options is meaningless.
     """
-    sparse_label = check_flag('sparse_label', given['sparse_label'])
+    sparse_label = _gluons_flag('sparse_label', given['sparse_label'])
     axis, *summed_axes = _as_axes('axis', given['axis'])
-    scale = given['lse_square_scale']
+    scale, weight, batch_axis = given['lse_square_scale'], given['weight'], given['batch_axis']
     options = Options(
         axis=axis,
         summed_axes=tuple(summed_axes),
-        batch_axes=_as_axes('batch_axis', given['batch_axis']),
+        batch_axes=() if batch_axis is None else _as_axes('batch_axis', batch_axis),
         sparse_label=sparse_label,
-        pred_type='log_probs' if check_flag('from_logits', given['from_logits']) else 'logits',
-        weight=check_number('weight', given['weight'], low=-FLOAT32_MAX, high=FLOAT32_MAX, optional=True),
+        pred_type='log_probs' if _gluons_flag('from_logits', given['from_logits']) else 'logits',
+        weight=check_number(
+            'weight',
+            float(weight) if isinstance(weight, (bool, np.bool_)) else weight,
+            low=-FLOAT32_MAX,
+            high=FLOAT32_MAX,
+            optional=True,
+        ),
         ignore_label=check_ignore_label(given['ignore_label'], sparse_label),
         label_smoothing=check_number('label_smoothing', given['label_smoothing'], low=0, high=1),
         lse_square_scale=check_number('lse_square_scale', scale, low=0, high=FLOAT32_MAX),
@@ -120,11 +126,6 @@ def _check_combination(options: Options, default: str = 'nan') -> None:
         )
     if options.summed_axes and (options.label_smoothing or options.reduction == 'none'):
         raise ValueError("axis: expected one class axis with label_smoothing or reduction='none'")
-    shared = set(options.class_axes) & set(options.batch_axes)
-    if shared:
-        raise ValueError(
-            f'batch_axis: expected an axis other than the class axis, got {shared.pop()} for both'
-        )
     if options.pred_type == 'log_probs' and options.lse_square_scale:
         raise ValueError(
             'lse_square_scale: expected 0 with from_logits=True, as log-probabilities have a logsumexp of 0; '
@@ -176,6 +177,11 @@ def check_flag(name: str, value: Any) -> bool:
     if not isinstance(value, (bool, np.bool_, Integral)) or value not in (0, 1):
         raise TypeError(f'{name}: expected True or False, got {value!r:.80}')
     return bool(value)
+
+
+def _gluons_flag(name: str, value: Any) -> bool:
+    """Return a flag of gluon's loss, for which None is False."""
+    return value is not None and check_flag(name, value)
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:

@@ -53,23 +53,29 @@ def plan(
             dtype=dtype,
             kernel=choice.resolve(options, is_symbol=True),
         )
-        return call, (pred, label, sample_weight)
+        return call, (array_api.apart(pred), label, sample_weight)
     context = pred.context if array_api.is_array(pred) else None
     described = _describe(pred)
     if context is not None and array_api.name_of(described[1]) == 'bfloat16':  # no kernel reads it
         pred = array_api.amp_float32(pred)
         described = _describe(pred)
-    call = _plan_arrays(
-        options,
-        fill,
-        described,
-        _describe(label),
-        None if sample_weight is None else _describe(sample_weight),
-        class_weights,
-        'cpu' if context is None else context.device_type,
-        choice.is_main_thread(),
-        options.kernel != 'stock' and context is not None and fused.needs_guard(pred, described[2]),
-    )
+    try:
+        call = _plan_arrays(
+            options,
+            fill,
+            described,
+            _describe(label),
+            None if sample_weight is None else _describe(sample_weight),
+            class_weights,
+            'cpu' if context is None else context.device_type,
+            choice.is_main_thread(),
+            options.kernel != 'stock' and context is not None and fused.needs_guard(pred, described[2]),
+        )
+    except (TypeError, ValueError):
+        usual = array_checks.in_usual_form(options, pred, label, sample_weight)
+        if usual is None:
+            raise
+        return plan(*usual, class_weights, fill)
     label = array_checks.on_context('label', label, context)
     if sample_weight is not None:
         sample_weight = array_checks.on_context('sample_weight', sample_weight, context)
@@ -104,8 +110,8 @@ def _plan_arrays(
     dtype, label_dtype = array_api.name_of(dtype), array_api.name_of(label_dtype)
     array_checks.check_pred_dtype('pred', dtype)
     array_checks.check_shapes(shape, label_shape, label_dtype, options.axis, options.sparse_label)
-    array_checks.check_axes('axis', options.summed_axes, shape, options.class_axes[:1])
-    array_checks.check_axes('batch_axis', options.batch_axes, shape, options.class_axes)
+    array_checks.check_axes('axis', options.class_axes, shape)
+    array_checks.check_axes('batch_axis', options.batch_axes, shape)
     if class_weights is not None:
         array_checks.check_class_weights(class_weights, shape[options.axis])
     layout = None

@@ -32,12 +32,8 @@ def reduce(
     if sample_weight is not None and not call.is_empty:  # MXNet fails to broadcast some empty arrays
         expanded = weighted(F, expanded, align_sample_weight(F, call, sample_weight, expanded, pred))
         loss = expanded if options.summed_axes else F.reshape_like(expanded, loss)
-    for batch_axis in options.batch_axes:
-        if call.ndim is None and (batch_axis < 0) != (options.axis < 0):
-            # counted from different ends, it may be the class axis
-            expanded = graph_checks.require_equal_axis(F, expanded, pred, batch_axis)
     needs_count = options.ignore_label is not None and options.reduction in ('mean', 'valid')
-    is_own_mean = call.ndim == 1 + len(options.batch_axes)  # each sample has one position
+    is_own_mean = _has_one_position(call)
     if options.reduction == 'none' or (is_own_mean and not (needs_count and options.reduction == 'valid')):
         return loss
     over = {'axis': options.batch_axes, 'exclude': True}
@@ -54,6 +50,16 @@ def reduce(
     return F.sum(expanded, **over) if options.reduction == 'sum' else F.mean(expanded, **over)
 
 
+def _has_one_position(call: Call) -> bool:
+    """Whether each sample has one position. As in gluon, a batch axis may be the class axis."""
+    if call.ndim is None:
+        return False
+    class_axes, batch_axes = (
+        {axis % call.ndim for axis in axes} for axes in (call.options.class_axes, call.options.batch_axes)
+    )
+    return call.ndim == 1 + len(batch_axes) and not class_axes & batch_axes
+
+
 def with_class_axis(F: F, call: Call, loss: Array) -> Array:
     """Give losses the axes of `pred`, with length 1 for the classes, and sum over further class axes."""
     expanded = F.expand_dims(loss, axis=call.options.axis)
@@ -63,9 +69,9 @@ def with_class_axis(F: F, call: Call, loss: Array) -> Array:
 
 def align_sample_weight(F: F, call: Call, sample_weight: Array, expanded: Array, pred: Array) -> Array:
     """Give sample weights the shape of `expanded`, the losses with an axis of length 1 for the classes."""
-    if call.dtype is None:
+    if call.ndim is None:  # the graph reads pred and label first
         sample_weight = array_api.promoted(F, sample_weight, expanded)
-    else:
+    if call.dtype is not None:
         sample_weight = F.cast(sample_weight, dtype=call.compute_dtype)
     if call.ndim is not None:
         sample_weight = _align_known_weight(F, call, sample_weight)

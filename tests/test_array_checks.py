@@ -58,8 +58,11 @@ IN_GRAPHS = pytest.mark.parametrize('in_graph', [nested, exported], ids=['nested
         ),
         pytest.param(
             {'sparse_label': False}, (4, 3), (3, 4),
-            r'^label: expected shape \(4, 3\) like pred with sparse_label=False, got \(3, 4\)$',
+            r'^label: expected shape \(4, 3\) like pred .*, got \(3, 4\); gluon.s loss would read its numbers one',
             id='dense-transposed',
+        ),
+        pytest.param(
+            {'sparse_label': False}, (2, 6), (4, 3), r'^label: .* gluon.s loss would read', id='dense-rows-broken',
         ),
         pytest.param(
             {}, (4,), (4,), r'^pred: expected at least 2 axes, with the classes on axis -1, got shape \(4,\)$', id='one-axis',
@@ -106,11 +109,6 @@ def test_sample_weight_shape_error_names_the_layouts(shape):
             id='weight',
         ),
         pytest.param(
-            (nd.zeros((4, 3)).tostype('csr'), nd.zeros(4)),
-            '^pred: expected a dense array, got CSRNDArray$',
-            id='sparse-array',
-        ),
-        pytest.param(
             (nd.zeros((4, 3), dtype='int32'), nd.zeros(4)),
             '^pred: expected one of the dtypes float16, bfloat16, float32, float64, got int32$',
             id='integers',
@@ -125,6 +123,21 @@ def test_sample_weight_shape_error_names_the_layouts(shape):
 def test_type_errors_name_argument_and_type(args, message):
     with pytest.raises(TypeError, match=message):
         StableSoftmaxCELoss()(*args)
+
+
+@pytest.mark.parametrize('sparse_label', [True, False], ids=['sparse', 'dense'])
+def test_weights_of_classes_are_no_sample_weights(sparse_label):
+    """Gluon's loss multiplies by their mean. With dense labels that is accepted, as any weights of `pred`'s shape are."""
+    loss_fn, pred = StableSoftmaxCELoss(sparse_label=sparse_label), nd.array([[1, 2, 3], [0, 0, 0]])
+    label, weight = (nd.array([0, 1]) if sparse_label else nd.ones((2, 3))), nd.array([1, 2, 6])
+    if sparse_label:
+        with pytest.raises(
+            ValueError,
+            match="^sample_weight: .*; gluon's loss would multiply by their mean; .* class_weight$",
+        ):
+            loss_fn(pred, label, weight)
+    else:
+        assert_close(loss_fn(pred, label, weight).asnumpy(), 3 * loss_fn(pred, label).asnumpy())
 
 
 def test_arrays_on_another_device_are_an_error():

@@ -1,5 +1,6 @@
 """Class weights: what is accepted, and that they are saved, moved and exported with the loss as a constant."""
 
+import modes
 import mxnet as mx
 import numpy as np
 import pytest
@@ -39,11 +40,94 @@ def test_collect_params_has_the_weights(batch):
         loss_fn(*batch)
 
 
-def test_save_and_load_parameters(batch, tmp_path):
-    loss_fn, other = StableSoftmaxCELoss(class_weight=WEIGHTS), StableSoftmaxCELoss(class_weight=[7, 7, 7])
-    loss_fn.save_parameters(str(tmp_path / 'loss.params'))
-    other.load_parameters(str(tmp_path / 'loss.params'))
-    np.testing.assert_array_equal(other(*batch).asnumpy(), loss_fn(*batch).asnumpy())
+def net_with(class_weight):
+    """A net with a loss in it, whose parameters do not depend on the loss."""
+    net = modes.WithLoss(gluon.nn.Dense(3, in_units=2), StableSoftmaxCELoss(class_weight=class_weight))
+    net.initialize(mx.init.One())
+    return net
+
+
+@pytest.mark.parametrize('before', [None, [1, 2, 3], WEIGHTS], ids=['plain', 'others', 'same'])
+@pytest.mark.parametrize('after', [None, WEIGHTS], ids=['plain', 'weighted'])
+@pytest.mark.parametrize('is_used', [False, True], ids=['before-use', 'after-use'])
+def test_files_of_parameters_have_no_class_weights(before, after, is_used, tmp_path):
+    """They are options: the script's weights are in force, whatever was saved."""
+    inputs = nd.ones((4, 2)), nd.array([0, 1, 2, 0])
+    saved, loaded = net_with(before), net_with(after)
+    expected = loaded(*inputs).asnumpy() if is_used else net_with(after)(*inputs).asnumpy()
+    saved.save_parameters(str(tmp_path / 'net.params'))
+    loaded.load_parameters(str(tmp_path / 'net.params'))
+    np.testing.assert_array_equal(loaded(*inputs).asnumpy(), expected)
+
+
+@pytest.mark.parametrize('is_other', [False, True], ids=['same', 'other'])
+def test_a_file_with_other_class_weights_is_a_warning(is_other, batch, tmp_path, recwarn):
+    """`collect_params` has them, as a graph needs them."""
+    saved = StableSoftmaxCELoss(class_weight=[1, 2, 3] if is_other else WEIGHTS, prefix='loss_')
+    loaded = StableSoftmaxCELoss(class_weight=WEIGHTS, prefix='loss_')
+    expected = loaded(*batch).asnumpy()
+    saved.collect_params().save(str(tmp_path / 'loss.params'))
+    loaded.collect_params().load(str(tmp_path / 'loss.params'), ctx=mx.cpu(0))
+    np.testing.assert_array_equal(loaded(*batch).asnumpy(), expected)
+    messages = [str(warning.message) for warning in recwarn if 'class weights' in str(warning.message)]
+    assert len(messages) == is_other
+
+
+@pytest.mark.parametrize('prefix', ['a_', 'z_'])  # a Trainer sorts parameters by name
+@pytest.mark.parametrize('is_used', [False, True], ids=['before-use', 'after-use'])
+def test_a_trainer_takes_them_together_with_a_net_on_two_contexts(prefix, is_used, batch):
+    contexts = [mx.cpu(0), mx.cpu(1)]
+    net, loss_fn = gluon.nn.Dense(3, prefix='net_'), StableSoftmaxCELoss(class_weight=WEIGHTS, prefix=prefix)
+    net.initialize(ctx=contexts)
+    if is_used:
+        loss_fn(*batch)
+    params = net.collect_params()
+    params.update(loss_fn.collect_params())
+    trainer = gluon.Trainer(params, 'sgd', {'learning_rate': 0.1})
+    parts = [[array.as_in_context(context) for array in batch] for context in contexts]
+    with mx.autograd.record():
+        losses = [loss_fn(net(pred), label) for pred, label in parts]
+    before = net.weight.list_data()[0].asnumpy() if net.weight._data else None
+    mx.autograd.backward(losses)
+    trainer.step(8)
+    weights = [array.asnumpy() for array in net.weight.list_data()]
+    np.testing.assert_array_equal(weights[0], weights[1])
+    assert before is not None
+    assert np.abs(weights[0] - before).max() > 0
+    np.testing.assert_array_equal(loss_fn.class_weight.value.data().asnumpy(), np.float32(WEIGHTS))
+
+
+@pytest.mark.parametrize('change', [
+    lambda params: params.reset_ctx([mx.cpu(0), mx.cpu(1)]),
+    lambda params: [param.data() for param in params.values()],
+    lambda params: [param.cast('float16') for param in params.values()],
+    lambda params: gluon.Trainer(params, 'sgd'),
+], ids=['reset_ctx', 'data', 'cast', 'trainer'])  # fmt: skip
+def test_no_initialisation_is_needed(change, batch):
+    loss_fn = StableSoftmaxCELoss(class_weight=WEIGHTS)
+    change(loss_fn.collect_params())
+    np.testing.assert_array_equal(
+        loss_fn(*batch).asnumpy(), StableSoftmaxCELoss(class_weight=WEIGHTS)(*batch).asnumpy()
+    )
+
+
+def test_a_module_initialises_them():
+    """From the graph alone, without the values that an export writes."""
+    data, label = mx.sym.var('data'), mx.sym.var('label')
+    loss = StableSoftmaxCELoss(class_weight=WEIGHTS, prefix='loss_', kernel='stock')(data, label)
+    module = mx.mod.Module(mx.sym.MakeLoss(loss), ['data'], ['label'])
+    module.bind([('data', (4, 3))], [('label', (4,))])
+    module.init_params(mx.init.Zero())
+    weights = module.get_params()[0]['loss_classweight0_value']
+    np.testing.assert_array_equal(weights.asnumpy(), np.float32(WEIGHTS))
+
+
+def test_a_deleted_loss_leaves_nothing_in_a_registry():
+    """A Constant registers an initializer, which keeps its value for ever."""
+    registry = mx.registry._REGISTRY[mx.init.Initializer]
+    before = len(registry)
+    StableSoftmaxCELoss(class_weight=WEIGHTS)
+    assert len(registry) == before
 
 
 @pytest.mark.parametrize('change', [

@@ -7,6 +7,7 @@ them without an operator of its own.
 import mxnet as mx
 import numpy as np
 import pytest
+import reference
 from mxnet import autograd, gluon
 from tolerances import ADDED_GRADIENTS, assert_close
 
@@ -255,3 +256,54 @@ def test_sample_weight(source, times, grad_req, kernel):
     assert_close(weight.grad.asnumpy(), BACKWARDS[grad_req] * nll, ADDED_GRADIENTS)
     expected = BACKWARDS[grad_req] * times * gradient(times * LOGITS) * [[1], [2], [0.5]]
     assert_close(leaf.grad.asnumpy(), expected, ADDED_GRADIENTS)
+
+
+class SumInFront(gluon.HybridBlock):
+    """A net whose logits are a sum, with its loss in one graph."""
+
+    def __init__(self, other, loss_fn):
+        super().__init__()
+        self.other, self.loss_fn = other, loss_fn
+        self.dense = gluon.nn.Dense(4, in_units=4)
+        if other == 'prior':
+            self.prior = self.params.get('prior', shape=(4, 4), init=mx.init.Uniform(2))
+
+    def hybrid_forward(self, F, data, label, mask, prior=None):
+        other = {'mask': mask, 'prior': prior, 'residual': data}[self.other]
+        return self.loss_fn(self.dense(data) + other, label)
+
+
+IN_FRONT = {
+    'plain': {},
+    'classes-first': {'axis': 0, 'batch_axis': 1},
+    'dense': {'sparse_label': False},
+    'dense-first': {'sparse_label': False, 'axis': 0, 'batch_axis': 1},
+    'dense-log-probs': {'sparse_label': False, 'from_logits': True},
+    'log-probs': {'from_logits': True},
+    'log-probs-smoothing': {'from_logits': True, 'label_smoothing': 0.1},
+    'every-option': {'label_smoothing': 0.1, 'lse_square_scale': 0.1, 'class_weight': [1, 2, 3, 4]},
+}
+
+
+@pytest.mark.parametrize('other', ['mask', 'prior', 'residual'])
+@pytest.mark.parametrize('static_shape', [None, False, True], ids=['', 'static_alloc', 'static_shape'])
+@pytest.mark.parametrize('options', IN_FRONT.values(), ids=IN_FRONT)
+def test_a_sum_in_front_of_the_loss_in_a_parent_with_static_memory(other, static_shape, options, kernel, rng):
+    """Gluon's loss has a wrong gradient behind a mask: MXNet writes over what it still reads."""
+    net = SumInFront(other, StableSoftmaxCELoss(**options))
+    net.initialize(mx.init.Uniform(2))
+    net.hybridize(**({} if static_shape is None else {'static_alloc': True, 'static_shape': static_shape}))
+    data, mask = mx.nd.array(rng.normal(0, 2, (4, 4))), mx.nd.array([[0, -3, 0, -3]] * 4)
+    label = rng.randint(0, 4, 4) if options.get('sparse_label', True) else rng.dirichlet(np.ones(4), 4)
+    data.attach_grad()
+    for _ in range(2):
+        with autograd.record():
+            loss = net(data, mx.nd.array(label), mask)
+        loss.backward()
+    weight = net.dense.weight.data().asnumpy()
+    addend = {'mask': mask, 'residual': data}[other] if other != 'prior' else net.prior.data()
+    logits = data.asnumpy() @ weight.T + addend.asnumpy()
+    _, expected = reference.loss_and_gradient(logits, label, **options)
+    assert_close(net.dense.weight.grad().asnumpy(), expected.T @ data.asnumpy(), ADDED_GRADIENTS)
+    of_data = expected @ weight + (expected if other == 'residual' else 0)
+    assert_close(data.grad.asnumpy(), of_data, ADDED_GRADIENTS)

@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 
+import cases
 import modes
 import mxnet as mx
 import numpy as np
@@ -19,7 +20,7 @@ from checks import assert_loss_is_reference
 from mxnet import autograd, gluon
 from tolerances import assert_close
 
-from gluon_stable_ce import StableCrossEntropy, StableSoftmaxCELoss
+from gluon_stable_ce import StableCrossEntropy, StableSoftmaxCELoss, array_api
 from gluon_stable_ce import graphs as graphs_module
 from gluon_stable_ce.graphs import compiled
 
@@ -273,6 +274,47 @@ def test_exported_graph_serves_any_number_of_classes(rng):
         pred, label = nd.array(rng.normal(0, 1, (4, classes))), nd.array([0, classes - 1, classes, 1])
         np.testing.assert_array_equal(loaded(pred, label).asnumpy(), loss_fn(pred, label).asnumpy())
         np.testing.assert_array_equal(np.isnan(loaded(pred, label).asnumpy()), [False, False, True, False])
+
+
+GIVEN = {
+    **cases.SPARSE, **cases.DENSE, 'smoothing-only-dense': {'sparse_label': False, 'label_smoothing': 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('options', cases.params(GIVEN))
+@pytest.mark.parametrize(('axis', 'batch_axis'), [(-1, 0), (1, 0), (-2, -1), (0, (1,)), (1, None)], ids=str)
+@pytest.mark.parametrize('weighted', [False, True], ids=['', 'sample-weight'])
+@pytest.mark.parametrize('np_style', [False, True], ids=['classic', 'np'])
+def test_graphs_list_their_inputs_as_gluons_do(options, axis, batch_axis, weighted, np_style, rng):
+    """People bind graphs by position: pred, label, sample_weight; then what gluon's has not, the class weights."""
+    names = ['x', 'y', 'w'] if weighted else ['x', 'y']
+    for reduction in cases.REDUCTIONS:
+        loss_fn = StableSoftmaxCELoss(axis=axis, batch_axis=batch_axis, reduction=reduction, **options)
+        graph = loss_fn(*[array_api.variable(name, np_style) for name in names])
+        assert graph.list_arguments()[: len(names)] == names
+        assert len(graph.list_arguments()) == len(names) + ('class_weight' in options)
+
+
+@pytest.mark.parametrize('sparse_label', [True, False], ids=['sparse', 'dense'])
+@pytest.mark.parametrize('weighted', [False, True], ids=['', 'sample-weight'])
+def test_nested_and_exported_graphs_list_their_inputs_as_gluons_do(sparse_label, weighted, tmp_path):
+    files = []
+    for name, kind in (('ours', StableSoftmaxCELoss), ('gluons', gluon.loss.SoftmaxCELoss)):
+        net = modes.WithLoss(gluon.nn.Dense(3, prefix='dense_'), kind(sparse_label=sparse_label))
+        net.initialize()
+        net.hybridize()
+        label = nd.zeros(4) if sparse_label else nd.zeros((4, 3))
+        net(nd.zeros((4, 5)), label, *([nd.ones((4, 1))] * weighted))
+        net.export(str(tmp_path / name))
+        files.append(mx.sym.load(str(tmp_path / f'{name}-symbol.json')).list_arguments())
+    assert files[0] == files[1]
+
+
+def test_a_graph_infers_the_shape_of_the_label():
+    data, label = mx.sym.var('data'), mx.sym.var('label')
+    graph = StableSoftmaxCELoss(kernel='stock')(mx.sym.FullyConnected(data, num_hidden=3), label)
+    shapes, outputs, _ = graph.infer_shape(data=(4, 5))
+    assert (shapes[0], shapes[-1], outputs) == ((4, 5), (4,), [(4,)])
 
 
 @pytest.mark.slow

@@ -147,13 +147,71 @@ def test_gluons_options_may_be_set_later(name, value, rng):
     assert_close(ours(pred, label).asnumpy(), gluons(pred, label).asnumpy())
 
 
-@pytest.mark.parametrize('stype', ['csr', 'row_sparse'])
-@pytest.mark.parametrize('argument', ['pred', 'label', 'sample_weight'])
-def test_sparse_storage_is_refused(argument, stype):
-    arrays = {'pred': nd.zeros((4, 3)), 'label': nd.zeros((4, 1)), 'sample_weight': nd.zeros((4, 1))}
-    arrays[argument] = arrays[argument].tostype(stype)
-    with pytest.raises(TypeError, match=f'^{argument}: expected a dense array, got '):
-        StableSoftmaxCELoss()(*arrays.values())
+def loss_and_gradient(loss_fn, pred, *others):
+    """Of arrays in any storage."""
+    pred = pred.copy()
+    pred.attach_grad()
+    with autograd.record():
+        loss = loss_fn(pred, *others)
+    loss.backward()
+    return loss.asnumpy(), pred.grad.asnumpy()
+
+
+@pytest.fixture
+def accepted(rng):
+    """Arrays in forms that gluon's loss accepts, too: arguments of the loss, and its inputs, by name."""
+    pred, text = nd.array(rng.normal(0, 1, (4, 3))), nd.array(rng.normal(0, 1, (2, 5, 3)))
+    label, text_label = nd.array([0, 1, 2, 0]), nd.array(rng.randint(0, 3, (2, 5)))
+    target, dense = nd.softmax(nd.array(rng.normal(0, 1, (2, 5, 3)))), {'sparse_label': False}
+    return {
+        'csr': ({}, pred.tostype('csr'), label),
+        'row-sparse': ({'batch_axis': None}, pred.tostype('row_sparse'), label),
+        'csr-weight': ({}, pred, label, nd.array([[1], [0], [2], [3]]).tostype('csr')),
+        'one-axis': ({}, pred[0], label[:1]),
+        'one-axis-first': ({'axis': 0}, pred[0], label[:1], nd.array([2])),
+        'one-axis-dense': (dense, pred[0], target[0, 0]),
+        'dense-merged': (dense, text, target.reshape((2, 15))),
+        'dense-rows': (dense, text, target.reshape((10, 3))),
+        'dense-flat': (dense, text, target.reshape((-1,)), nd.array([[2], [3]]).reshape((2, 1, 1))),
+        'dense-kept-axis': (dense, text, target.reshape((2, 5, 1, 3))),
+        'weight-of-times': ({}, text, text_label, nd.array([[1], [2], [3], [0], [5]])),
+        'weight-of-times-dense': (dense, text, target, nd.array([[1], [2], [3], [0], [5]])),
+        'weight-of-classes-dense': (dense, text, target, nd.array([1, 2, 3])),
+        'weight-of-the-last-axis': ({'axis': 1}, text, nd.zeros((2, 3)), nd.array([1, 2, 3])),
+        'weight-true': ({'weight': True}, pred, label),
+        'from-logits-none': ({'from_logits': None}, pred, label),
+        'sparse-label-none': ({'sparse_label': None}, text, target),
+        'another-cpu': ({}, pred.as_in_context(mx.cpu(1)), label),
+    }
+
+
+@pytest.mark.parametrize('name', [
+    'csr', 'row-sparse', 'csr-weight', 'one-axis', 'one-axis-first', 'one-axis-dense', 'dense-merged', 'dense-rows',
+    'dense-flat', 'dense-kept-axis', 'weight-of-times', 'weight-of-times-dense', 'weight-of-classes-dense',
+    'weight-of-the-last-axis', 'weight-true', 'from-logits-none', 'sparse-label-none', 'another-cpu',
+])  # fmt: skip
+def test_calls_that_gluon_accepts(name, accepted):
+    options, *arrays = accepted[name]
+    expected = loss_and_gradient(gluon.loss.SoftmaxCELoss(**options), *arrays)
+    for got, wanted in zip(loss_and_gradient(StableSoftmaxCELoss(**options), *arrays), expected):
+        assert got.shape == wanted.shape
+        assert_close(got, wanted)
+
+
+@every_mode
+@few_layouts
+@pytest.mark.parametrize('batch_axis', [None, 'class', (0, 'class')], ids=str)
+@pytest.mark.parametrize('sparse_label', [True, False], ids=['sparse', 'dense'])
+def test_batch_axes_that_gluon_accepts(mode, layout, batch_axis, sparse_label, rng, ctx):
+    """None: one mean of all. The class axis, which has length 1 in the losses, is one more axis of the result."""
+    axis = layout.axis % len(layout.shape)
+    batch_axis = {'class': axis, (0, 'class'): (0, axis)}.get(batch_axis)
+    options = {'axis': layout.axis, 'batch_axis': batch_axis, 'sparse_label': sparse_label}
+    arrays = cases.make(rng, layout.shape, axis, sparse_label, invalid=False)
+    expected = modes.eager(gluon.loss.SoftmaxCELoss(**options), *arrays)
+    for got, wanted in zip(mode(StableSoftmaxCELoss(**options), *arrays), expected):
+        assert got.shape == wanted.shape
+        assert_close(got, wanted)
 
 
 @pytest.mark.parametrize('dtype', ['int32', 'int64', 'uint8'])
@@ -282,6 +340,25 @@ def test_float16_is_cast_inside_a_net(ctx):
     loss = net(nd.zeros((2, 5000), dtype='float16'), nd.array([4999, 4999.5]))
     assert loss.dtype == np.float32
     assert_close(loss.asnumpy(), [np.log(5000), np.nan], tolerances.ROUNDED_FLOAT32)
+
+
+def test_gradients_of_higher_order(rng):
+    """First order with `create_graph` needs single operators, as in gluon; second order has none."""
+    pred, label = nd.array(rng.normal(0, 1, (4, 3))), nd.array([0, 1, 2, 0])
+    _, expected = reference.loss_and_gradient(pred.asnumpy(), label.asnumpy())
+    pred.attach_grad()
+    loss_fn = StableSoftmaxCELoss()
+    with autograd.record():
+        loss = loss_fn(pred, label)
+        with pytest.raises(mx.MXNetError, match='create_graph=True please do not use hybridize'):
+            autograd.grad(loss, [pred], create_graph=True, retain_graph=True)
+    loss_fn.hybridize(False)
+    with autograd.record():
+        (gradient,) = autograd.grad(loss_fn(pred, label), [pred], create_graph=True, retain_graph=True)
+        square = (gradient * gradient).sum()
+    assert_close(gradient.asnumpy(), expected)
+    with pytest.raises(mx.MXNetError, match='non-differentiable'):
+        square.backward()
 
 
 FEW = 2000  # up to so many classes, the random logits are cheap
@@ -438,11 +515,49 @@ def test_several_class_axes_in_the_metric_and_the_count(joint, ctx):
     assert resumed.get() == metric.get()
 
 
-def test_repr_between_two_options_that_are_set_later():
+def test_options_are_checked_by_the_call_if_they_are_set_one_after_the_other():
     loss_fn = StableSoftmaxCELoss()
-    loss_fn._axis = 0  # which is the batch axis, too
-    assert repr(loss_fn) == 'StableSoftmaxCrossEntropyLoss(axis=0)'
-    with pytest.raises(ValueError, match='^batch_axis: expected an axis other than the class axis'):
+    loss_fn._axis = (0, 1)  # which sparse labels do not have
+    assert repr(loss_fn) == 'StableSoftmaxCrossEntropyLoss(axis=(0, 1))'
+    with pytest.raises(ValueError, match='^axis: expected one class axis for sparse labels'):
         loss_fn(nd.zeros((3, 4)), nd.zeros(4))
+    loss_fn._axis = 0
     loss_fn._batch_axis = 1
     assert loss_fn(nd.zeros((3, 4)), nd.zeros(4)).shape == (4,)
+
+
+class MaskedLoss(StableSoftmaxCELoss):
+    """As public code has it: the arguments of `Loss` are given to a loss that has others in front."""
+
+    def __init__(self, axis=-1, sparse_label=True, from_logits=False, weight=None, batch_axis=0, **kwargs):
+        super().__init__(weight, batch_axis, **kwargs)
+        self._axis = axis
+        self._sparse_label, self._from_logits = sparse_label, from_logits
+        self._weight, self._batch_axis = weight, batch_axis
+
+
+@every_mode
+@pytest.mark.parametrize('options', [
+    {}, {'weight': 0.5}, {'weight': 2, 'batch_axis': 1}, {'axis': 1, 'batch_axis': [0, 2]}, {'sparse_label': False},
+], ids=str)  # fmt: skip
+def test_options_that_a_subclass_sets_after_the_constructor(mode, options, rng, ctx):
+    axis = options.get('axis', -1)
+    arrays = cases.make(rng, (5, 5, 5), axis, options.get('sparse_label', True), invalid=False)
+    expected = modes.default(gluon.loss.SoftmaxCELoss(**options), *arrays)
+    for got, wanted in zip(mode(MaskedLoss(**options), *arrays), expected):
+        assert_close(got, wanted)
+
+
+def test_options_that_a_subclass_sets_wrongly_are_errors_of_the_call():
+    loss_fn = MaskedLoss(axis=None)
+    assert repr(loss_fn) == 'MaskedLoss(axis=None)'
+    with pytest.raises(TypeError, match='^axis: expected an integer, got None$'):
+        loss_fn(nd.zeros((3, 4)), nd.zeros(3))
+
+
+@pytest.mark.parametrize(
+    'options', [{'reduction': 'avg'}, {'label_smoothing': 2}, {'kernel': 'fast'}], ids=str
+)
+def test_other_options_of_a_subclass_are_checked_by_the_constructor(options):
+    with pytest.raises(ValueError, match=f'^{next(iter(options))}: expected '):
+        MaskedLoss(**options)

@@ -14,6 +14,7 @@ from mxnet import gluon
 from tolerances import assert_close
 
 from gluon_stable_ce import StableSoftmaxCrossEntropyLoss
+from gluon_stable_ce.kernels import library
 from gluon_stable_ce.onnx import export_model
 
 if not hasattr(mx, 'onnx'):
@@ -112,6 +113,8 @@ def test_every_option(options, weighted, rank_known, opset, rng, tmp_path):
     {'reduction': 'sum'},
     {'sparse_label': False, 'reduction': 'none'},
     {'ignore_label': -1},
+    {'from_logits': True, 'label_smoothing': 1.0},  # onnxruntime computes a transposed matrix times a vector wrongly
+    {'from_logits': True, 'label_smoothing': 0.2, 'sparse_label': False},
     IGNORED_NONE,
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize('layout', cases.params(LAYOUTS))
@@ -295,14 +298,28 @@ def test_a_parameter_without_value_is_a_missing_input(labelled):
         export_model(symbol, params, labelled['shapes'])
 
 
+X, INDEX = mx.sym.var('x'), mx.sym.var('index')
+
+
+@pytest.mark.skipif(not library.load(), reason='the fused operator is not built')
+@pytest.mark.parametrize('is_file', [False, True], ids=['symbol', 'file'])
+def test_a_graph_with_the_fused_operator_is_refused(is_file, tmp_path):
+    graph, path = (
+        StableSoftmaxCrossEntropyLoss(kernel='fused')(X, mx.sym.var('y')),
+        str(tmp_path / 'net.json'),
+    )
+    graph.save(path)
+    with pytest.raises(
+        ValueError, match="^sym: expected a graph of MXNet's own operators, .* kernel='stock'$"
+    ):
+        export_model(path if is_file else graph, {}, {'x': (2, 3), 'y': (2,)})
+
+
 def test_the_label_of_an_output_layer_is_no_input_by_name(tmp_path):
     symbol = mx.sym.LogisticRegressionOutput(mx.sym.var('x'), name='out')  # has an input out_label
     assert symbol.list_inputs() == ['x', 'out_label']
     path = export_model(symbol, {}, {'x': (2, 3)}, onnx_file_path=str(tmp_path / 'net.onnx'))
     np.testing.assert_array_equal(run(path, {'x': np.zeros((2, 3), 'float32')}), np.full((2, 3), 0.5))
-
-
-X, INDEX = mx.sym.var('x'), mx.sym.var('index')
 
 
 @opsets
@@ -313,6 +330,8 @@ X, INDEX = mx.sym.var('x'), mx.sym.var('index')
     mx.sym.sum(X, axis=1, exclude=True),
     mx.sym.mean(X, axis=-1, exclude=True),
     mx.sym.mean(X, axis=(0,), exclude=True),
+    mx.sym.mean(X, axis=(), exclude=True),
+    mx.sym.sum(X, axis=(), exclude=True),
     mx.sym.sum(X, axis=1),
     mx.sym.mean(X, axis=(0, 2)),
     mx.sym.log_softmax(X, axis=1),

@@ -59,14 +59,3 @@ def test_a_sample_weight_of_another_layout(options, pred, weight):
     positions = np.delete(pred, options.get('axis', -1))
     with pytest.raises(mx.MXNetError):
         modes.nested(StableSoftmaxCELoss(**options), *zeros(pred, positions, weight))
-
-
-@pytest.mark.parametrize(('axis', 'batch_axis', 'positions'), [(-1, 1, 4), (0, -2, 5)])
-def test_a_batch_axis_that_is_the_class_axis(axis, batch_axis, positions):
-    with pytest.raises(mx.MXNetError):
-        modes.nested(StableSoftmaxCELoss(axis=axis, batch_axis=batch_axis), *zeros((4, 5), positions))
-
-
-def test_predictions_without_a_batch_axis():
-    with pytest.raises(mx.MXNetError):
-        modes.nested(StableSoftmaxCELoss(), *zeros(5, 1))
