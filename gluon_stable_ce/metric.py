@@ -14,13 +14,11 @@ from .call import METRIC_FILL
 from .exact_sums import ExactSums
 from .kernels import choice
 from .metric_queue import RunningMean
-from .options import check_metric_options
+from .options import Kernel, PredType, check_metric_options
 from .pipeline import nll_of
 from .plan import plan
 
 
-@mx.metric.register
-@mx.metric.alias('stable_loss')
 class StableLoss(RunningMean, mx.metric.Loss):
     """Mean of given loss values, in the place of `mx.metric.Loss`, of which it is a subclass.
 
@@ -66,8 +64,6 @@ class StableLoss(RunningMean, mx.metric.Loss):
         self._push([_copied(array) for array in _as_list('preds', preds)])
 
 
-@mx.metric.register
-@mx.metric.alias('stable_cross_entropy')
 class StableCrossEntropy(RunningMean, mx.metric.EvalMetric):
     r"""Mean negative log-likelihood of the labels, in nats, with no epsilon.
 
@@ -127,10 +123,10 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric):
         self,
         *args: Any,
         axis: Union[int, Sequence[int]] = -1,
-        pred_type: str = 'probs',
+        pred_type: PredType = 'probs',
         ignore_label: Optional[int] = None,
         sparse_label: bool = True,
-        kernel: str = 'auto',
+        kernel: Kernel = 'auto',
         name: str = 'cross-entropy',
         output_names: Optional[List[str]] = None,
         label_names: Optional[List[str]] = None,
@@ -180,8 +176,6 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric):
         return super()._value_of(sums)
 
 
-@mx.metric.register
-@mx.metric.alias('stable_perplexity')
 class StablePerplexity(StableCrossEntropy):
     """Exponential of the mean negative log-likelihood of the labels, with no floor under small probabilities.
 
@@ -205,11 +199,14 @@ class StablePerplexity(StableCrossEntropy):
         name: str = 'perplexity',
         output_names: Optional[List[str]] = None,
         label_names: Optional[List[str]] = None,
+        *,
+        pred_type: PredType = 'probs',
         **kwargs: Any,
     ) -> None:
         super().__init__(
             ignore_label=ignore_label,
             axis=axis,
+            pred_type=pred_type,
             name=name,
             output_names=output_names,
             label_names=label_names,
@@ -221,8 +218,6 @@ class StablePerplexity(StableCrossEntropy):
             return float(np.exp(super()._value_of(sums)))
 
 
-@mx.metric.register
-@mx.metric.alias('stable_bits_per_token')
 class StableBitsPerToken(StableCrossEntropy):
     """Mean negative log-likelihood of the labels in bits: nats divided by log 2.
 
@@ -238,8 +233,8 @@ class StableBitsPerToken(StableCrossEntropy):
     ('bits-per-token', 2.0)
     """
 
-    def __init__(self, *, name: str = 'bits-per-token', **kwargs: Any) -> None:
-        super().__init__(name=name, **kwargs)
+    def __init__(self, *, pred_type: PredType = 'probs', name: str = 'bits-per-token', **kwargs: Any) -> None:
+        super().__init__(pred_type=pred_type, name=name, **kwargs)
 
     def _value_of(self, sums: ExactSums) -> float:
         return super()._value_of(sums) / math.log(2)
@@ -257,3 +252,14 @@ def _as_list(name: str, arrays: Any) -> List[Array]:
     for array in arrays:
         check_array_type(name, type(array))
     return arrays
+
+
+# not as decorators, which have no types: a type checker would not know the classes
+for _metric, _alias in (
+    (StableLoss, 'stable_loss'),
+    (StableCrossEntropy, 'stable_cross_entropy'),
+    (StablePerplexity, 'stable_perplexity'),
+    (StableBitsPerToken, 'stable_bits_per_token'),
+):
+    mx.metric.register(_metric)
+    mx.metric.register(_metric, _alias)

@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import astuple
 from itertools import zip_longest
 from threading import RLock
-from typing import Any, Callable, Deque, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Deque, Dict, List, Optional, Sequence, Tuple, Type, TypeVar
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from .exact_sums import ExactSums
 _AHEAD = 2  # updates that the device may be behind
 _AT_ONCE = 32  # arrays that are read together
 _WINDOWS = ('local', 'global')
+_Metric = TypeVar('_Metric', bound='RunningMean')
 # How a property is read and replaced in ExactSums.
 _COUNT = (lambda sums: sums.count, ExactSums.with_count)
 _SUM = (lambda sums: sums.over(1), ExactSums.with_sum)
@@ -50,7 +51,7 @@ class RunningMean:
         _, *parameters = inspect.signature(cls.__init__).parameters.values()
         cls.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+    def __new__(cls: Type[_Metric], *args: Any, **kwargs: Any) -> _Metric:
         """Make a metric that holds nothing, whatever the `reset` of a subclass does."""
         metric = super().__new__(cls)
         metric._lock = RLock()
