@@ -3,6 +3,7 @@
 from typing import Optional
 
 import mxnet as mx
+import numpy as np
 from mxnet import gluon
 
 from gluon_stable_ce import (
@@ -37,4 +38,4 @@ name, nats = whole.get()
 infinite: int = whole.num_infinite
 with patch(ignore_label=-1) as patched:
     replaced: int = patched.losses + patched.metrics
-error: str = audit([[0.5, 0.5]], [1], pred_type='probs').table()
+table: str = audit(np.full((1, 2), 0.5), np.ones(1), pred_type='probs').table()
