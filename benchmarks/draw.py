@@ -1,4 +1,4 @@
-"""Draw the benchmark's picture: one panel for each problem, with the machine's limit as a line."""
+"""Draw the benchmark's picture: one panel for each problem, beside the machine's limit."""
 
 import problems
 from matplotlib.figure import Figure
@@ -20,10 +20,10 @@ SMALL_GREY = {'va': 'center', 'fontsize': 8, 'color': '#666666', 'style': 'itali
 
 
 def draw(results, path):
-    """Write the picture: times as multiples of the machine's limit, with milliseconds as numbers."""
+    """Write the picture: times relative to gluon's loss with static memory, with milliseconds as numbers."""
     cases = results['cases']
     rows = -(-len(cases) // COLUMNS)
-    figure = Figure(figsize=(10, 2.15 * rows + 0.9), layout='constrained', facecolor='white')
+    figure = Figure(figsize=(10, 2.3 * rows + 0.9), layout='constrained', facecolor='white')
     panels = figure.subplots(rows, COLUMNS, sharex=True, sharey=True, squeeze=False).ravel()
     for axes, (name, case) in zip(panels, cases.items()):
         draw_problem(axes, name, case)
@@ -31,15 +31,13 @@ def draw(results, path):
         axes.remove()
     panels[0].invert_yaxis()  # shared
     panels[0].set_xscale('log')
-    panels[0].set_xlim(0.3, 6 * largest_multiple(cases))  # room for the numbers
     about = results['machine']
     figure.suptitle(
-        "The loss, forward + backward, in ms. A bar shows how many times the machine's limit that is, "
-        f'on a log scale.\nThe dashed line is the limit. Shorter is faster. MXNet {about["mxnet"]}, '
-        f'{about["cores"]} cores.',
+        "Time of the loss, forward + backward, relative to gluon's loss with static memory, on a log scale; "
+        f"numbers are ms.\nBars to the left are faster. The dotted line is the machine's limit. MXNet "
+        f'{about["mxnet"]}, {about["cores"]} cores.',
         fontsize=10,
     )
-    figure.supxlabel("times the machine's limit", fontsize=10)
     figure.savefig(path, dpi=110)
 
 
@@ -48,32 +46,23 @@ def three_digits(number):
     return f'{number:.0f}' if number >= 1000 else f'{number:.3g}'
 
 
-def largest_multiple(cases):
-    """Return the time of the slowest contender, in multiples of the machine's limit."""
-    return max(
-        row['both']['median'] / case['limit']['both']
-        for case in cases.values()
-        for row in case['rows'].values()
-    )
-
-
 def draw_problem(axes, name, case):
-    """Draw a bar for each contender, from the limit to its time."""
-    limit = case['limit']['both']
+    """Draw a bar for each contender, from gluon's time with static memory to its own."""
+    base, limit = (case['rows'][problems.STATIC]['both']['median'], case['limit']['both'])
     for place, contender in enumerate(COLORS):
         row = case['rows'].get(contender)
         if row is None:
-            axes.text(
-                1.15, place, 'not measured' if contender in OPTIONAL else 'cannot solve this', **SMALL_GREY
-            )
+            text = 'not measured' if contender in OPTIONAL else 'cannot solve this'
+            axes.text(1.1, place, text, **SMALL_GREY)
             continue
-        multiple = max(row['both']['median'] / limit, 1e-3)
-        axes.barh(place, multiple - 1, left=1, height=0.75, color=COLORS[contender])
+        ratio = max(row['both']['median'] / base, limit / base)
+        axes.barh(place, ratio - 1, left=1, height=0.75, color=COLORS[contender])
         axes.text(
-            max(multiple, 1) * 1.12, place, three_digits(row['both']['median'] * 1e3), va='center', fontsize=8
+            max(ratio, 1) * 1.1, place, three_digits(row['both']['median'] * 1e3), va='center', fontsize=8
         )
-    axes.axvline(1, color='black', linestyle='--', linewidth=1)
-    axes.set_title(f'{name} (limit {limit * 1e3:.2g} ms)', fontsize=9, loc='left')
+    axes.axvline(1, color='black', linewidth=1)
+    axes.axvline(limit / base, color='black', linestyle=':', linewidth=1)
+    axes.set_title(name, fontsize=9, loc='left')
     axes.set_yticks(range(len(COLORS)), list(COLORS), fontsize=8)
     axes.tick_params(axis='x', labelsize=8)
     axes.spines[['top', 'right']].set_visible(False)

@@ -1,6 +1,8 @@
 """The problems of the benchmark, and how each contender solves them. Importing this needs NumPy only."""
 
+import os
 from collections import namedtuple
+from unittest.mock import patch
 
 import numpy as np
 
@@ -16,6 +18,7 @@ CASES = [
     Case('2048 x 32000', [(2048, 32000)], -1, 'float32', 0),
     Case('8 x 21 x 128 x 128, axis 1', [(8, 21, 128, 128)], 1, 'float32', 0),
     Case('2 x 150 x 128 x 128, axis 1', [(2, 150, 128, 128)], 1, 'float32', 0),
+    Case('32 x 128 x 8000', [(32, 128, 8000)], -1, 'float32', 0),
     Case('32 x 128 x 8000, 40% ignored', [(32, 128, 8000)], -1, 'float32', 0.4),
     Case('128 x 50257, float16', [(128, 50257)], -1, 'float16', 0),
 ]
@@ -25,11 +28,15 @@ IGNORE = -1
 OURS, OURS_STOCK, OURS_FUSED = 'ours', 'ours, stock', 'ours, fused'
 KERNELS = {OURS: 'auto', OURS_STOCK: 'stock', OURS_FUSED: 'fused'}
 HYBRIDIZED, STATIC, EAGER = 'gluon, hybridized', 'gluon, static_alloc', 'gluon, as scripts call it'
-GLUON = (HYBRIDIZED, STATIC, EAGER)
+CAST, SAFE = "gluon, after astype('float32')", 'gluon, MXNET_SAFE_ACCUMULATION=1'  # for float16
+GLUON = (HYBRIDIZED, STATIC, EAGER, CAST, SAFE)
 OUTPUT, SUM = 'SoftmaxOutput', 'softmax_cross_entropy'
 CONTENDERS = [OURS_STOCK, OURS_FUSED, *GLUON, OUTPUT, SUM]
 TORCH = 'PyTorch F.cross_entropy'
 OPERATOR = 'operator'  # a copy, which makes the logits: its time and memory are taken off
+
+# Whose best time ours is compared with.
+RIVALS = (STATIC, TORCH)
 
 # A whole training step of one dense layer: forward, loss, backward, update.
 Net = namedtuple('Net', 'name batch features classes')
@@ -48,39 +55,32 @@ UPDATES = {PROBS: 50, LOGITS: 20, LOSSES: 100}  # of a metric in an epoch, which
 LIMIT, GRADIENT = "the machine's limit", 'the size of the gradient'
 # The largest ratio allowed of one of ours to something else: of times, or of what `what` names.
 Bound = namedtuple('Bound', 'what ours other at_most')
-_ALONE = {
-    OURS_STOCK: {
-        '64 x 10': 0.95,
-        '128 x 1000': 1.0,
-        '16 x T x 2000, T from 5 to 60': 1.1,
-        '512 x 50257': 1.05,
-        '8 x 21 x 128 x 128, axis 1': 0.4,
-        '2 x 150 x 128 x 128, axis 1': 0.4,
-        '128 x 50257, float16': 0.1,
-    },
-    OURS_FUSED: {
-        '64 x 10': 0.75,
-        '128 x 1000': 0.6,
-        '16 x T x 2000, T from 5 to 60': 0.6,
-        '256 x 10000': 0.35,
-        '512 x 50257': 0.15,
-        '2048 x 32000': 0.15,
-        '8 x 21 x 128 x 128, axis 1': 0.06,
-        '2 x 150 x 128 x 128, axis 1': 0.06,
-        '32 x 128 x 8000, 40% ignored': 0.15,
-        '128 x 50257, float16': 0.015,
-    },
+# Of the fused kernel to gluon's loss with static memory
+_FUSED = {
+    '64 x 10': 0.7,
+    '128 x 1000': 0.7,
+    '16 x T x 2000, T from 5 to 60': 0.45,
+    '256 x 10000': 0.45,
+    '512 x 50257': 0.2,
+    '2048 x 32000': 0.2,
+    '8 x 21 x 128 x 128, axis 1': 0.07,
+    '2 x 150 x 128 x 128, axis 1': 0.04,
+    '32 x 128 x 8000, 40% ignored': 0.2,
+    '128 x 50257, float16': 0.005,
 }
+_STOCK = {'128 x 1000': 1.6, '256 x 10000': 1.6, '512 x 50257': 1.9}
 NOT_SMALL = [case.name for case in CASES[2:]]
 BOUNDS = [
-    *(Bound(name, ours, HYBRIDIZED, most) for ours, all_ in _ALONE.items() for name, most in all_.items()),
-    Bound('512 x 50257', OURS_STOCK, EAGER, 0.4),
-    *(Bound(name, OURS_FUSED, LIMIT, 1.8) for name in ('512 x 50257', '2048 x 32000')),
+    *(Bound(name, OURS_FUSED, STATIC, most) for name, most in _FUSED.items()),
+    *(Bound(f'{name}, forward', OURS_FUSED, STATIC, 0.8) for name in _FUSED),
+    *(Bound(name, OURS_STOCK, STATIC, most) for name, most in _STOCK.items()),
     *(Bound(name, OURS_FUSED, TORCH, 1.0) for name in NOT_SMALL),
+    *(Bound(name, OURS_FUSED, LIMIT, 1.8) for name in ('512 x 50257', '2048 x 32000')),
     *(Bound(f'{name}, peak memory', OURS_FUSED, GRADIENT, 1.15) for name in NOT_SMALL[1:]),
     Bound(f'{LOGITS}, epoch', OURS_FUSED, LIMIT, 1.3),
     Bound(f'{PROBS}, update', OURS, STOCK, 0.02),
-    Bound(f'{LOSSES}, epoch', OURS, STOCK, 0.3),
+    Bound(f'{PROBS}, epoch', OURS, STOCK, 0.05),
+    Bound(f'{LOSSES}, epoch', OURS, STOCK, 0.5),
 ]
 
 
@@ -159,7 +159,8 @@ def make(case, contender, batches=None):
         values = [each(pred.detach(), *others[takes]) for pred, *others in batches]
         return np.concatenate([value.asnumpy().ravel() for value in values])
 
-    return Steps(forward, _training_step(contender, call, batches, takes), each and losses)
+    steps = Steps(forward, _training_step(contender, call, batches, takes), each and losses)
+    return Steps(*map(_with_safe_accumulation, steps)) if contender == SAFE else steps
 
 
 def _training_step(contender, call, batches, takes):
@@ -213,15 +214,33 @@ def _ours(case, kernel):
 def _gluon(case, contender):
     import mxnet as mx
 
-    call = mx.gluon.loss.SoftmaxCrossEntropyLoss(axis=case.axis)
+    if contender in (CAST, SAFE) and case.dtype != 'float16':
+        return None
+    loss_fn = mx.gluon.loss.SoftmaxCrossEntropyLoss(axis=case.axis)
     if contender != EAGER:
-        call.hybridize(static_alloc=contender == STATIC)
+        loss_fn.hybridize(static_alloc=contender != HYBRIDIZED)
+
+    dtype = 'float32' if contender == CAST else case.dtype
+
+    def call(pred, label, *weight):
+        return loss_fn(pred.astype(dtype, copy=False), label, *weight)
 
     def each(pred, label, weight=None):
-        loss = -mx.nd.pick(mx.nd.log_softmax(pred, axis=case.axis), label, axis=case.axis)
+        log_p = mx.nd.log_softmax(pred.astype(dtype, copy=False), axis=case.axis)
+        loss = -mx.nd.pick(log_p, label, axis=case.axis)
         return loss if weight is None else loss * weight.squeeze()
 
-    return call, each
+    return loss_fn if dtype == case.dtype else call, each
+
+
+def _with_safe_accumulation(step):
+    """Let MXNet add up float16 in float32 while `step` runs; it reads the variable in every operator."""
+
+    def safe():
+        with patch.dict(os.environ, MXNET_SAFE_ACCUMULATION='1'):
+            return step()
+
+    return safe
 
 
 def _softmax_output(case):

@@ -156,8 +156,8 @@ def markdown(results):
     """Return the tables, under a description of the machine and of what was measured."""
     tables = [
         table(
-            ['logits', 'contender', 'forward, ms', 'forward + backward, ms', 'ratio']
-            + ['peak memory, MB', 'largest error, nats', 'relative'],
+            ['logits', 'contender', 'forward, ms', 'forward + backward, ms', 'ratio', 'to the best other']
+            + ['bandwidth', 'peak memory, MB', 'largest error, nats', 'relative'],
             [cells for name, case in results['cases'].items() for cells in case_cells(name, case)],
         ),
         table(
@@ -188,9 +188,12 @@ def describe(results):
         'those of the loss alone. '
         'A call solves one batch, or one batch of each length T.\n\n'
         'Times are medians, with quartiles in brackets. The contenders take turns in one process; PyTorch '
-        "has a process of its own. Ratios are to gluon's loss, hybridized. "
+        "has a process of its own. Quartiles are left out where the operator's time differs more from round "
+        "to round than the loss takes. Ratios are to gluon's loss, hybridized with static memory. The best "
+        'other is the faster one of that and PyTorch. '
         "The machine's limit is the time to read the logits once (forward), or to read them twice and write "
-        'their gradient once (forward + backward). It assumes that no logits are in a cache. '
+        'their gradient once (forward + backward). It assumes that no logits are in a cache. The share of '
+        'the bandwidth is the limit divided by the time. '
         'A training step is forward, loss, backward and update of a dense layer. '
         'An epoch of a metric is some updates and a `get()`; its time is given per update.\n\n'
     )
@@ -205,18 +208,41 @@ def table(head, rows):
 
 def case_cells(name, case):
     """Yield the cells of each contender, and those of the machine's limit."""
-    base = case['rows'][problems.HYBRIDIZED]['both']['median']
+    both = {contender: row['both']['median'] for contender, row in case['rows'].items()}
+    base, limit = both[problems.STATIC], case['limit']['both']
+    best = min(both[rival] for rival in problems.RIVALS if rival in both)
     for contender, row in case['rows'].items():
-        times = _time(row['forward']), _time(row['both']), _ratio(row['both']['median'] / base)
+        times = [_time(row[kind]) for kind in ('forward', 'both')]
+        ratios = [_ratio(both[contender] / other) for other in (base, best)]
         memory = f'{row["memory"] / 2**20:.0f}' if 'memory' in row else ''
-        yield (name, contender, *times, memory, _error(row, 'absolute'), _error(row, 'relative'))
-    limits = [f'{case["limit"][kind] * 1e3:.3g}' for kind in ('forward', 'both')]
-    yield (name, f'*{problems.LIMIT}*', *limits, _ratio(case['limit']['both'] / base), '', '', '')
+        share = f'{limit / both[contender]:.0%}'
+        yield (
+            name,
+            contender,
+            *times,
+            *ratios,
+            share,
+            memory,
+            _error(row, 'absolute'),
+            _error(row, 'relative'),
+        )
+    limits = [draw.three_digits(case['limit'][kind] * 1e3) for kind in ('forward', 'both')]
+    yield (
+        name,
+        f'*{problems.LIMIT}*',
+        *limits,
+        _ratio(limit / base),
+        _ratio(limit / best),
+        '100%',
+        '',
+        '',
+        '',
+    )
 
 
 def net_cells(name, rows):
     """Yield the cells of each loss."""
-    base = rows[problems.HYBRIDIZED]['median']
+    base = rows[problems.STATIC]['median']
     for contender, row in rows.items():
         yield (name, contender, _time(row), _ratio(row['median'] / base))
 
@@ -254,6 +280,7 @@ def quantities(results):
         found[f'{name}, peak memory', problems.GRADIENT] = case['gradient']
         for contender, row in case['rows'].items():
             found[name, contender] = row['both']['median']
+            found[f'{name}, forward', contender] = row['forward']['median']
             found[f'{name}, peak memory', contender] = row.get('memory')
     for name, metric in results['metrics'].items():
         found[f'{name}, epoch', problems.LIMIT] = metric['limit']
@@ -263,8 +290,9 @@ def quantities(results):
 
 
 def _time(row):
+    """Write a median with its quartiles, unless the operator's noise is as large as the loss."""
     median, low, high = (draw.three_digits(row[key] * 1e3) for key in ('median', 'low', 'high'))
-    return f'{median} ({low} to {high})'
+    return f'{median} ({low} to {high})' if row['low'] > 0 else f'{max(float(median), 0):.3g} (noise)'
 
 
 def _ratio(ratio):

@@ -1,6 +1,8 @@
 """How the fused operator is compiled, verified and put in place."""
 
 import os
+import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -8,6 +10,8 @@ import sys
 import time
 import warnings
 from argparse import Namespace
+from collections import Counter
+from pathlib import Path
 
 import mxnet as mx
 import pytest
@@ -122,6 +126,32 @@ def test_what_was_built_from_other_sources_is_removed_beside_the_sources(tmp_pat
         (tmp_path / name).write_bytes(b'')
     build.remove_stale(str(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == [library.file_name()]
+
+
+def version_of_gcc():
+    done = subprocess.run(['g++', '-dumpversion'], capture_output=True, text=True, check=False)
+    return int(done.stdout.split('.')[0] or 0)
+
+
+@needs_operator
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not shutil.which('g++') or version_of_gcc() < 12 or platform.machine() != 'x86_64',
+    reason='it reads the reports of g++ 12 on x86_64',
+)
+@pytest.mark.parametrize('size', [32, 64], ids=['AVX2', 'AVX-512'])
+def test_each_loop_becomes_vector_code_for_float_and_double(size, tmp_path, monkeypatch):
+    """Nothing else would notice a loop of single numbers, which takes ten times as long."""
+    report, source = tmp_path / 'report', Path(library.SOURCES) / 'loops.h'
+    monkeypatch.setattr(library, 'FLAGS', (*library.FLAGS, f'-fopt-info-vec-optimized={report}'))
+    build.compile_to(str(tmp_path / 'library.so'))
+    message = f'loops.h:([0-9]+):.*vectorized using {size} byte vectors'
+    vectorized = Counter(int(line) for line in re.findall(message, report.read_text()))
+    lines = enumerate(source.read_text().splitlines(), start=1)
+    marked = [number for number, line in lines if line.startswith(('#pragma omp simd', '#pragma GCC ivdep'))]
+    assert len(marked) > 10
+    for number in marked:  # the report names the loop's line, or one of its body
+        assert sum(vectorized[number + i] for i in (1, 2)) > 1, f'loops.h:{number}'
 
 
 @needs_operator

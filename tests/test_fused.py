@@ -1,7 +1,9 @@
 """The fused operator against long double, and mpmath where that cannot reach."""
 
 import os
+import platform
 import threading
+from pathlib import Path
 
 import cases
 import mxnet as mx
@@ -123,6 +125,55 @@ def test_terms_and_gradient_equal_long_double(shape, axis, dtype, scale, rng):
         assert value.dtype == ('float64' if dtype == 'float64' else 'float32')
     assert grad.dtype == dtype
     cases.assert_within(grad, expected_grad, tolerances.fused_gradient_bound(dtype, expected_grad))
+
+
+@pytest.mark.parametrize('dtype', ['float16', 'float32', 'float64'])
+@pytest.mark.parametrize(
+    ('shape', 'axis', 'positions'),
+    [
+        pytest.param((70, 300), -1, 0, id='rows'),
+        pytest.param((5, 70000), -1, 0, id='rows in parts'),
+        pytest.param((1100, 10), -1, 0, id='few classes'),
+        pytest.param((3, 21, 700), 1, 2, id='lines'),
+        pytest.param((70, 1100, 3), 1, 0, id='short lines in parts'),
+    ],
+)
+def test_the_same_bits_in_any_batch_and_at_any_position(shape, axis, positions, dtype, rng):
+    """`positions` is an axis of which some positions are computed alone, in another order."""
+    pred, label = (
+        rng.standard_normal(shape).astype(dtype) * 9,
+        rng.randint(0, shape[axis], np.delete(shape, axis)),
+    )
+    grads = [rng.standard_normal(label.shape).astype('float32') for _ in range(3)]
+    some = rng.permutation(shape[positions])[: 2 * shape[positions] // 3]
+    of_label = min(positions, label.ndim - 1)
+    terms, gradient = run(pred, label, axis, grads, logsumexp=True, uniform=True)
+    label, *grads = (array.take(some, of_label) for array in (label, *grads))
+    alone, gradient_alone = run(pred.take(some, positions), label, axis, grads, logsumexp=True, uniform=True)
+    for array, expected in zip(alone, terms):
+        np.testing.assert_array_equal(array, expected.take(some, of_label))
+    np.testing.assert_array_equal(gradient_alone, gradient.take(some, positions))
+
+
+INSTRUCTION_SETS = ['x86-64', 'x86-64-v3', 'x86-64-v4']  # for each of which the loops are compiled
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != 'x86_64', reason='there is one instruction set')
+@pytest.mark.parametrize('arch', INSTRUCTION_SETS)
+def test_each_instruction_set_is_as_exact(arch, tmp_path):
+    """The tests of numbers, with an operator whose loops are compiled for one instruction set."""
+    if arch == 'x86-64-v4' and 'avx512vl' not in Path('/proc/cpuinfo').read_text():
+        pytest.skip('this processor has no AVX-512')
+    code = f"""
+import pytest, sys
+from gluon_stable_ce.kernels import library
+library.FLAGS += ('-DKERNEL=__attribute__((noinline, target("arch={arch}"))) static',)
+library.HERE = {str(tmp_path)!r}
+names = 'long_double or same_bits_in_any or infinite_and_nan or least_number'
+sys.exit(pytest.main(['-q', '-n', '0', '-p', 'no:cacheprovider', '-k', names, {__file__!r}]))
+"""
+    assert ' passed' in python(code)
 
 
 @pytest.mark.parametrize('inner', [1, 70], ids=['rows', 'lines'])

@@ -40,6 +40,8 @@ template <typename To, typename From> INLINE To bits(From from) {
 // x + magic has round(x) in its last bits
 template <typename T> INLINE T magic(T) { return T(1.5) * T(int64_t(1) << Format<T>::mantissa); }
 template <typename T> INLINE Int<T> last_bits(T sum) { return bits<Int<T>>(sum) - bits<Int<T>>(magic(sum)); }
+// n as T: AVX2 has no such conversion of int64. Valid range: |n| < 2^22 (float), 2^51 (double).
+template <typename T> INLINE T number(Int<T> n) { return bits<T>(n + bits<Int<T>>(magic(T()))) - magic(T()); }
 
 // 2^n. Valid range: [-bias, bias], where 2^-bias is 0.
 template <typename T> INLINE T power_of_2(Int<T> n) {
@@ -127,12 +129,12 @@ template <typename T> INLINE Reference<T> reference_of(T largest) {
   return {is_far && largest != -INFINITY ? largest : T(0), last_bits(near * T(kLog2E) + magic(near))};
 }
 template <typename T> INLINE double log_reference_of(Reference<T> ref) {
-  return double(ref.shift) + kLn2 * double(ref.k);
+  return double(ref.shift) + kLn2 * number<T>(ref.k);
 }
 
 // exp(x) / reference as 2^n (expm1 + 1), where n is at least -`least`
 template <typename T> INLINE Reduced<T> reduced_by(Reference<T> ref, T x, int least) {
-  const T lowest = T(kLn2) * T(ref.k - least);
+  const T lowest = T(kLn2) * number<T>(ref.k - least);
   x -= ref.shift;
   x = x < lowest ? lowest : x;
   const Reduced<T> e = reduced<T>(x);

@@ -6,7 +6,8 @@
  *   ..._of_tile   over n positions, for what there is once per position
  *
  * Each is a function of its own, compiled for several instruction sets. If the compiler moved it into the
- * function that calls it, it would not be vector code.
+ * function that calls it, it would not be vector code. `ivdep` says that no iteration needs another one: with
+ * `omp simd`, GCC keeps a structure of the body in memory, and then computes one number at a time.
  */
 #ifndef KERNEL
 #if !defined(__x86_64__) || !defined(__linux__)
@@ -30,12 +31,12 @@ KERNEL double sum_exp_of_row(const T* x, int n, Reference<T> ref) {
   T sums[kLanes] = {}, rest[kLanes];
   int i = 0;
   for (; i + kLanes <= n; i += kLanes) {
-#pragma omp simd
+#pragma GCC ivdep
     for (int lane = 0; lane < kLanes; lane++) sums[lane] += scaled_exp(x[i + lane], ref);
   }
   if (i < n) {
     for (int lane = 0; lane < kLanes; lane++) rest[lane] = i + lane < n ? x[i + lane] : -INFINITY;
-#pragma omp simd
+#pragma GCC ivdep
     for (int lane = 0; lane < kLanes; lane++) sums[lane] += scaled_exp(rest[lane], ref);
   }
   double sum = 0;
@@ -58,17 +59,17 @@ KERNEL double weighted_gaps_of_row(const T* x, const T* w, int n, T top, double*
 
 KERNEL void gradient_of_row(const T* x, const T* w, int n, Reference<T> ref, T q, T u, T* out) {
   if (u == 0) {
-#pragma omp simd
+#pragma GCC ivdep
     for (int i = 0; i < n; i++) out[i] = scaled_exp_times(x[i], ref, q);
   } else {
-#pragma omp simd
+#pragma GCC ivdep
     for (int i = 0; i < n; i++) out[i] = scaled_exp_times(x[i], ref, q) - u * w[i];
   }
 }
 
 KERNEL void largest_of_lines(const T (*x)[kTile], int classes, int n, T* most) {
   for (int j = 0; j < classes; j++) {
-#pragma omp simd
+#pragma GCC ivdep
     for (int t = 0; t < n; t++) most[t] = x[j][t] > most[t] ? x[j][t] : most[t];
   }
 }
@@ -79,14 +80,14 @@ KERNEL void sum_exp_of_lines(const T (*x)[kTile], int classes, int n, double* lo
   Int<T> k[kTile];
   for (int t = 0; t < n; t++) largest[t] = -INFINITY, sum[t] = 0;
   largest_of_lines(x, classes, n, largest);
-#pragma omp simd
+#pragma GCC ivdep
   for (int t = 0; t < n; t++) {
     const Reference<T> ref = reference_of(largest[t]);
     shift[t] = ref.shift, k[t] = ref.k;
     log_reference[t] = log_reference_of(ref);
   }
   for (int j = 0; j < classes; j += kGroup) {
-#pragma omp simd
+#pragma GCC ivdep
     for (int t = 0; t < n; t++) {
       const Reference<T> ref = {shift[t], k[t]};
       const T a = scaled_exp(x[j][t], ref), b = scaled_exp(x[j + 1][t], ref);
@@ -102,7 +103,7 @@ KERNEL void weighted_gaps_of_lines(const T (*x)[kTile], const T* w, int classes,
   for (int t = 0; t < n; t++) gaps[t] = 0;
   for (int j = 0; j < classes; j++) {
     if (w[j] == 0) continue;
-#pragma omp simd
+#pragma GCC ivdep
     for (int t = 0; t < n; t++) gaps[t] += double(w[j]) * (double(top[t]) - double(x[j][t]));
   }
 }
@@ -110,13 +111,13 @@ KERNEL void weighted_gaps_of_lines(const T (*x)[kTile], const T* w, int classes,
 // A position whose gradient is 0 gets 0, whatever its logits are.
 KERNEL void gradient_of_line(const T* x, T w, int n, const Gradient<T>* g, T* out) {
   if (w == 0) {
-#pragma omp simd
+#pragma GCC ivdep
     for (int t = 0; t < n; t++) {
       const T value = scaled_exp_times(x[t], Reference<T>{g->shift[t], g->k[t]}, g->q[t]);
       out[t] = g->q[t] != 0 ? value : T(0);
     }
   } else {
-#pragma omp simd
+#pragma GCC ivdep
     for (int t = 0; t < n; t++) {
       const T value = scaled_exp_times(x[t], Reference<T>{g->shift[t], g->k[t]}, g->q[t]);
       out[t] = (g->q[t] != 0 ? value : T(0)) - g->u[t] * w;
@@ -126,7 +127,7 @@ KERNEL void gradient_of_line(const T* x, T w, int n, const Gradient<T>* g, T* ou
 
 // Adds sums with other references; one that is 0 has none.
 KERNEL void add_sums_of_tile(const double* log_more, const T* more, int n, Sums* sums) {
-#pragma omp simd
+#pragma GCC ivdep
   for (int t = 0; t < n; t++) {
     const double sum = sums->sum[t];
     const double a = sum == 0 ? -DBL_MAX : sums->log_reference[t], b = more[t] == 0 ? -DBL_MAX : log_more[t];
@@ -137,7 +138,7 @@ KERNEL void add_sums_of_tile(const double* log_more, const T* more, int n, Sums*
 }
 
 KERNEL void terms_of_tile(const Tile<T>* tile, const Sums* sums, Constants<T> c, Kept<T> kept, Terms<T> out) {
-#pragma omp simd
+#pragma GCC ivdep
   for (int t = 0; t < tile->n; t++) {
     const double z = sums->z_label[t] == INFINITY ? NAN : sums->z_label[t];
     const double log_reference = sums->log_reference[t], log_sum = log_of<T>(sums->sum[t]);
@@ -164,7 +165,7 @@ KERNEL void terms_of_tile(const Tile<T>* tile, const Sums* sums, Constants<T> c,
 
 KERNEL void gradient_of_tile(const Tile<T>* tile, Constants<T> c, Kept<T> kept, Terms<T> in,
                              Gradient<T>* out) {
-#pragma omp simd
+#pragma GCC ivdep
   for (int t = 0; t < tile->n; t++) {
     const bool has_class = tile->y[t] >= 0;
     const double w = tile->w_label[t], nll = kept.nll[t], high = kept.logsumexp[t];
