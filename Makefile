@@ -5,8 +5,11 @@ BIN := $(VENV)/bin
 # The tests run in as many processes as there are cores, each with one thread. ARGS='-n 0' is one process.
 PYTEST := python -m pytest -n auto --dist loadgroup
 MATRIX := 1.8.0.post0 1.7.0.post2 1.6.0
+# `make test` runs on one Python, and `make test-matrix` on the others.
+PYTHONS := $(filter-out $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])'),3.8 3.9 3.10 3.11)
 
-.PHONY: help demo test quick fuzz mutation bench docs kernel wheel test-clients test-matrix test-horovod clean
+.PHONY: help demo test quick fuzz mutation bench docs kernel wheel test-clients test-matrix \
+    $(PYTHONS:%=test-python%) test-horovod clean
 
 help:
 	@echo 'make demo         train on real digits, and compare the metrics (examples/digits.py)'
@@ -18,7 +21,7 @@ help:
 	@echo 'make wheel        a wheel for this MXNet and this kind of processor, with the fused kernel in it'
 	@echo 'make docs         the documentation as HTML'
 	@echo 'make test-clients the losses, metrics and loops of other packages, patched and beside stock'
-	@echo 'make test-matrix  the tests on every supported MXNet'
+	@echo 'make test-matrix  the tests on every supported MXNet, and make quick on every supported Python'
 	@echo 'make test-horovod the tests of all_reduce over Horovod, which it compiles first'
 	@echo 'make clean        remove all environments'
 
@@ -65,9 +68,16 @@ bench: $(VENV)/.cpu-demo kernel $(if $(filter torch,$(WITH)),.venv-torch/bin/tor
 test-clients:
 	PYTHON=$(PYTHON) tests/clients/run.sh $(ARGS)
 
-# Each older MXNet in an environment of its own; what it can't do is skipped by name.
+# Each older MXNet and each other Python in an environment of its own; what they can't do is skipped by name.
 test-matrix: $(MATRIX:%=.venv-%/.ready)
 	for version in $(MATRIX); do .venv-$$version/bin/$(PYTEST) -q -rs -k 'not gpu' $(ARGS) || exit 1; done
+	for version in $(PYTHONS); do $(MAKE) test-python$$version || exit 1; done
+
+# A Python on the PATH or of pyenv. One that is on the PATH need not run: pyenv puts there those that are switched off.
+$(PYTHONS:%=test-python%): test-python%:
+	@for python in python$* $${PYENV_ROOT:-$$HOME/.pyenv}/versions/$*.*/bin/python; do \
+	    if $$python -c '' 2>/dev/null; then exec $(MAKE) quick VENV=.venv-py$* PYTHON=$$python; fi; \
+	done; echo 'skipped: this machine has no Python $*'
 
 .venv-%/.ready: setup.cfg
 	$(PYTHON) -m venv $(@D)

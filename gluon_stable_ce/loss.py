@@ -4,7 +4,7 @@ import inspect
 import math
 from contextlib import suppress
 from functools import cached_property
-from typing import Any, Dict, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Literal, Optional, Sequence, Tuple, Union
 
 import mxnet as mx
 import numpy as np
@@ -17,7 +17,15 @@ from .call import INPUTS, Call
 from .class_weight import ClassWeight
 from .kernels import choice
 from .metric import StableCrossEntropy
-from .options import Options, as_numbers, check_loss_options, checks_names
+from .options import (
+    InvalidLabel,
+    Kernel,
+    Options,
+    Reduction,
+    as_numbers,
+    check_loss_options,
+    checks_names,
+)
 from .pipeline import loss_of
 from .plan import plan
 
@@ -174,9 +182,9 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         class_weight: Any = None,
         label_smoothing: float = 0.0,
         lse_square_scale: float = 0.0,
-        reduction: str = 'mean',
-        invalid_label: str = 'nan',
-        kernel: str = 'auto',
+        reduction: Reduction = 'mean',
+        invalid_label: InvalidLabel = 'nan',
+        kernel: Kernel = 'auto',
         **kwargs: Any,
     ) -> None:
         # not through SoftmaxCrossEntropyLoss.__init__, which looks up its own name and may find ours there
@@ -294,7 +302,7 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         remove_amp_cast: bool = True,
         *,
         sample_weight: bool = False,
-        dtype: Optional[str] = None,
+        dtype: Optional[Literal['float16', 'float32', 'float64']] = None,
     ) -> Tuple[str, str]:
         """Export the loss as a graph of stock operators, as ``HybridBlock.export`` does, at any time.
 

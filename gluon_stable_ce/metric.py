@@ -16,7 +16,7 @@ from .exact_sums import ExactSums
 from .kernels import choice
 from .metric_queue import Queued, RunningMean
 from .metric_values import judged, packed
-from .options import Options, check_metric_options, checks_names
+from .options import Kernel, MetricInvalidLabel, Options, PredType, check_metric_options, checks_names
 from .plan import plan
 
 IMPOSSIBLE = {
@@ -25,8 +25,6 @@ IMPOSSIBLE = {
 }
 
 
-@mx.metric.register
-@mx.metric.alias('stable_loss')
 class StableLoss(RunningMean, mx.metric.Loss, is_kind=True):
     """Mean of given loss values, in the place of `mx.metric.Loss`, of which it is a subclass.
 
@@ -86,8 +84,6 @@ def _option(name: str) -> Any:
     return property(get_value, set_value, doc=f'The option `{name}`.')
 
 
-@mx.metric.register
-@mx.metric.alias('stable_cross_entropy')
 class StableCrossEntropy(RunningMean, mx.metric.EvalMetric, is_kind=True):
     r"""Mean negative log-likelihood of the labels, in nats, with no epsilon.
 
@@ -154,11 +150,11 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric, is_kind=True):
         self,
         *args: Any,
         axis: Union[int, Sequence[int]] = -1,
-        pred_type: str = 'probs',
+        pred_type: PredType = 'probs',
         ignore_label: Optional[int] = None,
         sparse_label: bool = True,
-        invalid_label: str = 'raise',
-        kernel: str = 'auto',
+        invalid_label: MetricInvalidLabel = 'raise',
+        kernel: Kernel = 'auto',
         name: str = 'cross-entropy',
         output_names: Optional[List[str]] = None,
         label_names: Optional[List[str]] = None,
@@ -230,8 +226,6 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric, is_kind=True):
         return value
 
 
-@mx.metric.register
-@mx.metric.alias('stable_perplexity')
 class StablePerplexity(StableCrossEntropy, is_kind=True):
     """Exponential of the mean negative log-likelihood of the labels, with no floor under small probabilities.
 
@@ -257,10 +251,10 @@ class StablePerplexity(StableCrossEntropy, is_kind=True):
         output_names: Optional[List[str]] = None,
         label_names: Optional[List[str]] = None,
         *,
-        pred_type: str = 'probs',
+        pred_type: PredType = 'probs',
         sparse_label: bool = True,
-        invalid_label: str = 'raise',
-        kernel: str = 'auto',
+        invalid_label: MetricInvalidLabel = 'raise',
+        kernel: Kernel = 'auto',
     ) -> None:
         super().__init__(
             axis=axis,
@@ -279,8 +273,6 @@ class StablePerplexity(StableCrossEntropy, is_kind=True):
             return float(np.exp(super()._value_of(sums)))
 
 
-@mx.metric.register
-@mx.metric.alias('stable_bits_per_token')
 class StableBitsPerToken(StableCrossEntropy, is_kind=True):
     """Mean negative log-likelihood of the labels in bits: nats divided by log 2.
 
@@ -301,11 +293,11 @@ class StableBitsPerToken(StableCrossEntropy, is_kind=True):
         self,
         *,
         axis: Union[int, Sequence[int]] = -1,
-        pred_type: str = 'probs',
+        pred_type: PredType = 'probs',
         ignore_label: Optional[int] = None,
         sparse_label: bool = True,
-        invalid_label: str = 'raise',
-        kernel: str = 'auto',
+        invalid_label: MetricInvalidLabel = 'raise',
+        kernel: Kernel = 'auto',
         name: str = 'bits-per-token',
         output_names: Optional[List[str]] = None,
         label_names: Optional[List[str]] = None,
@@ -339,3 +331,14 @@ def _as_list(name: str, arrays: Any) -> List[Array]:
     for array in arrays:
         check_array_type(name, type(array))
     return arrays
+
+
+# not as decorators, which have no types: a type checker would not know the classes
+for _metric, _alias in (
+    (StableLoss, 'stable_loss'),
+    (StableCrossEntropy, 'stable_cross_entropy'),
+    (StablePerplexity, 'stable_perplexity'),
+    (StableBitsPerToken, 'stable_bits_per_token'),
+):
+    mx.metric.register(_metric)
+    mx.metric.register(_metric, _alias)

@@ -3,7 +3,7 @@
 import copy
 import inspect
 from threading import RLock
-from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Sequence, Tuple, Type, TypeVar
 
 import numpy as np
 
@@ -15,6 +15,7 @@ _AHEAD = 2  # updates that the device may be behind
 _AT_ONCE = 32  # arrays that are added up together,
 _LARGE = 2**14  # unless one of them has that many values
 _WINDOWS = ('local', 'global')
+_Metric = TypeVar('_Metric', bound='RunningMean')
 # How a property of a window is read and replaced in ExactSums, by the field that it shows.
 _READ = {'count': lambda sums: sums.count, 'total': lambda sums: sums.over(1)}
 _REPLACED = {'count': ExactSums.with_count, 'total': ExactSums.with_sum}
@@ -85,7 +86,7 @@ class RunningMean:
         if is_kind:
             cls._kind = cls
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+    def __new__(cls: Type[_Metric], *args: Any, **kwargs: Any) -> _Metric:
         """Make a metric that holds nothing, whatever the `reset` of a subclass does."""
         metric = super().__new__(cls)
         metric._lock = RLock()

@@ -4,18 +4,33 @@ import inspect
 from difflib import get_close_matches
 from functools import wraps
 from numbers import Integral, Real
-from typing import Any, Callable, Dict, NamedTuple, Optional, Sequence, Tuple, TypeVar, cast
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Literal,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+    TypeVar,
+    cast,
+    get_args,
+)
 
 import numpy as np
 
 INTEGERS = 2**53 - 1  # float64, in which labels are compared, tells this one from its neighbours
 FLOAT32_MAX = 3.4028234663852886e38  # MXNet reads larger numbers as others
 
-REDUCTIONS = ('mean', 'valid', 'sum', 'none')
-INVALID_LABELS = ('nan', 'raise', 'clip')
-METRIC_INVALID_LABELS = ('raise', 'clip')
-KERNELS = ('auto', 'stock', 'fused')
-PRED_TYPES = ('probs', 'logits', 'log_probs')
+Reduction = Literal['mean', 'valid', 'sum', 'none']
+InvalidLabel = Literal['nan', 'raise', 'clip']
+MetricInvalidLabel = Literal['raise', 'clip']
+Kernel = Literal['auto', 'stock', 'fused']
+PredType = Literal['probs', 'logits', 'log_probs']
+REDUCTIONS, INVALID_LABELS = get_args(Reduction), get_args(InvalidLabel)
+METRIC_INVALID_LABELS = get_args(MetricInvalidLabel)
+KERNELS, PRED_TYPES = get_args(Kernel), get_args(PredType)
 
 
 BLOCK_OPTIONS = ('prefix', 'params')  # of every gluon.Block
@@ -30,14 +45,14 @@ class Options(NamedTuple):
     summed_axes: Tuple[int, ...] = ()  # further class axes of dense log-probabilities, over which is summed
     batch_axes: Tuple[int, ...] = (0,)  # none: the loss is one number for the whole batch
     sparse_label: bool = True
-    pred_type: str = 'logits'
+    pred_type: PredType = 'logits'
     weight: Optional[float] = None
     ignore_label: Optional[int] = None
     label_smoothing: float = 0.0
     lse_square_scale: float = 0.0
-    reduction: str = 'mean'
-    invalid_label: str = 'nan'
-    kernel: str = 'auto'
+    reduction: Reduction = 'mean'
+    invalid_label: InvalidLabel = 'nan'
+    kernel: Kernel = 'auto'
 
     @property
     def class_axes(self) -> Tuple[int, ...]:
@@ -184,7 +199,7 @@ def _gluons_flag(name: str, value: Any) -> bool:
     return value is not None and check_flag(name, value)
 
 
-def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> Any:
     """Return `value`; ValueError unless it is one of `choices`."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f'{name}: expected one of {", ".join(map(repr, choices))}, got {value!r:.80}')

@@ -153,5 +153,7 @@ def _prepared(call: Call, label: Any) -> Any:
     """Return a sparse label that other threads may read at the same time.
 
     Autograd marks the inputs of what it records, and crashes if another thread reads a handle meanwhile.
+    A label whose gradient is asked for is recorded all the same.
     """
-    return label.detach() if call.options.sparse_label and active_count() > 1 else label
+    is_shared = call.options.sparse_label and active_count() > 1 and label.grad is None
+    return label.detach() if is_shared else label

@@ -23,7 +23,7 @@ hypothesis.settings.load_profile('fuzz' if FUZZ_EXAMPLES else 'same')
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'examples'))
 
-collect_ignore = ['mutation', 'under_amp.py']  # scripts that run in processes of their own
+collect_ignore = ['mutation', 'typed_script.py', 'under_amp.py']  # scripts, no tests
 
 CONTEXTS = [mx.cpu(0)] + [mx.gpu(0)] * (mx.context.num_gpus() > 0)
 

@@ -8,6 +8,7 @@ import time
 import mxnet as mx
 import numpy as np
 from mxnet import autograd, gluon
+from recipes import recipe
 
 from gluon_stable_ce import StableCrossEntropy, distributed
 from gluon_stable_ce.distributed import all_reduce
@@ -80,6 +81,50 @@ def training(store, optimizer, update_on_kvstore, devices):
         trainer.step(1)
     weight = net.weight.data(contexts[0]).asnumpy().tolist()
     return {'sums': sums, 'weight': weight, 'trained': trainer._update_on_kvstore}
+
+
+def tokens(rank):
+    """Sentences of worker `rank`, (2, 4, 3), and labels, (2, 4), with another number of -1 on each; worker 1 has only padding."""
+    rng = np.random.RandomState(rank)
+    label = rng.randint(0, 6, (2, 4))
+    label[:, 3 - rank :] = -1
+    return rng.normal(size=(2, 4, 3)).astype('float32'), np.full((2, 4), -1) if rank == 1 else label
+
+
+def token_net():
+    net = gluon.nn.Dense(6, use_bias=False, flatten=False, in_units=3)
+    net.initialize(mx.init.Constant(0.5))
+    return net
+
+
+def token_mean(store, optimizer):
+    """The weight after three steps of the recipe."""
+    net = token_net()
+    trainer = gluon.Trainer(net.collect_params(), optimizer, {'learning_rate': 0.1}, kvstore=store)
+    return train_on_tokens(net, trainer, store, store.rank, store.num_workers)
+
+
+def train_on_tokens(net, trainer, store, rank, workers, divisor=1):
+    """Make three steps of the recipe, and return the weight."""
+    train_step = recipe('The mean over the tokens of all workers')['train_step']
+    for step in range(3):
+        data, label = map(mx.nd.array, tokens((rank + step) % workers))
+        train_step(net, trainer, store, data, label, divisor)
+    return net.weight.data().asnumpy().tolist()
+
+
+def token_mean_of_one_process(workers, optimizer):
+    """The weight after three steps of gluon's loss on the mean over all tokens of all workers, (6, 3)."""
+    net, loss_fn = token_net(), gluon.loss.SoftmaxCELoss()
+    trainer = gluon.Trainer(net.collect_params(), optimizer, {'learning_rate': 0.1})
+    data, label = (np.concatenate(parts) for parts in zip(*map(tokens, range(workers))))
+    data, label = mx.nd.array(data[label != -1]), mx.nd.array(label[label != -1])
+    for _ in range(3):
+        with autograd.record():
+            loss = loss_fn(net(data), label)
+        loss.backward()
+        trainer.step(len(label))
+    return net.weight.data().asnumpy()
 
 
 def refused(store, case):

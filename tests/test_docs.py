@@ -106,6 +106,22 @@ def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
         pytest.skip(f'{ran} blocks ran; {names}')
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(VERSION < (1, 9), reason='the page is of MXNet 1.9')
+def test_start_page_is_a_script_that_warns_of_nothing(tmp_path):
+    script = '\n'.join(block.text for block in pages.blocks_of('docs/start.md', 'python'))
+    command = [sys.executable, '-c', script]
+    done = subprocess.run(
+        command,
+        cwd=str(tmp_path),
+        env={**os.environ, 'PYTHONPATH': pages.ROOT},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, '')
+
+
 def run_shell(block, folder, **variables):
     """Run a block of the shell with this Python as `python`; what it printed."""
     (folder / 'bin').mkdir()

@@ -1,9 +1,13 @@
 """What is decided of a call before anything is computed."""
 
+import threading
+
 import modes
 import mxnet as mx
 import pytest
+from mxnet import autograd
 
+from gluon_stable_ce import StableSoftmaxCELoss
 from gluon_stable_ce.call import LOSS_FILL, Call
 from gluon_stable_ce.options import Options
 from gluon_stable_ce.plan import plan
@@ -109,3 +113,20 @@ def test_plan_weight_layout_of_several_batch_axes():
     pred, label = nd.zeros((3, 5, 2, 4)), nd.zeros((3, 2, 4))
     call = call_of(pred, label, nd.ones((3, 4)), axis=1, batch_axes=(-1, 0))
     assert call.weight_layout == 'batch'
+
+
+def test_gradient_of_a_label_is_written_beside_other_threads():
+    """A progress bar or a DataLoader has threads, too."""
+    end, label = threading.Event(), mx.nd.array([0, 1])
+    label.attach_grad()
+    label.grad[:] = 7
+    other = threading.Thread(target=end.wait)
+    other.start()
+    try:
+        with autograd.record():
+            loss = StableSoftmaxCELoss()(mx.nd.zeros((2, 3)), label)
+        loss.backward()
+    finally:
+        end.set()
+        other.join()
+    assert (label.grad.asnumpy() == 0).all()

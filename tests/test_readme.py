@@ -123,25 +123,78 @@ def test_options_are_those_of_the_loss():
     assert documented == {p.name: repr(p.default) for p in parameters if p.default is not p.empty}
 
 
-@pytest.mark.slow
-def test_python_blocks_run_where_only_the_install_line_was_run(tmp_path):
+def run(*command, cwd):
+    """Run a command where this checkout is not on the path; its exit code and what it printed."""
+    environment = {name: value for name, value in os.environ.items() if name != 'PYTHONPATH'}
+    done = subprocess.run(
+        [str(part) for part in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=str(cwd),
+        env=environment,
+    )
+    return done.returncode, done.stdout
+
+
+@pytest.fixture(scope='module')
+def installed(tmp_path_factory):
+    """The Python of an environment where only the README's install line was run."""
     assert INSTALL in pages.read('README.md')
-    source, python = tmp_path / 'source', tmp_path / 'venv' / 'bin' / 'python'
+    folder = tmp_path_factory.mktemp('installed')
+    source, python = folder / 'source', folder / 'venv' / 'bin' / 'python'
     source.mkdir()
     for name in ('setup.cfg', 'pyproject.toml', 'README.md', 'LICENSE'):
         shutil.copy(os.path.join(pages.ROOT, name), str(source))
     shutil.copytree(os.path.join(pages.ROOT, 'gluon_stable_ce'), str(source / 'gluon_stable_ce'))
-    script = '\n'.join(block.text for block in pages.blocks_of('README.md', 'python'))
-    (tmp_path / 'readme.py').write_text(script, encoding='utf-8')
-    environment = {name: value for name, value in os.environ.items() if name != 'PYTHONPATH'}
-
-    def run(*command, **kwargs):
-        return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, **kwargs)
-
-    run(sys.executable, '-m', 'venv', str(tmp_path / 'venv'))
-    done = run(str(python), '-m', *INSTALL.replace('"', '').split(), cwd=str(source))
-    if done.returncode and 'No matching distribution' in done.stderr:
+    run(sys.executable, '-m', 'venv', folder / 'venv', cwd=folder)
+    code, printed = run(python, '-m', *INSTALL.replace('"', '').split(), cwd=source)
+    if code and 'No matching distribution' in printed:
         pytest.skip('pip reaches no package index')
-    assert done.returncode == 0, done.stderr
-    done = run(str(python), 'readme.py', cwd=str(tmp_path))
-    assert done.returncode == 0, done.stderr
+    assert code == 0, printed
+    return python
+
+
+@pytest.mark.slow
+def test_python_blocks_run_where_only_the_install_line_was_run(installed, tmp_path):
+    (tmp_path / 'readme.py').write_text(python_of_the_readme(), encoding='utf-8')
+    code, printed = run(installed, 'readme.py', cwd=tmp_path)
+    assert code == 0, printed
+
+
+def python_of_the_readme():
+    return '\n'.join(block.text for block in pages.blocks_of('README.md', 'python'))
+
+
+@pytest.fixture(params=['mypy', 'pyright'])
+def check_types(request, installed, tmp_path):
+    """A function that runs a type checker on a script, as an editor does for the installed package."""
+    pytest.importorskip(request.param, reason=f'types need {request.param}, of the test extra')
+    options = {'mypy': ('--ignore-missing-imports', '--python-executable'), 'pyright': ('--pythonpath',)}
+    if request.param == 'pyright' and not shutil.which('node'):
+        pytest.skip('pyright needs node')
+
+    def check(script):
+        (tmp_path / 'script.py').write_text(script, encoding='utf-8')
+        command = (sys.executable, '-m', request.param, *options[request.param], installed, 'script.py')
+        return run(*command, cwd=tmp_path)
+
+    return check
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'script', [pages.read('tests/typed_script.py'), python_of_the_readme()], ids=['typed', 'README']
+)
+def test_type_checkers_accept_right_code(check_types, script):
+    code, printed = check_types(script)
+    assert code == 0, printed
+
+
+@pytest.mark.slow
+def test_type_checkers_reject_each_wrong_choice(check_types):
+    script = pages.read('tests/typed_script.py')
+    choices = ("'sum'", "'raise'", "'stock'", "'logits'", "'log_probs'", "'probs'")
+    assert all(script.count(choice) == 1 for choice in choices)
+    _, printed = check_types(re.sub('|'.join(choices), "'avg'", script))
+    assert len(re.findall('error: .*avg', printed)) == len(choices), printed

@@ -1,6 +1,5 @@
 """The recipes of the documentation: each block is run, and its values and gradients are compared with a formula in float64."""
 
-import os
 import re
 
 import mxnet as mx
@@ -8,33 +7,14 @@ import numpy as np
 import pytest
 import tolerances
 from mxnet import autograd, gluon, nd
+from recipes import RECIPES, recipe
 from reference import log_softmax
 from tolerances import assert_close
 
-import gluon_stable_ce
-
 pytestmark = pytest.mark.usefixtures('kernel')
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(gluon_stable_ce.__file__)))
-with open(os.path.join(ROOT, 'docs', 'recipes.rst'), encoding='utf-8') as file:
-    INTRODUCTION, *SECTIONS = re.split(r'^(?=[^\n]+\n-+$)', file.read(), flags=re.M)
-RECIPES = {section.splitlines()[0]: section for section in SECTIONS}
 with open(__file__, encoding='utf-8') as file:
     TESTED = set(re.findall(r"recipe\('(.*)'\)", file.read()))
-
-
-def blocks_in(section):
-    """The code blocks, without their indentation."""
-    found = re.findall(r'^\.\. code-block:: python\n\n((?: {3}.*\n|\n)+)', section + '\n', re.M)
-    return [re.sub('^ {3}', '', block, flags=re.M).strip('\n') + '\n' for block in found]
-
-
-def recipe(title):
-    """The names that the block of a section defines, after the imports of the page."""
-    names = {}
-    for block in (*blocks_in(INTRODUCTION), *blocks_in(RECIPES[title])):
-        exec(compile(block, title, 'exec'), names)
-    return names
 
 
 def numeric_gradient(function, array, step=1e-5):
@@ -109,7 +89,10 @@ def test_average_tokens_with_trainer_step_of_the_batch_size(tokens):
     assert_close(net.weight.data().asnumpy(), expected, tolerances.TRAINED)
 
 
-@pytest.mark.parametrize('label_dtype', ['int32', 'float32'])
+label_dtypes = pytest.mark.parametrize('label_dtype', ['uint8', 'int32', 'int64', 'float16', 'float32'])
+
+
+@label_dtypes
 @pytest.mark.parametrize('smoothing', [0, 0.1], ids=['mean-of-the-length', 'smoothed'])
 def test_losses_masked_by_length(rng, smoothing, label_dtype):
     """Padding by valid_length divides by the length, the masked loss of gluon-nlp by that of the padding."""
@@ -249,7 +232,8 @@ def test_the_hardest_examples_with_an_invalid_label_raise():
         ohem_loss(nd.zeros((4, 3)), nd.array([0, 3, 1, 2]))
 
 
-def test_class_loss_of_ssd(rng):
+@pytest.mark.parametrize('label_dtype', ['int8', 'int32', 'int64', 'float16', 'float32'])
+def test_class_loss_of_ssd(rng, label_dtype):
     ssd_class_loss = recipe('The class loss of SSD')['ssd_class_loss']
     label = np.zeros((3, 12))
     label[0, [2, 7]], label[1, [0]], label[1, [3, 4]] = (1, 3), 2, -1  # -1 is ignored
@@ -263,7 +247,19 @@ def test_class_loss_of_ssd(rng):
         return total / 3
 
     check_values_and_gradients(
-        lambda pred: ssd_class_loss(pred, nd.array(label)), formula, rng.normal(0, 2, (3, 12, 4))
+        lambda pred: ssd_class_loss(pred, nd.array(label, dtype=label_dtype)),
+        formula,
+        rng.normal(0, 2, (3, 12, 4)),
+    )
+
+
+def test_class_loss_of_ssd_counts_more_objects_than_uint8_holds(rng):
+    ssd_class_loss = recipe('The class loss of SSD')['ssd_class_loss']
+    pred, label = rng.normal(0, 2, (1, 300, 4)), np.ones((1, 300))
+    check_values_and_gradients(
+        lambda pred: ssd_class_loss(pred, nd.array(label, dtype='uint8')),
+        lambda pred: nll_of(pred, label).sum(1) / 300,
+        pred,
     )
 
 
@@ -318,13 +314,14 @@ def test_margin_head_of_insightface_has_finite_gradients_at_angle_0(rng, is_clip
     assert all(finite) == is_clipped
 
 
-@pytest.mark.parametrize('samples', [5, 4, 2])
-def test_several_devices_with_uneven_batches(tokens, samples):
+@pytest.mark.parametrize('label_dtype', ['int32', 'float32'])
+@pytest.mark.parametrize('samples', [5, 4, 2, 1])
+def test_several_devices_with_uneven_batches(tokens, samples, label_dtype):
     data, label, weight = tokens
     data, label = data[-samples:], label[-samples:]  # all labels of the last but one are -1
     train_step, contexts = recipe('Several devices with uneven batches')['train_step'], [mx.cpu(0), mx.cpu(1)]
     net, trainer = linear_net(weight, contexts)
-    train_step(net, trainer, nd.array(data), nd.array(label))
+    train_step(net, trainer, nd.array(data), nd.array(label, dtype=label_dtype))
     expected = weight_after_a_step(weight, data, label)
     for context in contexts:
         assert_close(net.weight.data(context).asnumpy(), expected, tolerances.TRAINED)
@@ -339,3 +336,84 @@ def test_gradient_accumulation(tokens):
         train_step(net, trainer, batches)
         weight = weight_after_a_step(weight, data, label)
         assert_close(net.weight.data().asnumpy(), weight, tolerances.TRAINED)
+
+
+@label_dtypes
+def test_two_labels_to_ignore(rng, label_dtype):
+    loss_of = recipe('Two labels to ignore')['loss_of']
+    label = np.array([[0, 1, 255, 4], [3, 2, 2, 1], [0, 255, 0, 0]])
+    is_counted = (label != 0) & (label != 255)
+    check_values_and_gradients(
+        lambda pred: loss_of(pred, nd.array(label, dtype=label_dtype)),
+        lambda pred: (nll_of(pred, label) * is_counted).sum(1) / np.maximum(1, is_counted.sum(1)),
+        rng.normal(0, 2, (3, 4, 5)),
+    )
+
+
+def test_mean_loss_of_each_class(tokens):
+    data, label, weight = tokens
+    label[label == 5] = -1  # no label of the last class
+    loss_of_classes = recipe('The mean loss of each class')['loss_of_classes']
+    net, _ = linear_net(weight)
+    batches = [(nd.array(data[part]), nd.array(label[part])) for part in (slice(2), slice(2, 5))]
+    nll = nll_of(data @ weight.T, label)
+    expected = [nll[label == index].mean() for index in range(5)]
+    found = loss_of_classes(net, batches, 6)
+    assert_close(found[:5], expected)
+    assert np.isnan(found[5])
+
+
+@pytest.mark.parametrize('samples', [5, 2])
+def test_mean_over_the_tokens_of_all_workers_with_one_worker(tokens, samples):
+    """tests/test_distributed.py and tests/horovod have several."""
+    data, label, weight = tokens
+    train_step = recipe('The mean over the tokens of all workers')['train_step']
+    net, trainer = linear_net(weight)
+    for part in (slice(0, samples), slice(3, 4)):  # the labels of sample 3 are all -1
+        train_step(net, trainer, mx.kv.create('local'), nd.array(data[part]), nd.array(label[part]))
+        weight = weight_after_a_step(weight, data[part], label[part])
+        assert_close(net.weight.data().asnumpy(), weight, tolerances.TRAINED)
+
+
+def language_model(is_tied, classes=7, units=3):
+    """An embedding and a last layer, which share their weight or do not."""
+    body = gluon.nn.HybridSequential()
+    hidden = gluon.nn.Dense(units, in_units=units, flatten=False, activation='tanh')
+    body.add(gluon.nn.Embedding(classes, units), hidden)
+    shared = {'params': body[0].params} if is_tied else {}
+    last = gluon.nn.Dense(classes, in_units=units, use_bias=not is_tied, **shared)
+    mx.random.seed(0)
+    for block in (body, last):
+        block.initialize(mx.init.Normal(1))
+    parameters = {**body.collect_params(), **last.collect_params()}
+    return body, last, parameters, gluon.Trainer(parameters, 'sgd', {'learning_rate': 0.5})
+
+
+@pytest.mark.parametrize('chunk', [1, 3, 20, 100])
+@pytest.mark.parametrize('is_tied', [False, True], ids=['', 'tied'])
+def test_large_vocabulary_trains_as_with_all_logits(tokens, chunk, is_tied):
+    _, label, _ = tokens
+    data = nd.array(np.abs(label))
+    names = recipe('Large vocabulary without the N x C matrix')
+    body, last, parameters, trainer = language_model(is_tied)
+    _, _, expected, dense_trainer = dense = language_model(is_tied)
+    for _ in range(2):  # nothing of one step is in the next
+        with autograd.record():
+            logits = dense[1](dense[0](data).reshape((-1, 3)))
+            loss = names['loss_fn'](logits, nd.array(label.ravel()))
+        loss.backward()
+        count = (label != -1).sum()
+        dense_trainer.step(count)
+        mean = names['train_step'](body, last, trainer, data, nd.array(label), chunk)
+        assert_close(mean.asscalar(), loss.sum().asscalar() / count)
+        for found, right in zip(parameters.values(), expected.values()):
+            assert_close(found.data().asnumpy(), right.data().asnumpy(), tolerances.TRAINED)
+
+
+def test_large_vocabulary_with_only_padding_changes_nothing(tokens):
+    body, last, parameters, trainer = language_model(True)
+    train_step = recipe('Large vocabulary without the N x C matrix')['train_step']
+    before = [parameter.data().asnumpy() for parameter in parameters.values()]
+    assert train_step(body, last, trainer, nd.zeros((2, 3)), -nd.ones((2, 3))).asscalar() == 0
+    for old, parameter in zip(before, parameters.values()):
+        np.testing.assert_array_equal(parameter.data().asnumpy(), old)

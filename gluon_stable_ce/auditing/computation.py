@@ -6,7 +6,7 @@ from typing import Any, Optional
 import numpy as np
 
 from ..exact_sums import ExactSums
-from ..options import PRED_TYPES, check_choice, check_ignore_label, check_number
+from ..options import PRED_TYPES, PredType, check_choice, check_ignore_label, check_number
 from .arrays import check_arrays, split_into_chunks
 from .report import Audit, Worst
 
@@ -21,7 +21,7 @@ def audit(
     pred: Any,
     label: Any,
     *,
-    pred_type: str = 'probs',
+    pred_type: PredType = 'probs',
     axis: int = -1,
     ignore_label: Optional[int] = None,
     eps: float = 1e-12,

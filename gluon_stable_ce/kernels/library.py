@@ -25,6 +25,8 @@ SOURCES = os.path.join(HERE, 'fused')
 FLAGS = (
     *('-O3', '-std=c++14', '-fPIC', '-shared', '-pthread', '-fopenmp-simd', '-w'),
     *('-fno-math-errno', '-fno-trapping-math', '-ffp-contract=fast'),
+    # Horovod makes MXNet's symbols global. The library's own of the same names are of another compiler.
+    *(('-Wl,-Bsymbolic',) if sys.platform.startswith('linux') else ()),
 )
 END = b'end of stable_ce_class_terms'  # the last bytes of the file: one that was cut off crashes when loaded
 

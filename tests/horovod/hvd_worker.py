@@ -8,7 +8,7 @@ import time
 from types import SimpleNamespace
 
 import mxnet as mx
-from dist_worker import SHARDS, numbers_of, predictions
+from dist_worker import SHARDS, numbers_of, predictions, token_net, train_on_tokens
 from mxnet import autograd, gluon
 
 from gluon_stable_ce import StableCrossEntropy
@@ -65,6 +65,13 @@ def training(hvd, reduces):
     return {'sums': results, 'weight': net.weight.data().asnumpy().tolist()}
 
 
+def token_mean(hvd):
+    """The weight after three steps of the recipe of the mean over the tokens of all workers."""
+    net = token_net()
+    trainer = hvd.DistributedTrainer(net.collect_params(), 'sgd', {'learning_rate': 0.1})
+    return train_on_tokens(net, trainer, hvd, hvd.rank(), hvd.size(), 1 / hvd.size())
+
+
 def error_of(store):
     """Return the message of the error that a store raises, or the sum that it returns."""
     try:
@@ -102,6 +109,7 @@ def main(folder, seconds):
         'metrics': metrics(hvd),
         'training': training(hvd, True),
         'training alone': training(hvd, False),
+        'token mean': token_mean(hvd),
         'errors': errors(hvd),
     }
     with open(os.path.join(folder, f'{hvd.rank()}.json'), 'w') as file:

@@ -6,9 +6,10 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pages
 import pytest
-from dist_worker import SHARDS, predictions, sums_of
+from dist_worker import SHARDS, predictions, sums_of, token_mean_of_one_process
 
 from gluon_stable_ce import StableCrossEntropy
 
@@ -78,6 +79,13 @@ def test_training_goes_on_with_the_same_weights(job):
     assert weights == [weights[0]] * 2 * len(job)
     assert all(abs(weight - 0.5) > 1e-4 for row in weights[0] for weight in row)  # it did train
     assert [worker['training']['sums'] for worker in job] == [sums_of(len(job), 3)] * len(job)
+
+
+def test_recipe_of_the_token_mean_trains_as_one_process(job):
+    expected = token_mean_of_one_process(len(job), 'sgd')
+    for worker in job:
+        assert worker['token mean'] == job[0]['token mean']
+        np.testing.assert_allclose(worker['token mean'], expected, rtol=1e-6, atol=1e-6)
 
 
 def test_a_store_of_one_worker_is_refused_by_name_if_there_are_more_processes(job):
