@@ -119,8 +119,12 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric, is_kind=True):
     Raises
     ------
     TypeError, ValueError
-        By `update`, if arrays do not fit each other; then nothing is taken in. By `get`, if there were
-        invalid labels, until `reset`.
+        By `update`, if arrays do not fit each other; then nothing is taken in. By `get`, until `reset`: if
+        there were invalid labels, or predictions for labels that are impossible: probabilities below 0 or
+        above 1 + 1e-3, log-probabilities above 1e-3.
+    MXNetError
+        By `update` and `get`: an error on the device. By `get`, until `reset`: if it is not known whether the
+        device computed all values, after such an error.
 
     Notes
     -----
@@ -129,12 +133,11 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric, is_kind=True):
 
     *Numerics.* Probabilities are picked first, and their logarithm is taken in float64 (1e-15 relative).
     Logits are reduced as in the loss, with its relative error (``test_exactness.py``). Sums are exact and the
-    division rounds once. So with one kernel, the result is the same to the last bit however the data is split
-    into batches, devices and workers
+    division rounds once. So with sparse labels, the result is the same to the last bit however the data is
+    split into batches, devices and workers: from logits, with one kernel and the classes on the last axis
     (``test_metric.py::test_results_do_not_depend_on_batches_devices_or_when_get_is_called``).
 
-    *Memory.* An update only waits for the one two updates ago. The arrays of the last two stay in memory, to
-    be computed again if an error on the device skips them.
+    *Waiting.* An update only waits for the one two updates ago.
 
     Examples
     --------
