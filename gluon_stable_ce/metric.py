@@ -1,7 +1,10 @@
 """Metrics: what the loss computes, with exact sums and without waiting for the device."""
 
 import math
+from contextlib import nullcontext
 from functools import cached_property
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, List, Optional, Sequence, Tuple, Union
 
 import mxnet as mx
@@ -15,7 +18,7 @@ from .call import METRIC_FILL
 from .exact_sums import ExactSums
 from .kernels import choice
 from .metric_queue import Queued, RunningMean
-from .metric_values import judged, packed
+from .metric_values import judged, packed, rows
 from .options import Options, check_metric_options, checks_names
 from .plan import plan
 
@@ -199,22 +202,23 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric, is_kind=True):
 
     def _compute(self, label: Any, pred: Any) -> Optional[Queued]:
         """Compute the values of each position; `label` is moved to the context of `pred`."""
-        pred, label = array_api.as_classic(pred), array_api.as_classic(label).as_in_context(pred.context)
-        rows = pred.shape[0] if self._options.sparse_label and len(pred.shape) == 2 else None
-        if len(label.shape) > 1 and label.size == rows:
-            label = label.reshape((-1,))  # the rows of `pred` are the positions, as in mx.metric
-        errors = device_errors.count()
-        with autograd.pause():
-            call, inputs = plan(self._options, pred, label, fill=METRIC_FILL)
+        errors, options = device_errors.count(), self._options
+        with autograd.pause() if autograd.is_recording() else nullcontext():
+            pred, label = array_api.as_classic(pred), array_api.as_classic(label).as_in_context(pred.context)
+            shape = pred.shape
+            if options.sparse_label and len(shape) == 2 and len(label.shape) > 1 and label.size == shape[0]:
+                label = label.reshape((-1,))  # the rows of `pred` are the positions, as in mx.metric
+            call, inputs = plan(options, pred, label, fill=METRIC_FILL)
             if call.is_empty:
                 return None
             values = graphs.compiled(packed, call, graphs.STATIC)(*inputs)
-        return Queued(values, errors, pred.shape[self._options.axis])
+        return Queued(values, errors, shape[options.axis])
 
-    def _sums_of(self, read: Sequence[Tuple[int, np.ndarray]]) -> ExactSums:
-        sums = ExactSums()
-        for classes, values in read:
-            nll, invalid, impossible = judged(self._options, classes, values.astype('float64', copy=False))
+    def _sums_of(self, arrays: Sequence[Tuple[int, np.ndarray]]) -> ExactSums:
+        sums, count = ExactSums(), rows(self._options)
+        for classes, alike in groupby(arrays, itemgetter(0)):
+            values = np.concatenate([array.reshape(count, -1) for _, array in alike], axis=1)
+            nll, invalid, impossible = judged(self._options, classes, values)
             sums += ExactSums.of(nll, invalid=invalid, impossible=impossible)
         return sums
 
