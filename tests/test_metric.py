@@ -306,6 +306,30 @@ def test_results_do_not_depend_on_batches_devices_or_when_get_is_called(rng):
     assert asked.get() == at_once.get() == on_two.get() == one_array.get() == expected
 
 
+@pytest.mark.parametrize(('pred_type', 'axis', 'split_axis'), [
+    ('logits', -1, 0),
+    ('logits', -1, 1),
+    ('probs', 1, 0),
+    ('probs', 1, 2),
+    ('probs', 0, 2),
+    ('log_probs', 0, 1),
+])  # fmt: skip
+@pytest.mark.parametrize('classes', [10, 257])
+def test_results_do_not_depend_on_splits_along_any_axis(pred_type, axis, split_axis, classes, rng):
+    pred = np.moveaxis(rng.dirichlet(np.ones(classes), (8, 6)), -1, axis).astype('float32')
+    pred = pred if pred_type == 'probs' else np.log(pred)
+    label = rng.randint(0, classes, (8, 6))
+    label_axis = split_axis - (axis % 3 < split_axis)
+
+    def result(parts):
+        metric = StableCrossEntropy(pred_type=pred_type, axis=axis)
+        for arrays in zip(np.array_split(label, parts, label_axis), np.array_split(pred, parts, split_axis)):
+            metric.update(*map(nd.array, arrays))
+        return metric.get()
+
+    assert result(1) == result(2) == result(label.shape[label_axis])
+
+
 def test_a_metric_from_a_checkpoint_reports_what_it_would_have(rng):
     """Local and global window, to the last bit, wherever the run was interrupted."""
     data = batches(rng, count=12)
