@@ -331,7 +331,8 @@ def _replacements(patched):
 
         def forward(self, pred, label, sample_weight=None, *others):
             loss = super().forward(pred, label, sample_weight, *others)
-            return loss if self._has_own_graph else _in_dtype_of(pred, loss)
+            is_cast = array_api.is_symbol(pred) or self._has_own_graph  # by hybrid_forward
+            return loss if is_cast else _in_dtype_of(pred, loss)
 
         def hybrid_forward(self, F, pred, label, sample_weight=None):
             is_bfloat16 = traced_dtypes.dtype_of(pred) == 'bfloat16'  # which promotes to no other dtype
