@@ -61,15 +61,18 @@ def run(capfd, monkeypatch):
             code = main(['run', *args])
         except SystemExit as error:
             code = error.code
-        for function, *arguments in at_exit:
-            function(*arguments)
-            unpatch()
-        at_exit.clear()
+        end()
         return (code, *capfd.readouterr())
 
+    def end():
+        for function, *arguments in at_exit:
+            function(*arguments)
+        if at_exit:
+            unpatch()
+        at_exit.clear()
+
     yield run
-    if at_exit:
-        unpatch()
+    end()
 
 
 @pytest.fixture
