@@ -1,9 +1,8 @@
 """How many errors of a device were reported in this process.
 
-MXNet computes later than it is called. After an error it skips all work that needs the failed arrays, or that
-shares memory with it. It reports the error to the first one who waits for any of these arrays. From then on
-all of them look computed. So whoever did not wait first can only tell by this count that arrays may hold
-anything.
+MXNet computes later than it is called. After an error it skips all work that needs the failed arrays or
+shares memory with them. It reports the error once: to the first caller that waits for one of these arrays.
+From then on, all of them look computed, and hold anything. This count tells the other callers.
 """
 
 from typing import Any
@@ -26,7 +25,7 @@ _count = 0
 
 
 def count() -> int:
-    """Return how many errors were reported since this package was imported, to whomever."""
+    """Return how many errors were reported since this package was imported, to any caller."""
     return _count
 
 

@@ -25,9 +25,9 @@ def all_reduce(store: Any, numbers: List[int]) -> List[int]:
     Workers exchange their numbers in pieces of 16 bits, which float64 and float32 hold exactly, and each
     worker adds them up as Python integers. What the store does to gradients does not change them: on the
     servers, the numbers of each worker go to a new key, and a server stores the first value of a key
-    unchanged. So the store may be the trainer's, with or without an optimizer on the servers
-    (``update_on_kvstore``). It has to be the trainer's: MXNet waits for ever when a process creates a second
-    distributed store.
+    unchanged. So an optimizer on the servers (``update_on_kvstore``) does not matter.
+
+    Pass the trainer's store. (A process can have only one distributed store: a second one waits for ever.)
 
     Parameters
     ----------

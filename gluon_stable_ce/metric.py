@@ -1,7 +1,10 @@
 """Metrics: what the loss computes, with exact sums and without waiting for the device."""
 
 import math
+from contextlib import nullcontext
 from functools import cached_property
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, List, Optional, Sequence, Tuple, Union
 
 import mxnet as mx
@@ -15,11 +18,14 @@ from .call import METRIC_FILL
 from .exact_sums import ExactSums
 from .kernels import choice
 from .metric_queue import Queued, RunningMean
-from .metric_values import judged, packed
+from .metric_values import judged, packed, rows
 from .options import Options, check_metric_options, checks_names
 from .plan import plan
 
-IMPOSSIBLE = {'probs': 'no probabilities: below 0 or above 1', 'log_probs': 'no log-probabilities: above 0'}
+IMPOSSIBLE = {
+    'probs': 'not probabilities: they are below 0 or above 1',
+    'log_probs': 'not log-probabilities: they are above 0',
+}
 
 
 @mx.metric.register
@@ -116,8 +122,12 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric, is_kind=True):
     Raises
     ------
     TypeError, ValueError
-        By `update`, if arrays do not fit each other; then nothing is taken in. By `get`, if there were
-        invalid labels, until `reset`.
+        By `update`, if arrays do not fit each other; then nothing is taken in. By `get`, until `reset`: if
+        there were invalid labels, or predictions for labels that are impossible: probabilities below 0 or
+        above 1 + 1e-3, log-probabilities above 1e-3.
+    MXNetError
+        By `update` and `get`: an error on the device. By `get`, until `reset`: if it is not known whether the
+        device computed all values, after such an error.
 
     Notes
     -----
@@ -126,12 +136,11 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric, is_kind=True):
 
     *Numerics.* Probabilities are picked first, and their logarithm is taken in float64 (1e-15 relative).
     Logits are reduced as in the loss, with its relative error (``test_exactness.py``). Sums are exact and the
-    division rounds once. So with one kernel, the result is the same to the last bit however the data is split
-    into batches, devices and workers
+    division rounds once. So with sparse labels, the result is the same to the last bit however the data is
+    split into batches, devices and workers: from logits, with one kernel and the classes on the last axis
     (``test_metric.py::test_results_do_not_depend_on_batches_devices_or_when_get_is_called``).
 
-    *Memory.* An update only waits for the one two updates ago. The arrays of the last two stay in memory, to
-    be computed again if an error on the device skips them.
+    *Waiting.* An update only waits for the one two updates ago.
 
     Examples
     --------
@@ -193,22 +202,23 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric, is_kind=True):
 
     def _compute(self, label: Any, pred: Any) -> Optional[Queued]:
         """Compute the values of each position; `label` is moved to the context of `pred`."""
-        pred, label = array_api.as_classic(pred), array_api.as_classic(label).as_in_context(pred.context)
-        rows = pred.shape[0] if self._options.sparse_label and len(pred.shape) == 2 else None
-        if len(label.shape) > 1 and label.size == rows:
-            label = label.reshape((-1,))  # the rows of `pred` are the positions, as in mx.metric
-        errors = device_errors.count()
-        with autograd.pause():
-            call, inputs = plan(self._options, pred, label, fill=METRIC_FILL)
+        errors, options = device_errors.count(), self._options
+        with autograd.pause() if autograd.is_recording() else nullcontext():
+            pred, label = array_api.as_classic(pred), array_api.as_classic(label).as_in_context(pred.context)
+            shape = pred.shape
+            if options.sparse_label and len(shape) == 2 and len(label.shape) > 1 and label.size == shape[0]:
+                label = label.reshape((-1,))  # the rows of `pred` are the positions, as in mx.metric
+            call, inputs = plan(options, pred, label, fill=METRIC_FILL)
             if call.is_empty:
                 return None
             values = graphs.compiled(packed, call, graphs.STATIC)(*inputs)
-        return Queued(values, errors, pred.shape[self._options.axis])
+        return Queued(values, errors, shape[options.axis])
 
-    def _sums_of(self, read: Sequence[Tuple[int, np.ndarray]]) -> ExactSums:
-        sums = ExactSums()
-        for classes, values in read:
-            nll, invalid, impossible = judged(self._options, classes, values.astype('float64', copy=False))
+    def _sums_of(self, arrays: Sequence[Tuple[int, np.ndarray]]) -> ExactSums:
+        sums, count = ExactSums(), rows(self._options)
+        for classes, alike in groupby(arrays, itemgetter(0)):
+            values = np.concatenate([array.reshape(count, -1) for _, array in alike], axis=1)
+            nll, invalid, impossible = judged(self._options, classes, values)
             sums += ExactSums.of(nll, invalid=invalid, impossible=impossible)
         return sums
 

@@ -7,13 +7,12 @@ from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 
-from . import device_errors, distributed
+from . import array_api, device_errors, distributed
 from .array_api import Array, MXNetError
 from .exact_sums import ExactSums
 
 _AHEAD = 2  # updates that the device may be behind
-_AT_ONCE = 32  # arrays that are added up together,
-_LARGE = 2**14  # unless one of them has that many values
+_AT_ONCE = 32  # arrays that are read together
 _WINDOWS = ('local', 'global')
 # How a property of a window is read and replaced in ExactSums, by the field that it shows.
 _READ = {'count': lambda sums: sums.count, 'total': lambda sums: sums.over(1)}
@@ -32,8 +31,8 @@ class Held(NamedTuple):
     """What a metric holds."""
 
     sums: Dict[str, ExactSums]  # by window
-    read: Tuple[Tuple[int, np.ndarray], ...] = ()  # classes and values, not added up yet
-    queue: Tuple[Queued, ...] = ()  # not read yet, the oldest first
+    computed: Tuple[Queued, ...] = ()  # arrays that are not added up yet
+    queue: Tuple[Queued, ...] = ()  # arrays that may be in computation, the oldest first
     # lists and arrays that a subclass set in the place of numbers: ((window, field of ExactSums), value) each
     own: Tuple[Tuple[Tuple[str, str], Any], ...] = ()
 
@@ -50,7 +49,8 @@ def _window_property(window: str, field: str, doc: str) -> Any:
             sums, own = metric._window(window), dict(metric._held.own)
             own.pop((window, field), None)
             try:
-                sums = _REPLACED[field](sums, float(value))
+                number = float(value.asnumpy() if array_api.is_array(value) else value)
+                sums = _REPLACED[field](sums, number)
             except (TypeError, ValueError):  # several numbers
                 own[window, field] = value
             metric._held = Held({**metric._held.sums, window: sums}, own=tuple(own.items()))
@@ -214,30 +214,31 @@ class RunningMean:
         """Queue the arrays of an update, once those of `_AHEAD` updates ago are computed."""
         with self._lock:
             while len(self._held.queue) > (_AHEAD - 1) * max(1, len(queued)):
-                self._read_oldest()
+                self._wait_for_oldest()
             self._held = self._held._replace(queue=(*self._held.queue, *queued))
 
-    def _read_oldest(self) -> None:
-        """Wait for the oldest array of the queue, and read it: raise an error of the device that it met."""
-        sums, read, (item, *others), own = self._held
-        values = item.array.asnumpy().ravel()
-        if device_errors.count() == item.errors:
-            self._held = Held(sums, (*read, (item.classes, values)), tuple(others), own)
-            if len(read) >= _AT_ONCE or len(values) >= _LARGE:
+    def _wait_for_oldest(self) -> None:
+        """Wait for the oldest array of the queue; raise an error of the device that it met."""
+        sums, computed, queue, own = self._held
+        queue[0].array.wait_to_read()
+        if device_errors.count() == queue[0].errors:
+            self._held = Held(sums, (*computed, queue[0]), queue[1:], own)
+            if len(computed) >= _AT_ONCE:
                 self._add_up()
         else:  # the array may hold anything
-            self._held = Held(_added(sums, ExactSums(unknown=1)), read, tuple(others), own)
+            self._held = Held(_added(sums, ExactSums(unknown=1)), computed, queue[1:], own)
 
     def _add_up(self) -> None:
-        """Take what was read into the sums."""
-        sums, read, queue, own = self._held
-        self._held = Held(_added(sums, self._sums_of(read)), (), queue, own)
+        """Take the computed arrays into the sums."""
+        sums, computed, queue, own = self._held
+        values = [(item.classes, item.array.asnumpy()) for item in computed]
+        self._held = Held(_added(sums, self._sums_of(values)), (), queue, own)
 
     def _window(self, window: str) -> ExactSums:
         with self._lock:
             while self._held.queue:
-                self._read_oldest()
-            if self._held.read:
+                self._wait_for_oldest()
+            if self._held.computed:
                 self._add_up()
             return self._held.sums[window]
 
@@ -257,9 +258,10 @@ class RunningMean:
             )
         return sums.over(sums.count)
 
-    def _sums_of(self, read: Sequence[Tuple[int, np.ndarray]]) -> ExactSums:
+    def _sums_of(self, arrays: Sequence[Tuple[int, np.ndarray]]) -> ExactSums:
         """Sum the values of some arrays, each with its number of classes."""
-        return ExactSums.of(np.concatenate([values for _, values in read]).astype('float64', copy=False))
+        values = np.concatenate([array.ravel() for _, array in arrays])
+        return ExactSums.of(values.astype('float64', copy=False))
 
     def __repr__(self) -> str:
         """Show the options that differ from their defaults."""

@@ -21,19 +21,21 @@ ROUNDING = 1e-3  # by which probabilities may be above 1, and log-probabilities 
 
 @array_api.without_amp
 def packed(F: F, call: Call, pred: Array, label: Array, *_: Optional[Array]) -> Array:
-    """Compute the values of an update, (rows * positions,), or of any shape if there is one row.
+    """Compute the values of an update, `rows` of them for each position, row by row.
 
     Logits and sparse labels: the NLL of each position, with the marks of `METRIC_FILL`. Other predictions and
     sparse labels: the prediction for each label, and the label. Dense labels: the NLL of each position, and,
     unless `pred` is logits, how many of its predictions are impossible.
     """
     if not call.options.sparse_label:
-        rows = _dense_rows(F, call, pred, label)
+        arrays = _dense_rows(F, call, pred, label)
     elif call.options.pred_type == 'logits':
-        rows = [class_terms(F, call, pred, label).nll]
+        arrays = [class_terms(F, call, pred, label).nll]
     else:
-        rows = _picked_rows(F, call, pred, label)
-    return rows[0] if len(rows) == 1 else F.concat(*(F.reshape(row, shape=(-1,)) for row in rows), dim=0)
+        arrays = _picked_rows(F, call, pred, label)
+    if len(arrays) == 1:
+        return arrays[0]
+    return F.concat(*(row if call.ndim == 2 else F.reshape(row, shape=(-1,)) for row in arrays), dim=0)
 
 
 def _picked_rows(F: F, call: Call, pred: Array, label: Array) -> List[Array]:
@@ -47,12 +49,13 @@ def _picked_rows(F: F, call: Call, pred: Array, label: Array) -> List[Array]:
 
 
 def _dense_rows(F: F, call: Call, pred: Array, target: Array) -> List[Array]:
-    rows = [class_terms(F, call, pred, target).nll]
+    arrays = [class_terms(F, call, pred, target).nll]
     if call.options.pred_type != 'logits':
-        rows.append(_count_impossible(F, call, _as(F, pred, call.dtype, call.compute_dtype), target))
+        arrays.append(_count_impossible(F, call, _as(F, pred, call.dtype, call.compute_dtype), target))
     if call.options.summed_axes:
-        return [F.squeeze(with_class_axis(F, call, row), axis=call.options.class_axes) for row in rows]
-    return rows
+        axes = call.options.class_axes
+        return [F.squeeze(with_class_axis(F, call, array), axis=axes) for array in arrays]
+    return arrays
 
 
 def _count_impossible(F: F, call: Call, pred: Any, target: Any) -> Array:
@@ -70,23 +73,29 @@ def _as(F: F, array: Array, dtype: Optional[str], wanted: str) -> Array:
     return array if dtype == wanted else F.cast(array, dtype=wanted)
 
 
+def rows(options: Options) -> int:
+    """Return how many values `packed` computes for each position."""
+    return 1 if options.pred_type == 'logits' else 2
+
+
 def judged(options: Options, classes: int, values: np.ndarray) -> Tuple[np.ndarray, int, int]:
-    """Judge the values of an update, float64 (rows * positions,).
+    """Judge the values of some updates, (rows, positions).
 
     Returns
     -------
     The NLL of the positions that count, float64; how many labels are invalid; how many positions have
     impossible predictions.
     """
+    values = values.astype('float64', copy=False)
     if options.sparse_label and options.pred_type == 'logits':
-        is_marked = values < 0
-        return values[~is_marked], int((values == METRIC_FILL.invalid).sum()), 0
+        nll, is_marked = values[0], values[0] < 0
+        return nll[~is_marked], np.count_nonzero(nll == METRIC_FILL.invalid), 0
     if options.sparse_label:
-        return _judged_picks(options, classes, *values.reshape(2, -1))
+        return _judged_picks(options, classes, *values)
     if options.pred_type == 'logits':
-        return values, 0, 0
-    nll, impossible = values.reshape(2, -1)
-    return nll[impossible == 0], 0, int((impossible != 0).sum())
+        return values[0], 0, 0
+    nll, impossible = values
+    return nll[impossible == 0], 0, np.count_nonzero(impossible)
 
 
 def _judged_picks(
@@ -96,12 +105,13 @@ def _judged_picks(
         is_counted = label != options.ignore_label
         picked, label = picked[is_counted], label[is_counted]
     total = len(label)
-    if options.invalid_label != 'clip':
-        picked = picked[(label >= 0) & (label < classes) & (label == np.floor(label))]  # NaN is not
-    if options.pred_type == 'probs':
-        is_possible = ~((picked < 0) | (picked > 1 + ROUNDING))  # NaN is
-        with np.errstate(all='ignore'):
-            nll = 0.0 - np.log(np.minimum(picked, 1))
-    else:
-        is_possible, nll = ~(picked > ROUNDING), 0.0 - np.minimum(picked, 0)
-    return nll[is_possible], total - len(picked), int((~is_possible).sum())
+    with np.errstate(all='ignore'):
+        if options.invalid_label != 'clip':
+            picked = picked[np.floor(label) % classes == label]  # neither NaN nor inf is
+        if options.pred_type == 'log_probs':
+            possible = picked[~(picked > ROUNDING)]  # NaN is
+            nll = 0.0 - np.minimum(possible, 0)
+        else:
+            possible = picked[~((picked < 0) | (picked > 1 + ROUNDING))]
+            nll = 0.0 - np.log(np.minimum(possible, 1))
+    return nll, total - len(picked), len(picked) - len(possible)

@@ -123,21 +123,21 @@ def error_bounds(
 
 
 def metric_terms(pred, label, *, pred_type, axis=-1, sparse_label=True, ignore_label=None):
-    """The negative log-likelihoods of the positions that count and are valid, flat, and the number of invalid positions that count."""
-    pred = np.asarray(pred, dtype='float64')
-    if pred_type == 'probs':
-        with np.errstate(divide='ignore', invalid='ignore'):
-            pred = np.log(pred)
+    """The NLL of the positions that count and are valid, flat; how many are invalid; how many have impossible predictions."""
+    given = np.moveaxis(np.asarray(pred, dtype='float64'), axis, -1)
+    with np.errstate(divide='ignore', invalid='ignore'):
+        log_p = np.log(np.asarray(pred, dtype='float64')) if pred_type == 'probs' else pred
     options = {
         'sparse_label': sparse_label,
         'ignore_label': ignore_label,
         'from_logits': pred_type != 'logits',
     }
-    positions = read_positions(pred, label, axis % pred.ndim, **options)
-    values = values_per_position(positions)
-    return values[positions.is_counted & positions.is_valid], int(
-        (positions.is_counted & ~positions.is_valid).sum()
-    )
+    positions = read_positions(log_p, label, axis % given.ndim, **options)
+    low, high = {'logits': (-np.inf, np.inf), 'log_probs': (-np.inf, 1e-3), 'probs': (0, 1 + 1e-3)}[pred_type]
+    is_impossible = (((given < low) | (given > high)) & (positions.target != 0)).any(-1)
+    values, counted = values_per_position(positions), positions.is_counted & positions.is_valid
+    invalid = (positions.is_counted & ~positions.is_valid).sum()
+    return values[counted & ~is_impossible], int(invalid), int((counted & is_impossible).sum())
 
 
 READING = ('sparse_label', 'from_logits', 'ignore_label', 'class_weight', 'invalid_label')

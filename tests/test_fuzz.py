@@ -65,15 +65,16 @@ def test_loss_is_the_reference(kernel, call):
     st.sampled_from(['logits', 'log_probs', 'probs']),
     st.none() | st.integers(-1, 3),
     st.booleans(),
+    st.booleans(),
 )
-def test_metric_is_the_reference(kernel, problem, pred_type, ignore_label, in_np_mode):
+def test_metric_is_the_reference(kernel, problem, pred_type, ignore_label, in_np_mode, is_possible):
     pred, label = problem.pred, problem.label
-    if pred_type != 'logits':
+    if pred_type != 'logits' and is_possible:
         pred = -np.abs(pred) if pred_type == 'log_probs' else np.exp(-np.abs(pred))
     options = {'axis': problem.settings['axis'], 'sparse_label': problem.settings.get('sparse_label', True)}
     if options['sparse_label']:
         options['ignore_label'] = ignore_label
-    values, invalid = reference.metric_terms(pred, label, pred_type=pred_type, **options)
+    values, invalid, impossible = reference.metric_terms(pred, label, pred_type=pred_type, **options)
 
     metric = StableCrossEntropy(pred_type=pred_type, **options)
     if in_np_mode:
@@ -81,8 +82,10 @@ def test_metric_is_the_reference(kernel, problem, pred_type, ignore_label, in_np
             metric.update([mx.np.array(label, dtype=label.dtype)], [mx.np.array(pred, dtype=pred.dtype)])
     else:
         metric.update([mx.nd.array(label, dtype=label.dtype)], [mx.nd.array(pred, dtype=pred.dtype)])
-    if invalid:
-        with pytest.raises(ValueError, match=f'^{invalid} of {invalid + values.size} labels are invalid'):
+    total = values.size + invalid + impossible
+    if invalid or impossible:
+        bad = f'{invalid} of {total} labels' if invalid else f'{impossible} of {total} predictions'
+        with pytest.raises(ValueError, match=f'^{bad} are '):
             metric.get()
         return
     assert metric.num_inst == values.size

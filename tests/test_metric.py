@@ -1,11 +1,13 @@
 """The metrics: their values against float64 and mpmath, signatures, errors, and what must not change a result."""
 
+import copy
 import inspect
 import json
 import math
 from collections import OrderedDict
 
 import cases
+import label_cases
 import modes
 import mpmath
 import mxnet as mx
@@ -21,6 +23,7 @@ from gluon_stable_ce import (
     StableLoss,
     StablePerplexity,
     StableSoftmaxCELoss,
+    patch,
 )
 
 pytestmark = pytest.mark.usefixtures('kernel')
@@ -141,6 +144,146 @@ def test_metric_of_a_loss_that_clips_labels_clips_them(rng, ctx):
     assert_close(metric.get()[1], loss_fn(pred, label).asnumpy().mean(), tolerances.NLL)
 
 
+LOGITS = [[3.0, 1.0, -2.0], [0.5, 4.0, 1.0], [2.0, 0.0, 6.0]]  # of a trained net, for the labels 0, 1 and 2
+IMPOSSIBLE = {
+    'probs': {'pred_type': 'probs'},
+    'log-probs': {'pred_type': 'log_probs'},
+    'dense-probs': {'pred_type': 'probs', 'sparse_label': False},
+    'dense-log-probs': {'pred_type': 'log_probs', 'sparse_label': False},
+    'classes-first': {'pred_type': 'probs', 'axis': 0},
+}
+
+
+def labels_0_1_2(options):
+    return nd.array(np.eye(3) if not options.get('sparse_label', True) else [0, 1, 2])
+
+
+@pytest.mark.parametrize('cls', [StableCrossEntropy, StablePerplexity, StableBitsPerToken])
+@pytest.mark.parametrize('dtype', ['float16', 'float32', 'float64'])
+@pytest.mark.parametrize('options', cases.params(IMPOSSIBLE))
+def test_logits_that_are_given_as_something_else_are_refused(cls, dtype, options, ctx):
+    metric = cls(**options)
+    metric.update(labels_0_1_2(options), nd.array(LOGITS, dtype=dtype))
+    for get in (metric.get, metric.get_global):
+        with pytest.raises(
+            ValueError, match=r"^3 of 3 predictions are not .* pred_type='logits' .* reset\(\)"
+        ):
+            get()
+    assert (metric.num_inst, metric.num_infinite) == (0, 0)
+    metric.reset()
+    metric.update(
+        labels_0_1_2(options), nd.full((3, 3), 1 / 3 if metric._options.pred_type == 'probs' else -1.0)
+    )
+    assert metric.num_inst == 3
+    assert metric.get()[1] > 0
+
+
+def test_log_probs_of_a_loss_that_are_logits_are_refused(ctx):
+    metric = StableSoftmaxCELoss(from_logits=True).create_metric()
+    metric.update(nd.array([0, 1, 2]), nd.array(LOGITS))
+    with pytest.raises(
+        ValueError, match='^3 of 3 predictions are not log-probabilities: .* from_logits=False'
+    ):
+        metric.get()
+
+
+@pytest.mark.parametrize('sparse_label', [True, False], ids=['sparse', 'dense'])
+@pytest.mark.parametrize(('pred_type', 'pred', 'nll'), [
+    ('probs', 1.0009, 0),
+    ('probs', 1.0011, None),
+    ('probs', -1e-30, None),
+    ('probs', -1.0, None),  # as the mark of ignored positions
+    ('probs', -2.0, None),
+    ('probs', math.inf, None),
+    ('probs', -math.inf, None),
+    ('probs', -0.0, math.inf),
+    ('probs', math.nan, math.nan),
+    ('log_probs', 9e-4, 0),
+    ('log_probs', 1.1e-3, None),
+    ('log_probs', 1.0, None),
+    ('log_probs', 2.0, None),
+    ('log_probs', math.inf, None),
+    ('log_probs', -math.inf, math.inf),
+    ('log_probs', math.nan, math.nan),
+])  # fmt: skip
+def test_only_rounding_errors_are_raised_to_0(pred_type, pred, nll, sparse_label, ctx):
+    """None: the prediction is impossible."""
+    metric = StableCrossEntropy(pred_type=pred_type, sparse_label=sparse_label)
+    metric.update(nd.array([1] if sparse_label else [[0, 1]]), nd.array([[0.5, pred]]))
+    if nll is None:
+        with pytest.raises(ValueError, match='^1 of 1 predictions are not '):
+            metric.get()
+    else:
+        np.testing.assert_array_equal(metric.get()[1], nll)
+        assert metric.num_inst == 1
+
+
+def test_impossible_predictions_count_only_where_they_are_read(ctx):
+    """Neither of other classes, nor at positions that are ignored or invalid."""
+    pred = nd.array([[0.5, 9], [0.25, -9], [9, 0.5], [9, 9]])
+    metric = StableCrossEntropy(ignore_label=-1)
+    metric.update(nd.array([0, 0, 1, -1]), pred)
+    assert metric.get()[1] == tolerances.FLOAT64.approx(math.log(16) / 3)
+    dense = StableCrossEntropy(sparse_label=False)
+    dense.update(nd.array([[1, 0], [1, 0], [0, 1], [0, 0]]), pred)
+    assert dense.get()[1] == tolerances.NLL.approx(math.log(16) / 4)
+    metric.update(nd.array([2]), nd.array([[9, 9]]))
+    with pytest.raises(ValueError, match='^1 of 4 labels are invalid'):
+        metric.get()
+
+
+def test_impossible_predictions_go_into_checkpoints_merges_and_windows():
+    metric, others = StableCrossEntropy(), [StableCrossEntropy() for _ in range(2)]
+    metric.update(nd.array([0, 1, 2]), nd.array(LOGITS))
+    others[0].load_state_dict(json.loads(json.dumps(metric.state_dict())))
+    others[1].merge(metric)
+    for other in (*others, metric.all_reduce(mx.kv.create('local')), copy.deepcopy(metric)):
+        with pytest.raises(ValueError, match='^3 of 3 predictions are not probabilities'):
+            other.get()
+    metric.reset_local()
+    metric.update(nd.array([0]), nd.array([[0.5, 0.5]]))
+    assert metric.get()[1] == tolerances.FLOAT64.approx(math.log(2))
+    with pytest.raises(ValueError, match='^3 of 4 predictions are not probabilities'):
+        metric.get_global()
+
+
+@pytest.mark.parametrize('invalid_label', ['raise', 'clip'])
+@pytest.mark.parametrize('dtype', label_cases.DTYPES)
+@pytest.mark.parametrize('ignore_label', label_cases.IGNORE_LABELS, ids=str)
+@pytest.mark.parametrize('pred_type', ['probs', 'log_probs'])
+def test_picked_labels_mean_what_the_table_says(pred_type, ignore_label, dtype, invalid_label, rng, ctx):
+    """Every dtype and every bad value."""
+    label = label_cases.labels_of(dtype)
+    p = rng.dirichlet(np.ones(label_cases.CLASSES), len(label))
+    named = [label_cases.class_of(number, ignore_label, invalid_label == 'clip') for number in label]
+    metric = StableCrossEntropy(pred_type=pred_type, ignore_label=ignore_label, invalid_label=invalid_label)
+    metric.update(nd.array(label, dtype=dtype), nd.array(p if pred_type == 'probs' else np.log(p)))
+    invalid = len(named) - named.count(label_cases.IGNORED) - sum(isinstance(name, int) for name in named)
+    assert metric.num_inst + invalid == len(named) - named.count(label_cases.IGNORED)
+    nll = [-math.log(row[name]) for row, name in zip(p, named) if isinstance(name, int)]
+    assert metric.sum_metric == tolerances.ROUNDED_FLOAT32.approx(sum(nll))
+    assert str(metric).count(f'{invalid} of {invalid + metric.num_inst} labels are invalid') == bool(invalid)
+
+
+@pytest.mark.parametrize('options', [
+    {'pred_type': 'probs'},
+    {'pred_type': 'logits'},
+    {'pred_type': 'log_probs'},
+    {'pred_type': 'logits', 'sparse_label': False},
+], ids=str)  # fmt: skip
+def test_updates_without_positions_change_nothing(options):
+    metric = StableCrossEntropy(**options)
+    loss = StableLoss()
+    with modes.numpy_semantics():
+        for shape in ((0, 3), (2, 0, 3)):
+            pred = mx.np.zeros(shape)
+            metric.update(pred if 'sparse_label' in options else mx.np.zeros(shape[:-1]), pred)
+            loss.update(None, pred)
+    assert math.isnan(metric.get()[1])
+    assert math.isnan(loss.get()[1])
+    assert metric.num_inst == loss.num_inst == 0
+
+
 def test_results_do_not_depend_on_batches_devices_or_when_get_is_called(rng):
     """Equal to the last bit, since the sums are exact."""
     options = {'pred_type': 'logits', 'ignore_label': -1}
@@ -161,6 +304,30 @@ def test_results_do_not_depend_on_batches_devices_or_when_get_is_called(rng):
         nd.concat(*[pred for _, pred in data[::-1]], dim=0),
     )
     assert asked.get() == at_once.get() == on_two.get() == one_array.get() == expected
+
+
+@pytest.mark.parametrize(('pred_type', 'axis', 'split_axis'), [
+    ('logits', -1, 0),
+    ('logits', -1, 1),
+    ('probs', 1, 0),
+    ('probs', 1, 2),
+    ('probs', 0, 2),
+    ('log_probs', 0, 1),
+])  # fmt: skip
+@pytest.mark.parametrize('classes', [10, 257])
+def test_results_do_not_depend_on_splits_along_any_axis(pred_type, axis, split_axis, classes, rng):
+    pred = np.moveaxis(rng.dirichlet(np.ones(classes), (8, 6)), -1, axis).astype('float32')
+    pred = pred if pred_type == 'probs' else np.log(pred)
+    label = rng.randint(0, classes, (8, 6))
+    label_axis = split_axis - (axis % 3 < split_axis)
+
+    def result(parts):
+        metric = StableCrossEntropy(pred_type=pred_type, axis=axis)
+        for arrays in zip(np.array_split(label, parts, label_axis), np.array_split(pred, parts, split_axis)):
+            metric.update(*map(nd.array, arrays))
+        return metric.get()
+
+    assert result(1) == result(2) == result(label.shape[label_axis])
 
 
 def test_a_metric_from_a_checkpoint_reports_what_it_would_have(rng):
@@ -315,6 +482,62 @@ def test_labels_elsewhere_are_moved(kind):
     metric, place = StableCrossEntropy(), mx.Context(kind, 1 if kind == 'cpu' else 0)
     metric.update(nd.array([1]).as_in_context(place), nd.array([[0.5, 0.5]]))
     assert metric.get()[1] == tolerances.FLOAT64.approx(math.log(2))
+
+
+def test_a_metric_can_be_printed_after_an_invalid_label():
+    metric = StableCrossEntropy(name='mine')
+    metric.update(nd.array([7]), nd.array([[0.5, 0.5]]))
+    assert str(metric) == (
+        'EvalMetric: mine: 1 of 1 labels are invalid. If they are padding, set ignore_label. reset() clears them'
+    )
+
+
+@pytest.mark.parametrize(('metric', 'expected'), [
+    (StableLoss(), 'StableLoss()'),
+    (StableCrossEntropy(), 'StableCrossEntropy()'),
+    (
+        StableCrossEntropy(pred_type='logits', ignore_label=-1, name='val'),
+        "StableCrossEntropy(pred_type='logits', ignore_label=-1, name='val')",
+    ),
+    (StablePerplexity(0, 1, invalid_label='clip'), "StablePerplexity(ignore_label=0, axis=1, invalid_label='clip')"),
+    (StableBitsPerToken(sparse_label=False), 'StableBitsPerToken(sparse_label=False)'),
+], ids=lambda value: value if isinstance(value, str) else '')  # fmt: skip
+def test_repr_shows_the_options_that_differ_from_their_defaults(metric, expected):
+    assert repr(metric) == expected
+
+
+def test_options_of_stock_perplexity_are_attributes_that_may_be_set():
+    """A subclass of `mx.metric.Perplexity` with an `update` of its own reads them."""
+    metric = StablePerplexity(3, 1)
+    assert (metric.ignore_label, metric.axis) == (3, 1)
+    metric.ignore_label = 0
+    metric.update(nd.array([0, 1]), nd.array([[0.5, 0.5]] * 2))
+    assert metric.num_inst == 1
+    assert metric.get_config()['ignore_label'] == 0
+    metric.axis = 'first'
+    with pytest.raises(TypeError, match="^axis: expected an integer, got 'first'$"):
+        metric.update(nd.array([0, 1]), nd.array([[0.5, 0.5]] * 2))
+    assert metric.num_inst == 1
+
+
+@pytest.mark.parametrize('name', ['CrossEntropy', 'Perplexity', 'Loss'])
+def test_states_and_merges_do_not_depend_on_the_class_that_was_patched(name):
+    ours = {'CrossEntropy': StableCrossEntropy, 'Perplexity': StablePerplexity, 'Loss': StableLoss}[name]
+    data = nd.array([0, 1]), nd.array([[0.5, 0.5]] * 2)
+    with patch():
+        arguments = [None] if name == 'Perplexity' else []
+        patched = getattr(mx.metric, name)(*arguments)
+        patched.update(*data)
+        state = json.loads(json.dumps(patched.state_dict()))
+    metric = ours()
+    metric.load_state_dict(state)
+    metric.merge(patched)
+    patched.merge(metric)
+    for _ in range(3):
+        metric.update(*data)
+    assert metric.num_inst == 5 * patched.num_inst / 3
+    patched.load_state_dict(metric.state_dict())
+    assert patched.state_dict() == metric.state_dict()
 
 
 def test_load_state_dict_rejects_another_metrics_state():

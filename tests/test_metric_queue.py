@@ -71,7 +71,7 @@ class TestQueue:
         for i in range(3 * _AT_ONCE):
             metric.update(None, nd.array([i]))
             assert len(metric._held.queue) <= _AHEAD
-            assert len(metric._held.read) <= _AT_ONCE
+            assert len(metric._held.computed) <= _AT_ONCE
         assert metric.num_inst == 3 * _AT_ONCE
 
     @pytest.mark.parametrize('updates', [1, _AHEAD, _AHEAD + 1, _AT_ONCE + _AHEAD + 1, 100])
@@ -79,7 +79,7 @@ class TestQueue:
         metric = filled(*([i] for i in range(updates)))
         assert metric.get() == ('loss', (updates - 1) / 2)
         assert not metric._held.queue
-        assert not metric._held.read
+        assert not metric._held.computed
 
     def test_values_may_be_written_over_after_an_update(self):
         values, metric = nd.array([1, 2]), StableLoss()
@@ -121,8 +121,7 @@ class TestQueue:
     def test_memory_stays_flat_over_updates_without_a_get(self):
         code = """
             import mxnet as mx
-            import gluon_stable_ce
-from gluon_stable_ce import StableCrossEntropy, StableLoss
+            from gluon_stable_ce import StableCrossEntropy, StableLoss
 
             def resident():
                 with open('/proc/self/status') as file:
@@ -201,21 +200,20 @@ class TestInterrupts:
                 break
         assert opcode > 100
 
-    def test_an_interrupted_wait_loses_nothing(self, monkeypatch):
-        """The first time that MXNet waits."""
-        metric = filled([1], [10])
-        asnumpy, waits = nd.NDArray.asnumpy, []
+    @pytest.mark.parametrize('method', ['wait_to_read', 'asnumpy'])
+    def test_an_interrupted_wait_loses_nothing(self, method, monkeypatch):
+        metric = filled(*[[1]] * (_AT_ONCE + _AHEAD))
+        with monkeypatch.context() as patched:
+            patched.setattr(nd.NDArray, method, interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                metric.update(None, nd.array([100]))
+            with pytest.raises(KeyboardInterrupt):
+                metric.get()
+        assert (metric.num_inst, metric.get()[1]) == (_AT_ONCE + _AHEAD, 1)
 
-        def interrupted_once(array):
-            waits.append(array)
-            if len(waits) == 1:
-                raise KeyboardInterrupt
-            return asnumpy(array)
 
-        monkeypatch.setattr(nd.NDArray, 'asnumpy', interrupted_once)
-        with pytest.raises(KeyboardInterrupt):
-            metric.update(None, nd.array([100]))
-        assert metric.get()[1] == 5.5
+def interrupt(_):
+    raise KeyboardInterrupt
 
 
 class TestSubclass:
@@ -234,6 +232,61 @@ class TestSubclass:
         assert (metric.sum_metric, metric.num_inst, metric.get()[1]) == (12, 6 * count, 2 / count)
         metric.reset()
         assert math.isnan(metric.get()[1])
+
+    @pytest.mark.parametrize('kind', [np.array, nd.array, lambda values: nd.array(values).as_np_ndarray()])
+    def test_adds_up_arrays(self, kind):
+        class PerClass(StableLoss):
+            def update(self, _, values):
+                self.sum_metric += kind(values)
+                self.num_inst += 1
+
+        metric = PerClass()
+        for values in ([1, 2], [3, 5]):
+            metric.update(None, values)
+        assert metric.get()[0] == 'loss'
+        assert list(metric.get()[1]) == [2, 3.5]
+        assert list(copy.deepcopy(metric).sum_metric) == [4, 7]
+        metric.reset_local()
+        assert math.isnan(metric.get()[1])
+        assert metric.sum_metric == 0
+
+    def test_holds_lists(self):
+        class PerOutput(StableLoss):
+            def reset(self):
+                self.num_inst, self.sum_metric = [0, 0], [0.0, 0.0]
+
+            def update(self, _, values):
+                for i, value in enumerate(values):
+                    self.sum_metric[i] += value
+                    self.num_inst[i] += 1
+
+            def get(self):
+                return self.name, [total / count for total, count in zip(self.sum_metric, self.num_inst)]
+
+        metric = PerOutput()
+        for values in ([1, 2], [3, 5]):
+            metric.update(None, values)
+        assert metric.get() == ('loss', [2, 3.5])
+        for use in (
+            metric.state_dict,
+            lambda: metric.all_reduce(mx.kv.create('local')),
+            lambda: metric.merge(metric),
+        ):
+            with pytest.raises(ValueError, match='^sum_metric, num_inst: expected a number each, got '):
+                use()
+        metric.reset()
+        metric.update(None, [1, 2])
+        assert metric.get() == ('loss', [1, 2])
+
+    @pytest.mark.parametrize(
+        'one', [np.array([3.0]), nd.array([3.0]), np.float32(3)], ids=['np', 'nd', 'scalar']
+    )
+    def test_adds_up_arrays_of_one_number(self, one):
+        metric = StableLoss()
+        metric.sum_metric += one
+        metric.num_inst += 2
+        assert metric.get()[1] == 1.5
+        assert metric.state_dict()['local']['count'] == 2
 
     def test_resets_by_itself_before_it_holds_anything(self):
         class Counting(StableLoss):

@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 from checks import assert_loss_is_reference
 
-from gluon_stable_ce import StableCrossEntropy, StableSoftmaxCELoss
+from gluon_stable_ce import (
+    StableBitsPerToken,
+    StableCrossEntropy,
+    StableLoss,
+    StablePerplexity,
+    StableSoftmaxCELoss,
+)
 
 inf, nan = float('inf'), float('nan')
 SHARED = '^batch_axis: expected an axis other than the class axis'
@@ -87,9 +93,33 @@ def test_metric_rejects_bad_options(options, error, message):
         StableCrossEntropy(**options)
 
 
-def test_loss_rejects_unknown_options():
-    with pytest.raises(TypeError, match='ignore_index'):
-        StableSoftmaxCELoss(ignore_index=-1)
+METRICS = [StableCrossEntropy, StablePerplexity, StableBitsPerToken]
+
+
+@pytest.mark.parametrize('wrong', ['ignore_lable', 'ignore_index', 'ignore_class', 'ignorelabel'])
+@pytest.mark.parametrize('cls', [StableSoftmaxCELoss, *METRICS])
+def test_an_unknown_option_names_the_class_and_what_is_near(cls, wrong):
+    class Subclass(cls):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+
+    for called in (cls, Subclass):
+        message = f"^{called.__name__}: unknown option '{wrong}'; did you mean 'ignore_label'\\?$"
+        with pytest.raises(TypeError, match=message):
+            called(**{wrong: -1})
+
+
+@pytest.mark.parametrize('cls', [*METRICS, StableLoss])
+def test_an_unknown_option_that_is_near_to_none_names_all(cls):
+    message = f"^{cls.__name__}: unknown option 'eps'; expected one of .*output_names, label_names"
+    with pytest.raises(TypeError, match=message):
+        cls(eps=1e-12)
+
+
+def test_a_loss_has_the_options_of_a_block():
+    assert StableSoftmaxCELoss(prefix='mine_', params=None).prefix == 'mine_'
+    with pytest.raises(TypeError, match="unknown option 'prefx'; did you mean 'prefix'"):
+        StableSoftmaxCELoss(prefx='mine_')
 
 
 def test_loss_options_beyond_gluons_are_keyword_only():
