@@ -71,6 +71,7 @@ class RunningMean:
     """
 
     name: str  # EvalMetric's
+    _has_global_stats: bool  # EvalMetric's, True; MXNet's users set it to False
     _kwargs: Dict[str, Any]  # EvalMetric's: the options
     get_config: Any  # EvalMetric's
     _lock: Any
@@ -110,7 +111,7 @@ class RunningMean:
 
     def get_global(self) -> Tuple[str, float]:
         """Return (name, value) of all since the last `reset`; NaN if there is nothing."""
-        return self.name, self._value('global')
+        return self.name, self._value('global' if self._has_global_stats else 'local')
 
     num_inst = _window_property('local', 'count', 'How many values `get` is the mean of.')
     sum_metric = _window_property(

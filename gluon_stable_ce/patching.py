@@ -26,7 +26,7 @@ PLACES = {
     'Perplexity': (mx.metric, StablePerplexity),
     'Loss': (mx.metric, StableLoss),
 }
-_STOCK = {name: getattr(module, name) for name, (module, _) in PLACES.items()}
+STOCK = {name: getattr(module, name) for name, (module, _) in PLACES.items()}
 
 _CROSSED = (
     "sample_weight of shape (N,): the loss of each sample is multiplied by the sample's weight. gluon "
@@ -196,7 +196,7 @@ def _changes(replacements):
     """List the bindings of a patch: (function that binds, name, value before, value after) each."""
     registry = mx.registry._REGISTRY[mx.metric.EvalMetric]
     changes = [
-        (functools.partial(setattr, module), name, getattr(module, name), replacements[_STOCK[name]])
+        (functools.partial(setattr, module), name, getattr(module, name), replacements[STOCK[name]])
         for name, (module, _) in PLACES.items()
     ]
     changes += [
@@ -311,14 +311,14 @@ def _new(name):
 
 
 def _new_stock(name):
-    return _STOCK[name].__new__(_STOCK[name])
+    return STOCK[name].__new__(STOCK[name])
 
 
 def _reduce_stock(stock_object, protocol):
     """Reduce an object of a stock class for `pickle`, which does not find the class by its name."""
     reduced = object.__reduce_ex__(stock_object, protocol)
     kind = type(stock_object)
-    return (_new_stock, (kind.__name__,), *reduced[2:]) if kind in _STOCK.values() else reduced
+    return (_new_stock, (kind.__name__,), *reduced[2:]) if kind in STOCK.values() else reduced
 
 
 def _replacements(patched):
@@ -331,7 +331,8 @@ def _replacements(patched):
 
         def forward(self, pred, label, sample_weight=None, *others):
             loss = super().forward(pred, label, sample_weight, *others)
-            return loss if self._has_own_graph else _in_dtype_of(pred, loss)
+            is_cast = array_api.is_symbol(pred) or self._has_own_graph  # by hybrid_forward
+            return loss if is_cast else _in_dtype_of(pred, loss)
 
         def hybrid_forward(self, F, pred, label, sample_weight=None):
             is_bfloat16 = traced_dtypes.dtype_of(pred) == 'bfloat16'  # which promotes to no other dtype
@@ -389,7 +390,7 @@ def _replacements(patched):
 
     kinds: Any = (SoftmaxCrossEntropyLoss, CrossEntropy, NegativeLogLikelihood, Perplexity, Loss)
     for kind in kinds:
-        stock = _STOCK[kind.__name__]
+        stock = STOCK[kind.__name__]
         kind.__doc__ = PLACES[kind.__name__][1].__doc__
         kind.__module__, kind.__qualname__ = stock.__module__, stock.__qualname__  # by which it is pickled
         kind._in_place_of, kind._patched = stock, patched
@@ -400,7 +401,7 @@ def _with_signature_of(name):
     """Return a decorator: `inspect` and `help` show the arguments of the stock class."""
 
     def decorate(function):
-        function.__signature__ = inspect.signature(_STOCK[name].__init__)
+        function.__signature__ = inspect.signature(STOCK[name].__init__)
         return function
 
     return decorate

@@ -20,6 +20,7 @@ from tolerances import assert_close
 from gluon_stable_ce import unpatch
 from gluon_stable_ce.__main__ import main
 from gluon_stable_ce.commands import run as command_module
+from gluon_stable_ce.patching import STOCK
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
@@ -49,6 +50,8 @@ def run(capfd, monkeypatch):
     monkeypatch.setattr(sys, 'path', sys.path[:])
     for name in ('__main__', '__mp_main__'):
         monkeypatch.setitem(sys.modules, name, sys.modules[name])
+    for stock in STOCK.values():
+        monkeypatch.setattr(stock, '__init__', stock.__init__)
     for name in command_module.NOT_REPLACED:
         for module in (mx.nd, mx.sym):
             monkeypatch.setattr(module, name, getattr(module, name, None), raising=False)
@@ -58,15 +61,18 @@ def run(capfd, monkeypatch):
             code = main(['run', *args])
         except SystemExit as error:
             code = error.code
-        for function, *arguments in at_exit:
-            function(*arguments)
-            unpatch()
-        at_exit.clear()
+        end()
         return (code, *capfd.readouterr())
 
+    def end():
+        for function, *arguments in at_exit:
+            function(*arguments)
+        if at_exit:
+            unpatch()
+        at_exit.clear()
+
     yield run
-    if at_exit:
-        unpatch()
+    end()
 
 
 @pytest.fixture
@@ -147,7 +153,7 @@ import os, sys
 path = __file__ if sys.version_info >= (3, 9) else os.path.abspath(__file__)
 print(__name__, path, __spec__, __package__, sys.argv, sys.path[0])
 main = sys.modules['__main__']
-print(type(__builtins__), __doc__, main.__dict__ is globals(), main.__file__, sys.modules.get('__mp_main__', main) is main)
+print(type(__builtins__), __doc__, main.__dict__ is globals(), main.__file__ is __file__, sys.modules.get('__mp_main__', main) is main)
 """,
     'exit code': 'import sys; sys.exit(3)',
     'exit message': "import sys; sys.exit('gone')",
@@ -248,7 +254,7 @@ def test_what_python_runs(kind, tmp_path):
     folder_of_process = re.compile(r'/proc/\w+')
     assert got[0] == expected[0]
     assert folder_of_process.sub('', got[1]) == folder_of_process.sub('', expected[1])
-    assert not expected[2] or expected[2].splitlines()[-1] in got[2]
+    assert expected[2].split(" in '")[0] in got[2]  # before 3.9, the path in the message is relative
 
 
 SPAWNED = """
@@ -292,13 +298,15 @@ def test_report(run, write):
 import mxnet as mx
 class Mine(mx.metric.Loss): pass
 mx.gluon.loss.SoftmaxCELoss(), mx.gluon.loss.SoftmaxCrossEntropyLoss(), Mine(), mx.metric.create('nll_loss')
+from mxnet.gluon.contrib.estimator.estimator import metric_loss  # MXNet imported it before
+metric_loss()
 mx.sym.SoftmaxOutput(mx.sym.var('x'))
 mx.nd.SoftmaxOutput(mx.nd.ones((1, 2)), mx.nd.ones(1))
 """
     _, _, err = run('--kernel', 'stock', '--ignore-label', '-1', write(script))
     assert 'kernel: stock' in err
     assert 'SoftmaxCrossEntropyLoss 2, Loss 1, NegativeLogLikelihood 1' in err
-    assert 'SoftmaxOutput 2' in err
+    assert "MXNet's own: mxnet.metric.Loss 1, SoftmaxOutput 2" in err
     assert 'mxnet.metric.Loss averages' in err  # the zeros of ignored samples
 
 

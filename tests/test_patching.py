@@ -128,6 +128,16 @@ def test_inspect_shows_the_stock_arguments(patched, name):
     assert list(inspect.signature(Subclass).parameters) == ['other']
 
 
+@pytest.mark.parametrize('name', ['ce', 'loss'])
+def test_global_statistics_can_be_switched_off(patched, name):
+    metric = mx.metric.create(name)
+    metric._has_global_stats = False
+    metric.update([mx.nd.array([0])], [mx.nd.array([[0.5, 0.5]])])
+    assert metric.get_global() == metric.get()
+    metric.reset_local()
+    assert np.isnan(metric.get_global()[1])
+
+
 def test_metric_configuration_makes_the_metric_again(patched):
     metric = mx.metric.Perplexity(0, name='ppl')
     again = mx.metric.create(metric.get_config())

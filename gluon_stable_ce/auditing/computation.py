@@ -114,7 +114,7 @@ class _Tally:
         self.tolerance = 1e-2 if self.dtype == 'float16' else 1e-3
         self.exact, self.under, self.stock, self.floored = [ExactSums()] * 4
         self.ignored = self.invalid = self.bad_rows = self.rows = 0
-        self.looks_like = dict.fromkeys(('probs', 'log_probs', 'logits'), 0)  # counts of rows
+        self.looks_like = dict.fromkeys(PRED_TYPES, 0)  # counts of doubtful rows
         self.label_range = float('inf'), float('-inf')
         self.worst = np.zeros(0, _SAMPLE)
         self.nlls = [np.zeros(0, 'float32')]  # of all samples: a picture needs no float64
@@ -135,17 +135,23 @@ class _Tally:
 
     def _look_at(self, rows, labels):
         """Count the rows, (n, C), by the kinds they look like, and widen the range of the labels, (n,)."""
-        least, largest = rows.min(axis=-1), rows.max(axis=-1)
-        sums_to_1 = self._sum_to_1(rows)
-        exp_sums_to_1 = np.zeros(len(rows), bool)
-        if self.pred_type == 'log_probs' or (self.pred_type == 'probs' and (least < 0).any()):
-            exp_sums_to_1 = self._sum_to_1(np.exp(rows, dtype='float64'))
-        if self.pred_type != 'logits':
-            self.bad_rows += int((~(sums_to_1 if self.pred_type == 'probs' else exp_sums_to_1)).sum())
+        if (
+            self.pred_type == 'logits'
+        ):  # which may be anything, so only rows that are all probabilities matter
+            doubtful = rows if self.looks_like['probs'] == self.rows else rows[:0]
+        else:
+            p = rows if self.pred_type == 'probs' else np.exp(rows, dtype='float64')
+            doubtful = rows[~self._sum_to_1(p)]
+            self.bad_rows += len(doubtful)
         self.rows += len(rows)
-        self.looks_like['probs'] += int((sums_to_1 & (least >= 0)).sum())
-        self.looks_like['log_probs'] += int((exp_sums_to_1 & (largest <= _ROUNDING)).sum())
-        self.looks_like['logits'] += int(((least < 0) | (largest > 1 + _ROUNDING)).sum())
+        least, largest = doubtful.min(axis=-1), doubtful.max(axis=-1)
+        counts = {
+            'probs': (least >= 0) & self._sum_to_1(doubtful),
+            'log_probs': (largest <= _ROUNDING) & self._sum_to_1(np.exp(doubtful, dtype='float64')),
+            'logits': (least < 0) | (largest > 1 + _ROUNDING),
+        }
+        for kind, looks_like_it in counts.items():
+            self.looks_like[kind] += int(looks_like_it.sum())
         low, high = self.label_range
         self.label_range = min(low, labels.min(initial=low)), max(high, labels.max(initial=high))
 
@@ -172,10 +178,9 @@ class _Tally:
 
     def _kind(self):
         """Return the kind that the predictions look like, if that is certain; else `pred_type`."""
-        if self.pred_type == 'logits':  # log-probabilities are logits, too
-            return 'probs' if self.looks_like['probs'] == self.rows > 0 else 'logits'
-        for kind in ('probs', 'log_probs'):
-            if self.looks_like[kind] == self.rows:
+        kinds = ('probs',) if self.pred_type == 'logits' else ('probs', 'log_probs')  # which are logits, too
+        for kind in kinds:
+            if self.looks_like[kind] == self.rows > 0:
                 return kind
         logits = self.looks_like['logits']
         return 'logits' if 2 * logits > self.rows or (logits and self.exact.nan) else self.pred_type

@@ -19,7 +19,7 @@ import mxnet as mx
 
 from ..kernels import choice
 from ..loss import StableSoftmaxCrossEntropyLoss
-from ..patching import PLACES, patch
+from ..patching import PLACES, STOCK, patch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 # operators with a cross entropy of their own
@@ -147,7 +147,7 @@ def _announce(patched, options):
 
 
 def _count_calls():
-    """Count the calls of operators with a cross entropy of their own, from now on."""
+    """Count, from now on, the calls of such operators, and objects of the stock classes, imported before."""
     calls: Counter = Counter()
 
     def counted(name, function):
@@ -162,6 +162,8 @@ def _count_calls():
         for name in NOT_REPLACED:
             if hasattr(module, name):
                 setattr(module, name, counted(name, getattr(module, name)))
+    for stock in {*STOCK.values()}:
+        stock.__init__ = counted(f'{stock.__module__}.{stock.__name__}', stock.__init__)
     return calls
 
 
