@@ -1,6 +1,7 @@
 """Metrics: what the loss computes, with exact sums and without waiting for the device."""
 
 import math
+from functools import cached_property
 from typing import Any, List, Optional, Sequence, Union
 
 import mxnet as mx
@@ -150,6 +151,10 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric):
             config['axis'] = list(self._options.class_axes)  # as JSON has it
         mx.metric.EvalMetric.__init__(self, name, output_names, label_names, has_global_stats=True, **config)
 
+    @cached_property
+    def _graphs(self) -> graphs.Graphs:
+        return graphs.Graphs(nll_of, self)
+
     def update(self, labels: Arrays, preds: Arrays) -> None:
         """Take in labels and predictions: an array each, or lists of arrays, each pair on its own context."""
         labels, preds = _as_list('labels', labels), _as_list('preds', preds)
@@ -165,7 +170,7 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric):
             label = label.reshape((-1,))  # the rows of `pred` are the positions, as in mx.metric
         with autograd.pause():
             call, inputs = plan(self._options, pred, label, fill=METRIC_FILL)
-            return graphs.compiled(nll_of, call, graphs.STATIC)(*inputs)
+            return self._graphs[call](*inputs)
 
     def _sums_of(self, values: np.ndarray) -> ExactSums:
         is_marked = (values < 0) & self._options.sparse_label
