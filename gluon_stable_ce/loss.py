@@ -138,8 +138,8 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
     with respect to dense targets of 0.
 
     *Graphs.* A call with arrays runs a compiled graph with static memory, and its outputs are fresh arrays.
-    Losses of equal options share their graphs. A loss has up to 16, each with the memory of its largest batch,
-    once for each of the calls that were recorded before one backward. ``hybridize()`` frees this memory, and
+    Losses of equal options share their graphs. A loss has up to 16, each with the memory of its largest
+    batch, once for each of the calls that were recorded before one backward. ``hybridize()`` frees this memory, and
     so does deleting the loss. ``hybridize(False)`` computes operator by operator, for debugging. A subclass
     with a `hybrid_forward` of its own runs operator by operator unless it calls ``hybridize()``.
     One loss may be called from several threads. MXNet marks the inputs of what it records, so threads that
