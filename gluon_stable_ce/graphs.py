@@ -1,15 +1,23 @@
-"""Compiled graphs: one for each kind of call, shared by all losses and metrics of equal options."""
+"""Compiled graphs: one for each kind of call, shared by losses and metrics of equal options that are alive.
 
-from functools import lru_cache
+A graph with static memory keeps that of its largest batch, once for each call that was recorded at the same
+time as others. So it goes with the losses and metrics that use it, as gluon's graphs do.
+"""
+
+import ctypes
+import sys
 from threading import RLock
 from typing import Any, Callable, Dict, Optional, Tuple
+from weakref import WeakValueDictionary, finalize
 
 import mxnet as mx
 
 from .array_api import Array, variable
 from .call import INPUTS, Call
 
-MAX_GRAPHS = 64  # those used last stay in memory
+MAX_GRAPHS = 16  # of one loss or metric, the oldest of which goes first
+MAX_KEPT = 4
+FEW = 4  # calls, after which a loss is not one of those that are made anew at each step
 Step = Callable[..., Array]  # step(F, call, *inputs), with None for the inputs that are not given
 Flags = Tuple[Tuple[str, Any], ...]
 STATIC: Flags = (('static_alloc', True), ('static_shape', True))
@@ -27,16 +35,74 @@ class Graph:
     def __init__(self, step: Step, call: Call, flags: Flags) -> None:
         symbol = trace(step, call, {name: variable(name, call.np_style) for name in call.inputs})
         self.cached_op = mx.nd.CachedOp(symbol, flags)
+        self.calls = 0
         self._order = [INPUTS.index(name) for name in symbol.list_inputs()]
         self._lock = RLock()  # without it, threads that call at the same time were seen to wait for ever
 
     def __call__(self, *inputs: Optional[Array]) -> Array:
         """Compute; `inputs` in the order of INPUTS."""
         with self._lock:
+            self.calls += 1
             return self.cached_op(*[inputs[i] for i in self._order])
 
 
-@lru_cache(maxsize=MAX_GRAPHS)
-def compiled(step: Step, call: Call, flags: Flags) -> Graph:
-    """Return the graph of such calls, compiled at the first of them."""
-    return Graph(step, call, flags)
+Key = Tuple[Step, Call, Flags]
+_LOCK = RLock()
+_ALIVE: 'WeakValueDictionary[Key, Graph]' = WeakValueDictionary()
+# of losses that were deleted after a few calls, for the next such loss; the oldest comes first
+_KEPT: Dict[Key, Graph] = {}
+
+
+class Graphs(dict):
+    """The graphs of one loss or metric, its owner, by `Call`. Each is compiled at the first of such calls."""
+
+    def __init__(self, step: Step, owner: Any = None) -> None:
+        super().__init__()
+        self.flags = STATIC
+        self._step = step
+        self._calls_before: Dict[Call, int] = {}
+        if owner is not None:
+            # holds this until the owner is deleted: what the garbage collector finds can't be kept
+            finalize(owner, self._drop).atexit = False
+
+    def __missing__(self, call: Call) -> Graph:
+        key = (self._step, call, self.flags)
+        with _LOCK:
+            graph = _ALIVE.get(key)
+            if graph is None:
+                graph = _ALIVE[key] = Graph(*key)
+            if len(self) >= MAX_GRAPHS:
+                del self[next(iter(self))]
+                _trim()
+            self._calls_before[call] = graph.calls
+            self[call] = graph
+        return graph
+
+    def __reduce__(self) -> Any:
+        """Leave the graphs out of pickles and copies."""
+        return type(self), (self._step,), {'flags': self.flags}
+
+    def release(self) -> None:
+        """Free all graphs that no other loss uses, those that are kept for new losses included."""
+        if self:
+            self.clear()
+            _KEPT.clear()
+            mx.nd.waitall()  # they are in use until then
+            _trim()
+
+    def _drop(self) -> None:
+        """Free the graphs, or keep those of a few calls, as of a loss that is made anew at each step."""
+        few = [call for call, graph in self.items() if graph.calls - self._calls_before[call] <= FEW]
+        _KEPT.update({(self._step, call, self.flags): self[call] for call in few})
+        is_any_freed = len(few) < len(self) or len(_KEPT) > MAX_KEPT
+        self.clear()
+        for key in list(_KEPT)[:-MAX_KEPT]:
+            _KEPT.pop(key, None)
+        if is_any_freed:
+            _trim()
+
+
+def _trim() -> None:
+    """Give freed memory back to the system, which glibc does not do with what lies between other memory."""
+    if sys.platform == 'linux':
+        getattr(ctypes.CDLL(None), 'malloc_trim', int)(0)

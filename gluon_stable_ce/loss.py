@@ -146,9 +146,10 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
     with respect to dense targets of 0.
 
     *Graphs.* A call with arrays runs a compiled graph with static memory, and its outputs are fresh arrays.
-    Losses of equal options share their graphs, of which a process keeps the 64 used last, each with the
-    memory of its last batch. ``hybridize(False)`` computes operator by operator, for debugging. A subclass
-    with a `hybrid_forward` of its own runs operator by operator unless it calls ``hybridize()``.
+    Losses of equal options share their graphs. A loss has up to 16, each with the memory of its largest
+    batch, once for each of the calls that were recorded before one backward. ``hybridize()`` frees this
+    memory, and so does deleting the loss. ``hybridize(False)`` computes operator by operator, for debugging.
+    A subclass with a `hybrid_forward` of its own runs operator by operator unless it calls ``hybridize()``.
     One loss may be called from several threads. MXNet marks the inputs of what it records, so threads that
     record must not share one array for ``pred``, ``sample_weight`` or a dense label.
 
@@ -197,7 +198,7 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         if class_weight is not None:
             with self.name_scope():
                 self.class_weight = ClassWeight(class_weight)
-        self._is_compiled, self._graph_flags = True, graphs.STATIC
+        self._is_compiled = True
         self._op_hook: Optional[Tuple[Any, bool]] = None
 
     def _check_options(self) -> None:
@@ -250,9 +251,13 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         call, inputs = plan(self._options, pred, label, sample_weight, self.class_weight.classes)
         return call, (*inputs, self.class_weight.beside(pred))
 
+    @cached_property
+    def _graphs(self) -> graphs.Graphs:
+        return graphs.Graphs(loss_of, self)
+
     def _graph(self, call):
         if self._op_hook is None:
-            return graphs.compiled(loss_of, call, self._graph_flags)
+            return self._graphs[call]
         graph = graphs.Graph(loss_of, call, ())
         graph.cached_op._register_op_hook(*self._op_hook)
         return graph
@@ -276,7 +281,9 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         return type(self).hybrid_forward is not StableSoftmaxCrossEntropyLoss.hybrid_forward
 
     def hybridize(self, active: bool = True, *args: Any, **kwargs: Any) -> None:
-        """Switch compiled graphs on or off. They have static memory by default.
+        """Switch compiled graphs on or off, and free the memory of those there are.
+
+        They have static memory by default.
 
         Parameters
         ----------
@@ -288,7 +295,8 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         super().hybridize(active, *args, **kwargs)  # for the graph that a subclass has of its own
         flags = {name: kwargs[name] for name in _FLAGS if kwargs.get(name) is not None}
         flags = {'static_alloc': True, 'static_shape': flags.get('static_alloc', True), **flags}
-        self._is_compiled, self._graph_flags = active, tuple(flags.items())
+        self._graphs.release()
+        self._is_compiled, self._graphs.flags = active, tuple(flags.items())
 
     def register_op_hook(self, callback: Any, monitor_all: bool = False) -> None:
         """Call `callback` with the name and output of each operator, as in gluon. Each call compiles then."""

@@ -188,6 +188,10 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric, is_kind=True):
         """The checked options."""
         return choice.configured(check_metric_options(self._kwargs))
 
+    @cached_property
+    def _graphs(self) -> graphs.Graphs:
+        return graphs.Graphs(packed, self)
+
     def update(self, labels: Arrays, preds: Arrays) -> None:
         """Take in labels and predictions: an array each, or lists of arrays, each pair on its own context."""
         labels, preds = _as_list('labels', labels), _as_list('preds', preds)
@@ -207,7 +211,7 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric, is_kind=True):
             call, inputs = plan(options, pred, label, fill=METRIC_FILL)
             if call.is_empty:
                 return None
-            values = graphs.compiled(packed, call, graphs.STATIC)(*inputs)
+            values = self._graphs[call](*inputs)
         return Queued(values, errors, shape[options.axis])
 
     def _sums_of(self, arrays: Sequence[Tuple[int, np.ndarray]]) -> ExactSums:

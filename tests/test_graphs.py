@@ -2,13 +2,16 @@
 
 import contextlib
 import copy
+import gc
 import json
 import os
 import pickle
 import subprocess
 import sys
+import weakref
 
 import cases
+import memory_worker
 import modes
 import mxnet as mx
 import numpy as np
@@ -20,9 +23,7 @@ from checks import assert_loss_is_reference
 from mxnet import autograd, gluon
 from tolerances import assert_close
 
-from gluon_stable_ce import StableCrossEntropy, StableSoftmaxCELoss, array_api
-from gluon_stable_ce import graphs as graphs_module
-from gluon_stable_ce.graphs import compiled
+from gluon_stable_ce import StableCrossEntropy, StableSoftmaxCELoss, array_api, graphs
 
 pytestmark = pytest.mark.usefixtures('kernel')
 
@@ -32,11 +33,18 @@ CLASS_WEIGHT = pytest.mark.parametrize('class_weight', [None, [1, 2, 3]], ids=['
 
 
 @pytest.fixture
-def graphs():
-    """The cache of compiled graphs, empty."""
-    compiled.cache_clear()
-    yield compiled.cache_info
-    compiled.cache_clear()
+def compiled(monkeypatch):
+    """The calls for which graphs are compiled, one after the other. None is shared with other tests."""
+    calls, make = [], graphs.Graph
+
+    def compile_and_note(step, call, flags):
+        calls.append(call)
+        return make(step, call, flags)
+
+    monkeypatch.setattr(graphs, 'Graph', compile_and_note)
+    monkeypatch.setattr(graphs, '_ALIVE', weakref.WeakValueDictionary())
+    monkeypatch.setattr(graphs, '_KEPT', {})
+    return calls
 
 
 @pytest.fixture
@@ -45,14 +53,14 @@ def batch(rng):
     return nd.array(rng.normal(0, 1, (4, 3))), nd.array([0, 1, 2, 0])
 
 
-def test_one_graph_for_all_sizes(graphs):
+def test_one_graph_for_all_sizes(compiled):
     loss_fn = StableSoftmaxCELoss()
     for rows, classes in ((4, 3), (4, 3), (7, 2), (1, 1)):
         loss_fn(nd.zeros((rows, classes)), nd.zeros(rows))
-    assert graphs().misses == graphs().currsize == 1
+    assert len(compiled) == 1
 
 
-def test_one_graph_for_each_kind_of_call(graphs):
+def test_one_graph_for_each_kind_of_call(compiled):
     loss_fn, label = StableSoftmaxCELoss(), nd.zeros(4)
     for _ in range(2):
         loss_fn(nd.zeros((4, 3)), label)
@@ -61,15 +69,25 @@ def test_one_graph_for_each_kind_of_call(graphs):
         loss_fn(nd.zeros((4, 3)), label, nd.ones(4))
         loss_fn(nd.zeros((4, 3)), label, nd.ones((4, 1)))
         loss_fn(nd.zeros((4, 5, 3)), nd.zeros((4, 5)))
-    assert (graphs().misses, graphs().hits) == (6, 6)
+    assert len(compiled) == len(set(compiled)) == 6
 
 
-def test_losses_and_metrics_of_equal_options_share_graphs(graphs, batch):
+def test_losses_and_metrics_of_equal_options_share_graphs(compiled, batch):
+    alive = []
     for _ in range(3):
-        StableSoftmaxCELoss(label_smoothing=0.1)(*batch)
-        StableSoftmaxCELoss(class_weight=[1, 2, 3])(*batch)
-        StableCrossEntropy(pred_type='logits').update(batch[1], batch[0])
-    assert (graphs().misses, graphs().hits) == (3, 6)
+        alive += [StableSoftmaxCELoss(label_smoothing=0.1), StableSoftmaxCELoss(class_weight=[1, 2, 3])]
+        for loss_fn in alive[-2:]:
+            loss_fn(*batch)
+        alive.append(StableCrossEntropy(pred_type='logits'))
+        alive[-1].update(batch[1], batch[0])
+    assert len(compiled) == 3
+
+
+def test_losses_made_anew_at_each_step_compile_once(compiled, batch):
+    for _ in range(5):
+        for options in ({}, {'ignore_label': 0}, {'reduction': 'sum'}, {'axis': 1}):
+            StableSoftmaxCELoss(**options)(*batch)
+    assert len(compiled) == 4
 
 
 def test_losses_that_share_a_graph_have_their_own_class_weights(batch):
@@ -77,20 +95,82 @@ def test_losses_that_share_a_graph_have_their_own_class_weights(batch):
         assert_loss_is_reference({'class_weight': class_weight}, *(array.asnumpy() for array in batch))
 
 
-def test_other_options_are_other_graphs(graphs, batch):
+def test_other_options_are_other_graphs(compiled, batch):
     for options in ({}, {'axis': 1}, {'weight': 0.5}, {'ignore_label': -1}, {'reduction': 'sum'}):
         StableSoftmaxCELoss(**options)(*batch)
-    assert graphs().misses == 5
+    assert len(compiled) == 5
+
+
+def count_graphs():
+    gc.collect()
+    return sum(type(item) is graphs.Graph for item in gc.get_objects())
+
+
+def test_graphs_go_with_the_losses_that_use_them(batch):
+    first, second = StableSoftmaxCELoss(ignore_label=7), StableSoftmaxCELoss(ignore_label=7)
+    for loss_fn in (first, second):
+        for _ in range(graphs.FEW + 1):
+            loss_fn(*batch)
+    before = count_graphs()
+    del first, loss_fn
+    assert count_graphs() == before
+    del second
+    assert count_graphs() == before - 1
+
+
+def test_number_of_graphs_of_deleted_losses_is_bounded(batch):
+    before = count_graphs() - len(graphs._KEPT)
+    for ignore_label in range(10, 30):
+        StableSoftmaxCELoss(ignore_label=ignore_label)(*batch)
+    assert count_graphs() == before + graphs.MAX_KEPT
+
+
+def test_number_of_graphs_of_one_loss_is_bounded(rng):
+    """With many classes, the stock kernel has a graph for each number of them, and each graph has memory."""
+    loss_fn = StableSoftmaxCELoss(kernel='stock')
+    for classes in range(300, 300 + graphs.MAX_GRAPHS + 5):
+        pred, label = rng.normal(0, 1, (2, classes)).astype('float32'), np.array([0, classes - 1], 'float32')
+        expected, _ = reference.loss_and_gradient(pred, label)
+        assert_close(loss_fn(nd.array(pred), nd.array(label)).asnumpy(), expected)
+    assert len(loss_fn._graphs) == graphs.MAX_GRAPHS
+
+
+def test_recorded_calls_outlive_their_losses_and_graphs(rng):
+    batches = [(nd.array(rng.normal(0, 3, (8, 5))), nd.array(rng.randint(0, 5, 8))) for _ in range(12)]
+    losses = []
+    for i, (pred, label) in enumerate(batches):
+        pred.attach_grad()
+        with autograd.record():
+            losses.append(StableSoftmaxCELoss(ignore_label=100 + i)(pred, label))
+    gc.collect()
+    autograd.backward(losses)
+    for pred, label in batches:
+        _, expected = reference.loss_and_gradient(pred.asnumpy(), label.asnumpy())
+        assert_close(pred.grad.asnumpy(), expected)
 
 
 @pytest.mark.slow
-def test_number_of_graphs_is_bounded(graphs, batch):
-    for ignore_label in range(graphs_module.MAX_GRAPHS + 10):
-        StableSoftmaxCELoss(ignore_label=-ignore_label - 1)(*batch)
-    assert graphs().currsize == graphs().maxsize == graphs_module.MAX_GRAPHS
+@pytest.mark.skipif(sys.platform != 'linux', reason='reads the resident memory of Linux')
+@pytest.mark.parametrize('free', ['del loss_fn', 'loss_fn.hybridize()'])
+def test_memory_of_recorded_calls_is_freed(free, kernel):
+    """20 calls of 8 MB, recorded at the same time; and losses that were deleted after one call."""
+    done = subprocess.run(
+        [sys.executable, memory_worker.__file__, free],
+        env={
+            **os.environ,
+            'PYTHONPATH': os.pathsep.join([os.path.dirname(HERE), os.environ.get('PYTHONPATH', '')]),
+        },
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    one, used, freed, deleted = map(float, done.stdout.split())  # MB more than before
+    assert used < 25 * max(one, 16)
+    assert freed < used / 5
+    assert deleted < used / 3
 
 
-def test_number_of_graphs_does_not_grow_with_the_number_of_classes(graphs, rng, ctx):
+def test_number_of_graphs_does_not_grow_with_the_number_of_classes(compiled, rng, ctx):
     """Candidates to rank come in all numbers, and each graph keeps its memory."""
     loss_fn, metric = StableSoftmaxCELoss(ignore_label=-1), StableCrossEntropy(ignore_label=-1)
     losses = []
@@ -103,7 +183,7 @@ def test_number_of_graphs_does_not_grow_with_the_number_of_classes(graphs, rng, 
         metric.update(nd.array(label), nd.softmax(nd.array(pred)))
         losses.append(expected[label != -1])
     assert_close(metric.get()[1], np.concatenate(losses).mean(), tolerances.ROUNDED_FLOAT32)
-    assert graphs().currsize == 2
+    assert len(compiled) == 2
 
 
 def test_calls_of_every_kind_interleaved(rng, ctx):
@@ -138,16 +218,15 @@ def test_results_are_not_written_over(is_recorded, rng, ctx):
         assert_close(pred.grad.asnumpy(), gradient * is_recorded)
 
 
-def test_hybridize_false_compiles_nothing(graphs, batch):
+def test_hybridize_false_compiles_nothing(compiled, batch):
     loss_fn = StableSoftmaxCELoss(class_weight=[1, 2, 3])
     expected = loss_fn(*batch).asnumpy()
-    before = graphs()
     loss_fn.hybridize(False)
     assert_close(loss_fn(*batch).asnumpy(), expected)
-    assert graphs() == before
+    assert len(compiled) == 1
     loss_fn.hybridize()
     loss_fn(*batch)
-    assert graphs().hits == before.hits + 1
+    assert len(compiled) == 2
 
 
 @pytest.mark.parametrize(('flags', 'expected'), [
@@ -156,29 +235,28 @@ def test_hybridize_false_compiles_nothing(graphs, batch):
     ({'static_alloc': True, 'static_shape': False}, {'static_alloc': True, 'static_shape': False}),
     ({'inline_limit': 3}, {'static_alloc': True, 'static_shape': True, 'inline_limit': 3}),
 ], ids=str)  # fmt: skip
-def test_hybridize_flags_reach_the_graph(flags, expected, batch, monkeypatch):
+def test_hybridize_flags_reach_the_graph(flags, expected, compiled, batch, monkeypatch):
     given = []
     make = mx.nd.CachedOp
     monkeypatch.setattr(
         mx.nd, 'CachedOp', lambda symbol, flags: given.append(dict(flags)) or make(symbol, flags)
     )
-    compiled.cache_clear()
     loss_fn = StableSoftmaxCELoss()
     loss_fn.hybridize(**flags)
     loss_fn(*batch)
     assert given == [expected]
 
 
-def test_parent_hybridizes_the_loss_with_its_flags(graphs, batch):
+def test_parent_hybridizes_the_loss_with_its_flags(compiled, batch):
     parent = gluon.nn.Sequential()
     loss_fn = StableSoftmaxCELoss()
     parent.add(loss_fn)
     parent.hybridize(False)
     loss_fn(*batch)
-    assert graphs().currsize == 0
+    assert not compiled
     parent.hybridize(static_alloc=True)
     loss_fn(*batch)
-    assert graphs().currsize == 1
+    assert len(compiled) == 1
 
 
 @pytest.mark.skipif(modes.VERSION < (1, 7), reason='register_op_hook came with MXNet 1.7')

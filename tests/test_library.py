@@ -22,7 +22,10 @@ def cache(tmp_path, monkeypatch):
     return folder
 
 
-def put_library(folder, content=library.END, mode=0o755):
+LIBRARY = library.sealed(b'ELF')
+
+
+def put_library(folder, content=LIBRARY, mode=0o755):
     path = folder / library.file_name()
     path.write_bytes(content)
     path.chmod(mode)
@@ -55,6 +58,34 @@ assert (mx.nd.log_softmax, mx.sym.pick) == before
     assert (done.returncode, done.stdout, done.stderr) == (0, '', '')
 
 
+@needs_operator
+@pytest.mark.slow
+def test_a_path_that_the_locale_has_no_characters_for(tmp_path):
+    """As with LC_ALL=C in a container: the library is loaded all the same."""
+    code = """
+import os, sys
+import mxnet as mx
+from gluon_stable_ce.kernels import library
+library.HERE, library.cache_folder = '/nowhere', lambda: sys.argv[1]
+from gluon_stable_ce import StableSoftmaxCELoss
+print(StableSoftmaxCELoss(kernel='fused')(mx.nd.zeros((1, 2)), mx.nd.zeros(1)).asscalar())
+"""
+    folder = tmp_path / 'Bücher'
+    folder.mkdir(mode=0o700)
+    shutil.copy(library.find(), folder)
+    environment = {
+        **os.environ, 'PYTHONPATH': ROOT, 'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0',
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, '-c', code, str(folder)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert (done.returncode, done.stdout[:6]) == (0, '0.6931'), done.stderr
+
+
 def test_find_refuses_what_others_may_write(cache):
     assert library.find() is None
     path = put_library(cache)
@@ -79,8 +110,15 @@ def test_a_library_beside_the_sources_may_be_written_by_those_who_may_write_thes
         assert library.find() is None
 
 
-def test_a_library_that_was_cut_off_is_not_loaded(cache):
-    put_library(cache, b'ELF' + library.END[:-1])
+@pytest.mark.parametrize('damage', [
+    lambda content: content[:-1],
+    lambda content: content[:-40],
+    lambda content: b'',
+    lambda content: content[:1] + b'\0' + content[2:],
+    lambda content: content + b'\n',
+], ids=['cut-off', 'without-end', 'empty', 'zeroed', 'longer'])  # fmt: skip
+def test_a_damaged_library_is_not_loaded(cache, damage):
+    put_library(cache, damage(library.sealed(b'ELF and more')))
     with pytest.warns(RuntimeWarning, match='not whole. To rebuild it: python -m gluon_stable_ce build$'):
         assert library.find() is None
 
@@ -119,7 +157,7 @@ def test_other_versions_of_mxnet_are_refused_by_name(version, monkeypatch):
 @supported
 def test_a_library_that_does_not_load_is_a_warning(cache, monkeypatch):
     monkeypatch.setattr(library, '_is_loaded', None)
-    put_library(cache, b'no library' + library.END)
+    put_library(cache, library.sealed(b'no library'))
     with pytest.warns(RuntimeWarning, match='python -m gluon_stable_ce build --force'):
         assert library.load() is False
     assert library.load() is False

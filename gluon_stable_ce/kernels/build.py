@@ -54,8 +54,8 @@ def build(force: bool = False) -> str:
     os.close(handle)
     try:
         compile_to(path)
-        with open(path, 'ab') as file:
-            file.write(library.END)
+        compiled = Path(path).read_bytes()
+        Path(path).write_bytes(library.sealed(compiled))
         os.chmod(path, 0o755)
         _verify_in_fresh_process(path)
         final = os.path.join(folder, library.file_name())

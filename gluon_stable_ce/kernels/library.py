@@ -28,7 +28,7 @@ FLAGS = (
     # Horovod makes MXNet's symbols global. The library's own of the same names are of another compiler.
     *(('-Wl,-Bsymbolic',) if sys.platform.startswith('linux') else ()),
 )
-END = b'end of stable_ce_class_terms'  # the last bytes of the file: one that was cut off crashes when loaded
+END = b'end of stable_ce_class_terms'  # a checksum follows: a library that was damaged crashes when loaded
 
 
 def why_unsupported() -> Optional[str]:
@@ -102,12 +102,18 @@ def is_private(path: str, like: Optional[str] = None) -> bool:
     return False
 
 
+def sealed(content: bytes) -> bytes:
+    """Append the checksum by which `is_whole` knows a library that is as it was built."""
+    return content + END + hashlib.sha256(content).digest()
+
+
 def is_whole(path: str) -> bool:
-    """Whether the library can be read and was not cut off, as by a full disk; a warning if not."""
+    """Whether the library can be read and is as it was built: a full disk cuts it off; a warning if not."""
     try:
         with open(path, 'rb') as file:
-            if file.read().endswith(END):
-                return True
+            found = file.read()
+        if found == sealed(found.rpartition(END)[0]):
+            return True
         reason = 'it is not whole'
     except OSError as error:
         reason = f'it cannot be read ({error.strerror})'
@@ -151,7 +157,8 @@ def load_library(path: str) -> None:
 
     ``mx.library.load`` would make all functions of `mx.nd` and `mx.sym` anew, which undoes ``amp.init``.
     """
-    check_call(_LIB.MXLoadLib(c_str(os.path.abspath(path)), ctypes.c_uint(0)))  # 0: not verbose
+    # the bytes of the file system, as the locale may have no characters for them; 0: not verbose
+    check_call(_LIB.MXLoadLib(os.fsencode(os.path.abspath(path)), ctypes.c_uint(0)))
     handle = OpHandle()
     check_call(_LIB.NNGetOpHandle(c_str(NAME), ctypes.byref(handle)))
     for module, make in ((mx.nd, _make_ndarray_function), (mx.sym, _make_symbol_function)):
