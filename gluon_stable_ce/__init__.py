@@ -4,7 +4,8 @@ try:
     import mxnet as _mxnet
 except ImportError as error:
     raise ImportError(
-        'gluon_stable_ce needs MXNet 1.6 to 1.9: pip install "gluon-stable-ce[cpu]", or a CUDA wheel of MXNet'
+        'gluon_stable_ce needs MXNet 1.6 to 1.9: '
+        'pip install -e ".[cpu]" in the clone, or a CUDA wheel of MXNet'
     ) from error
 except AttributeError as error:  # MXNet 1.x reads np.bool, which NumPy 1.24 removed
     raise ImportError(

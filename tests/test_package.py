@@ -31,7 +31,7 @@ def import_with(tmp_path, mxnet):
 def test_import_without_mxnet_says_what_to_install(tmp_path):
     message = import_with(tmp_path, 'raise ImportError("No module named mxnet")')
     assert message == (
-        'ImportError: gluon_stable_ce needs MXNet 1.6 to 1.9: pip install "gluon-stable-ce[cpu]", or a CUDA wheel of MXNet'
+        'ImportError: gluon_stable_ce needs MXNet 1.6 to 1.9: pip install -e ".[cpu]" in the clone, or a CUDA wheel of MXNet'
     )
 
 
