@@ -80,7 +80,9 @@ def _option(name: str) -> Any:
     """Make a property of an option that may be set later: the next update checks it."""
 
     def get_value(metric):
-        return metric._kwargs[name]
+        if name in metric._kwargs:
+            return metric._kwargs[name]
+        raise AttributeError(f'{type(metric).__name__} has no option {name!r}')
 
     def set_value(metric, value):
         metric._kwargs = {**vars(metric).get('_kwargs', {}), name: value}
