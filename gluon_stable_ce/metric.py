@@ -45,6 +45,8 @@ class StableLoss(RunningMean, mx.metric.Loss, is_kind=True):
     ------
     TypeError
         By `update`, if it is given something else than arrays; then nothing is taken in.
+    MXNetError
+        As by `StableCrossEntropy`.
 
     Notes
     -----
@@ -85,6 +87,7 @@ def _option(name: str) -> Any:
         raise AttributeError(f'{type(metric).__name__} has no option {name!r}')
 
     def set_value(metric, value):
+        metric._window('local')  # counts the updates before, with the options that they had
         metric._kwargs = {**vars(metric).get('_kwargs', {}), name: value}
         vars(metric).pop('_options', None)
 
