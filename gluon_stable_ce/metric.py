@@ -43,6 +43,8 @@ class StableLoss(RunningMean, mx.metric.Loss, is_kind=True):
     ------
     TypeError
         By `update`, if it is given something else than arrays; then nothing is taken in.
+    MXNetError
+        As by `StableCrossEntropy`.
 
     Notes
     -----
@@ -78,9 +80,12 @@ def _option(name: str) -> Any:
     """Make a property of an option that may be set later: the next update checks it."""
 
     def get_value(metric):
-        return metric._kwargs[name]
+        if name in metric._kwargs:
+            return metric._kwargs[name]
+        raise AttributeError(f'{type(metric).__name__} has no option {name!r}')
 
     def set_value(metric, value):
+        metric._window('local')  # counts the updates before, with the options that they had
         metric._kwargs = {**vars(metric).get('_kwargs', {}), name: value}
         vars(metric).pop('_options', None)
 

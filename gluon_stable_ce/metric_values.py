@@ -35,7 +35,9 @@ def packed(F: F, call: Call, pred: Array, label: Array, *_: Optional[Array]) -> 
         arrays = _picked_rows(F, call, pred, label)
     if len(arrays) == 1:
         return arrays[0]
-    return F.concat(*(row if call.ndim == 2 else F.reshape(row, shape=(-1,)) for row in arrays), dim=0)
+    if call.ndim != 2 or call.options.summed_axes:
+        arrays = [F.reshape(array, shape=(-1,)) for array in arrays]
+    return F.concat(*arrays, dim=0)
 
 
 def _picked_rows(F: F, call: Call, pred: Array, label: Array) -> List[Array]:

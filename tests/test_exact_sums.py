@@ -25,10 +25,18 @@ def terms_of(name):
         'largest-and-mixed': np.concatenate([largest, mixed]),
         'none': mixed[:0],
         'one': mixed[:1],
+        'few-mixed': mixed[-40:],
+        'few-bits': bits[np.isfinite(bits)][:100],
+        'few-largest': np.concatenate([largest[:9], mixed[-9:]]),
+        'few-subnormal': np.array([5e-324, -1e-310, 2.2e-308, 1.0]),
     }[name]
 
 
-@pytest.mark.parametrize('name', ['mixed', 'any-bits', 'largest', 'largest-and-mixed', 'none', 'one'])
+NAMES = ['mixed', 'any-bits', 'largest', 'largest-and-mixed', 'none', 'one']
+FEW = ['few-mixed', 'few-bits', 'few-largest', 'few-subnormal']
+
+
+@pytest.mark.parametrize('name', [*NAMES, *FEW])
 def test_sum_is_that_of_fractions(name):
     terms = terms_of(name)
     assert Fraction(exact_sum(terms), 2**1126) == sum(map(Fraction, terms.tolist()))

@@ -508,16 +508,18 @@ def test_repr_shows_the_options_that_differ_from_their_defaults(metric, expected
 
 def test_options_of_stock_perplexity_are_attributes_that_may_be_set():
     """A subclass of `mx.metric.Perplexity` with an `update` of its own reads them."""
-    metric = StablePerplexity(3, 1)
-    assert (metric.ignore_label, metric.axis) == (3, 1)
+    metric = StablePerplexity(1, 1)
+    assert (metric.ignore_label, metric.axis) == (1, 1)
+    metric.update(nd.array([0, 1, 1]), nd.array([[0.5, 0.5]] * 3))
     metric.ignore_label = 0
-    metric.update(nd.array([0, 1]), nd.array([[0.5, 0.5]] * 2))
-    assert metric.num_inst == 1
+    metric.update(nd.array([0, 1, 1]), nd.array([[0.25, 0.25]] * 3))
+    assert metric.num_inst == 3
+    assert metric.get()[1] == tolerances.ROUNDED.approx(2 ** (5 / 3))
     assert metric.get_config()['ignore_label'] == 0
     metric.axis = 'first'
     with pytest.raises(TypeError, match="^axis: expected an integer, got 'first'$"):
         metric.update(nd.array([0, 1]), nd.array([[0.5, 0.5]] * 2))
-    assert metric.num_inst == 1
+    assert metric.num_inst == 3
 
 
 @pytest.mark.parametrize('name', ['CrossEntropy', 'Perplexity', 'Loss'])
