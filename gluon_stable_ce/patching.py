@@ -1,6 +1,7 @@
 """Put the loss and the metrics in the place of MXNet's own, in a running process."""
 
 import abc
+import copyreg
 import functools
 import inspect
 import threading
@@ -302,12 +303,25 @@ def _arguments_in(state, stock):
     return {name: state[key] for name, key in keys.items() if key in state and name != 'kwargs'}
 
 
-def _new(name):
-    """Make an object of the replacement of a name, or of this package's class if there is none."""
+def _kind(name):
+    """Return the replacement of a name, or this package's class if there is none."""
     module, kind = PLACES[name]
-    if _stock_of(getattr(module, name)) is not getattr(module, name):
-        kind = getattr(module, name)
-    return kind.__new__(kind)  # type: ignore[call-overload]
+    now = getattr(module, name)
+    return kind if _stock_of(now) is now else now
+
+
+def _new(name):
+    """Make an object of `_kind`."""
+    kind = _kind(name)
+    return kind.__new__(kind)
+
+
+def _reduce_kind(kind):
+    """Reduce a replacement itself for `pickle`, or name a subclass of it."""
+    return kind.__qualname__ if _stock_of(kind) is kind else (_kind, (kind.__name__,))
+
+
+copyreg.pickle(_ReplacementType, _reduce_kind)
 
 
 def _new_stock(name):
@@ -392,7 +406,6 @@ def _replacements(patched):
     for kind in kinds:
         stock = STOCK[kind.__name__]
         kind.__doc__ = PLACES[kind.__name__][1].__doc__
-        kind.__module__, kind.__qualname__ = stock.__module__, stock.__qualname__  # by which it is pickled
         kind._in_place_of, kind._patched = stock, patched
     return {kind._in_place_of: kind for kind in kinds}
 

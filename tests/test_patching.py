@@ -659,11 +659,20 @@ def test_stock_objects_can_be_pickled_and_copied_while_their_names_are_replaced(
         assert results(*other) == expected
 
 
+class Subclass:  # the test binds it
+    pass
+
+
+@pytest.mark.parametrize('protocol', [0, pickle.HIGHEST_PROTOCOL])
 @pytest.mark.parametrize('name', STOCK)
-def test_replacements_are_pickled_by_the_name_that_they_replace(patched, name):
-    kind = getattr(gluon.loss if 'Softmax' in name else mx.metric, name)
-    assert pickle.loads(pickle.dumps(kind)) is kind
-    assert pickle.dumps(kind, 0) == f'c{STOCK[name].__module__}\n{STOCK[name].__name__}\np0\n.'.encode()
+def test_replaced_classes_can_be_pickled(monkeypatch, name, protocol):
+    with patch():
+        kind = getattr(gluon.loss if 'Softmax' in name else mx.metric, name)
+        subclass = type(kind)('Subclass', (kind,), {'__module__': __name__})
+        monkeypatch.setitem(globals(), 'Subclass', subclass)
+        data = pickle.dumps((kind, subclass), protocol)
+        assert pickle.loads(data) == (kind, subclass)
+    assert pickle.loads(data) == (METRICS.get(name, StableSoftmaxCrossEntropyLoss), subclass)
 
 
 def test_copies_have_the_class(patched):
