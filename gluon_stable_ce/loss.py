@@ -139,9 +139,9 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
 
     *Graphs.* A call with arrays runs a compiled graph with static memory, and its outputs are fresh arrays.
     Losses of equal options share their graphs. A loss has up to 16, each with the memory of its largest
-    batch, once for each of the calls that were recorded before one backward. ``hybridize()`` frees this memory, and
-    so does deleting the loss. ``hybridize(False)`` computes operator by operator, for debugging. A subclass
-    with a `hybrid_forward` of its own runs operator by operator unless it calls ``hybridize()``.
+    batch, once for each of the calls that were recorded before one backward. ``hybridize()`` frees this
+    memory, and so does deleting the loss. ``hybridize(False)`` computes operator by operator, for debugging.
+    A subclass with a `hybrid_forward` of its own runs operator by operator unless it calls ``hybridize()``.
     One loss may be called from several threads. MXNet marks the inputs of what it records, so threads that
     record must not share one array for ``pred``, ``sample_weight`` or a dense label.
 
@@ -287,7 +287,8 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         flags = {name: kwargs[name] for name in _FLAGS if kwargs.get(name) is not None}
         flags = {'static_alloc': True, 'static_shape': flags.get('static_alloc', True), **flags}
         self._graphs.release()
-        self._is_compiled, self._graphs.flags = active, tuple(flags.items())
+        self._is_compiled = active
+        self._graphs = graphs.Graphs(loss_of, self, tuple(flags.items()))  # the old ones may be a copy's, too
 
     def register_op_hook(self, callback: Any, monitor_all: bool = False) -> None:
         """Call `callback` with the name and output of each operator, as in gluon. Each call compiles then."""

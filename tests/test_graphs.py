@@ -292,6 +292,19 @@ def test_copies_compute_the_same(make_copy, class_weight, is_used, batch):
         assert_close(one(*batch).asnumpy(), expected)
 
 
+@pytest.mark.parametrize('make_copy', [copy.copy, copy.deepcopy], ids=['copy', 'deepcopy'])
+def test_what_is_set_on_a_copy_is_not_set_on_the_loss(make_copy, compiled, batch, tmp_path):
+    loss_fn = StableSoftmaxCELoss(class_weight=[1, 2, 3], prefix='loss_')
+    expected, files = loss_fn(*batch).asnumpy(), exported_files(loss_fn, tmp_path / 'loss')
+    other = make_copy(loss_fn)
+    other._weight = 2
+    other.hybridize(static_alloc=False)
+    assert_close(other(*batch).asnumpy(), 2 * expected)
+    np.testing.assert_array_equal(loss_fn(*batch).asnumpy(), expected)
+    assert loss_fn._graphs._flags == graphs.STATIC
+    assert exported_files(loss_fn, tmp_path / 'loss') == files
+
+
 @CLASS_WEIGHT
 def test_a_pickle_holds_no_graphs(class_weight, batch):
     loss_fn = StableSoftmaxCELoss(class_weight=class_weight)
@@ -386,6 +399,18 @@ def test_nested_and_exported_graphs_list_their_inputs_as_gluons_do(sparse_label,
         net.export(str(tmp_path / name))
         files.append(mx.sym.load(str(tmp_path / f'{name}-symbol.json')).list_arguments())
     assert files[0] == files[1]
+
+
+def test_equal_nets_have_equal_graphs(kernel):
+    graphs_of = [
+        StableSoftmaxCELoss(kernel=kernel, prefix='l_')(mx.sym.var('x') * 2, mx.sym.var('y'))
+        for _ in range(2)
+    ]
+    texts = []
+    for graph in graphs_of:
+        nodes = json.loads(graph.tojson())['nodes']
+        texts.append([(node['op'], node.get('attrs'), node['inputs']) for node in nodes])
+    assert texts[0] == texts[1]
 
 
 def test_a_graph_infers_the_shape_of_the_label():
