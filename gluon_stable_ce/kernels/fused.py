@@ -44,7 +44,7 @@ def class_terms(F: F, call: Call, pred: Array, label: Array, class_weight: Optio
     ===================== ================ =======
 
     For a logsumexp between -1 and 1, the error is absolute. The gradient of float16 logits is rounded to
-    float16. Where thousands of logits are equal, all additions round to the same side: the error is at most
+    float16. Where hundreds of logits are equal, all additions round to the same side: the error is at most
     1e-6 then.
 
     A label at -inf has an infinite nll, and so has one beside a class at +inf. A label at +inf has NaN. NaN
