@@ -401,6 +401,68 @@ def test_nested_and_exported_graphs_list_their_inputs_as_gluons_do(sparse_label,
     assert files[0] == files[1]
 
 
+class Loop(gluon.HybridBlock):
+    """A loss in the body of a loop."""
+
+    def __init__(self, loss_fn):
+        super().__init__()
+        self.loss_fn = loss_fn
+
+    def hybrid_forward(self, F, data, label):
+        def step(inputs, states):
+            return self.loss_fn(*inputs), states
+
+        return F.contrib.foreach(step, [data, label], F.zeros((1,)))[0]
+
+
+@pytest.mark.parametrize('is_hybrid', [False, True], ids=['eager', 'hybridized'])
+def test_in_a_foreach_loop(is_hybrid, rng):
+    data, label = nd.array(rng.normal(0, 1, (5, 4, 3))), nd.array(rng.randint(0, 3, (5, 4)))
+    results = []
+    for kind in (StableSoftmaxCELoss, gluon.loss.SoftmaxCELoss):
+        net = Loop(kind())
+        net.hybridize(is_hybrid)
+        data.attach_grad()
+        with autograd.record():
+            loss = net(data, label)
+        loss.backward()
+        results.append((loss.asnumpy(), data.grad.asnumpy()))
+    for got, expected in zip(*results):
+        assert got.shape == expected.shape
+        assert_close(got, expected)
+
+
+@pytest.fixture
+def net_and_loss():
+    """A graph of a layer and the loss, of which all weights are 1 where it runs: so each loss is log 3."""
+    layer = mx.sym.FullyConnected(mx.sym.var('data'), num_hidden=3, name='layer')
+    return mx.sym.MakeLoss(StableSoftmaxCELoss()(layer, mx.sym.var('label')))
+
+
+def test_in_a_symbol_block(net_and_loss):
+    block = gluon.SymbolBlock(net_and_loss, [mx.sym.var('data'), mx.sym.var('label')])
+    block.initialize(mx.init.One())
+    for is_hybrid in (False, True):
+        block.hybridize(is_hybrid)
+        assert_close(block(nd.ones((4, 5)), nd.zeros(4)).asnumpy(), np.full(4, np.log(3)))
+
+
+def test_monitor_sees_the_layers(net_and_loss):
+    module = mx.mod.Module(net_and_loss, ['data'], ['label'])
+    module.bind([('data', (4, 5))], [('label', (4,))])
+    module.init_params(mx.init.One())
+    monitor = mx.mon.Monitor(1)
+    module.install_monitor(monitor)
+    monitor.tic()
+    module.forward(mx.io.DataBatch([nd.ones((4, 5))], [nd.zeros(4)]))
+    assert 'layer_output' in [name for _, name, _ in monitor.toc()]
+
+
+def test_print_summary_lists_the_layers(net_and_loss, capsys):
+    mx.viz.print_summary(net_and_loss)
+    assert 'layer(FullyConnected)' in capsys.readouterr().out
+
+
 def test_equal_nets_have_equal_graphs(kernel):
     graphs_of = [
         StableSoftmaxCELoss(kernel=kernel, prefix='l_')(mx.sym.var('x') * 2, mx.sym.var('y'))
