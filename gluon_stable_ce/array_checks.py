@@ -22,7 +22,9 @@ Shape = Tuple[int, ...]
 def check_array_type(name: str, kind: type) -> None:
     """Raise TypeError unless `kind` is a type of dense MXNet arrays."""
     if not issubclass(kind, array_api.ARRAY):
-        raise TypeError(f'{name}: expected an MXNet array, got {kind.__name__}')
+        # NumPy's class has the name of MXNet's
+        got = kind.__name__ if kind.__module__ == 'builtins' else f'{kind.__module__}.{kind.__name__}'
+        raise TypeError(f'{name}: expected an MXNet array, got {got}')
     if issubclass(kind, array_api.SPARSE):
         raise TypeError(f'{name}: expected a dense array, got {kind.__name__}')
 

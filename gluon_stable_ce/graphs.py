@@ -56,17 +56,16 @@ _KEPT: Dict[Key, Graph] = {}
 class Graphs(dict):
     """The graphs of one loss or metric, its owner, by `Call`. Each is compiled at the first of such calls."""
 
-    def __init__(self, step: Step, owner: Any = None) -> None:
+    def __init__(self, step: Step, owner: Any = None, flags: Flags = STATIC) -> None:
         super().__init__()
-        self.flags = STATIC
-        self._step = step
+        self._step, self._flags = step, flags
         self._calls_before: Dict[Call, int] = {}
         if owner is not None:
             # holds this until the owner is deleted: what the garbage collector finds can't be kept
             finalize(owner, self._drop).atexit = False
 
     def __missing__(self, call: Call) -> Graph:
-        key = (self._step, call, self.flags)
+        key = (self._step, call, self._flags)
         with _LOCK:
             graph = _ALIVE.get(key)
             if graph is None:
@@ -80,7 +79,7 @@ class Graphs(dict):
 
     def __reduce__(self) -> Any:
         """Leave the graphs out of pickles and copies."""
-        return type(self), (self._step,), {'flags': self.flags}
+        return type(self), (self._step, None, self._flags)
 
     def release(self) -> None:
         """Free all graphs that no other loss uses, those that are kept for new losses included."""
@@ -93,7 +92,7 @@ class Graphs(dict):
     def _drop(self) -> None:
         """Free the graphs, or keep those of a few calls, as of a loss that is made anew at each step."""
         few = [call for call, graph in self.items() if graph.calls - self._calls_before[call] <= FEW]
-        _KEPT.update({(self._step, call, self.flags): self[call] for call in few})
+        _KEPT.update({(self._step, call, self._flags): self[call] for call in few})
         is_any_freed = len(few) < len(self) or len(_KEPT) > MAX_KEPT
         self.clear()
         for key in list(_KEPT)[:-MAX_KEPT]:

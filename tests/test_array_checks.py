@@ -98,7 +98,7 @@ def test_sample_weight_shape_error_names_the_layouts(shape):
     ('args', 'message'),
     [
         pytest.param(
-            (np.zeros((4, 3)), nd.zeros(4)), '^pred: expected an MXNet array, got ndarray$', id='pred'
+            (np.zeros((4, 3)), nd.zeros(4)), '^pred: expected an MXNet array, got numpy.ndarray$', id='pred'
         ),
         pytest.param(
             (nd.zeros((4, 3)), [0, 1, 2, 0]), '^label: expected an MXNet array, got list$', id='label'

@@ -86,7 +86,7 @@ def test_a_million_classes(kernel, dtype, rng):
 @DTYPES
 @pytest.mark.slow
 @pytest.mark.parametrize(('first', 'last', 'largest'), [(64, 72, 0), (-12, 12, 0), (0, 12, 13.5)])
-def test_thousands_of_equal_logits(kernel, dtype, first, last, largest):
+def test_many_equal_logits(kernel, dtype, first, last, largest):
     """Beside a label that is above them, also after the stock kernel has lowered it, or beside one larger logit."""
     classes, rows = 50257, np.arange(33)
     pred, label = np.zeros((33, classes), dtype), rows

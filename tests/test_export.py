@@ -236,6 +236,22 @@ def test_the_graph_has_stock_operators_only(name, exported):
     assert not any('subgraphs' in node for node in nodes)
 
 
+@pytest.mark.parametrize('axis', range(-3, 3))
+@pytest.mark.parametrize('batch_axis', range(-3, 3))
+@pytest.mark.parametrize('shape', [(3, 3), (3,), (1,)], ids=str)
+def test_weights_never_weigh_another_axis(axis, batch_axis, shape, rng):
+    """A graph has no ranks: it computes what the loss computes of arrays, or it refuses the weights."""
+    loss_fn = StableSoftmaxCELoss(axis=axis, batch_axis=batch_axis)
+    arrays = [rng.normal(0, 1, (3, 3, 3)), rng.randint(0, 3, (3, 3)), rng.uniform(0, 2, shape)]
+    arrays = [mx.nd.array(array) for array in arrays]
+    loaded = modes.load_exported(loss_fn, 3, sample_weight=True)
+    try:
+        loss = loaded(*arrays).asnumpy()
+    except mx.MXNetError:
+        return
+    assert_close(loss, loss_fn(*arrays).asnumpy())
+
+
 @pytest.mark.parametrize('name', ['every-option', 'np-every-option'])
 def test_class_weights_that_nobody_initialised_are_in_the_file(name, exported):
     """Only the net's body was ever initialised, as when its values come from a file."""

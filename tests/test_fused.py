@@ -176,6 +176,37 @@ sys.exit(pytest.main(['-q', '-n', '0', '-p', 'no:cacheprovider', '-k', names, {_
     assert ' passed' in python(code)
 
 
+@pytest.mark.parametrize('alpha', [1e-3, 0.1, 0.5, 1])
+@pytest.mark.parametrize('weighted', [False, True], ids=['', 'class-weight'])
+@pytest.mark.parametrize('logits', ['near', 'far', 'confident', 'equal', 'masses'])
+@pytest.mark.parametrize('classes', [2, 3, 7, 33, 64, 257, 5000])
+def test_smoothing_is_within_its_stated_bound(classes, logits, weighted, alpha, rng):
+    """Of the page on accuracy, whether the largest logit is the label's or not."""
+    rows = max(8, 20_000 // classes)
+    scale = {'near': 0.01, 'far': 15, 'equal': 0}.get(logits, 3)
+    pred = rng.normal(0, scale, (rows, classes)) + rng.normal(0, 5, (rows, 1))
+    if logits in ('confident', 'masses'):
+        pred[np.arange(rows), rng.randint(0, classes, rows)] += (
+            40 if logits == 'confident' else np.log(classes)
+        )
+    pred, label = pred.astype('float32'), rng.randint(0, classes, rows)
+    weights = rng.uniform(0.1, 3, classes).astype('float32') if weighted else np.ones(classes, 'float32')
+    x = mx.nd.array(pred)
+    x.attach_grad()
+    options = {'class_weight': weights} if weighted else {}
+    with autograd.record():
+        loss = StableSoftmaxCELoss(kernel='fused', label_smoothing=alpha, **options)(x, mx.nd.array(label))
+    loss.backward()
+    nll, _, uniform, gradient = expected_terms(pred, label, 1, weights)
+    assert_close(loss.asnumpy(), (1 - alpha) * nll + alpha * uniform, tolerances.STATED_SMOOTHING)
+    head = np.ones(rows, np.longdouble)
+    target = alpha / classes * np.tile(weights.astype(np.longdouble), (rows, 1))
+    target[np.arange(rows), label] += (1 - alpha) * weights[label]
+    expected = gradient((1 - alpha) * head, 0 * head, alpha * head)
+    bound = tolerances.STATED_SMOOTHING_ENTRY.bound(expected + 2 * target)  # p sum(target) + target
+    cases.assert_within(x.grad.asnumpy(), expected, bound)
+
+
 @pytest.mark.parametrize('inner', [1, 70], ids=['rows', 'lines'])
 @pytest.mark.parametrize('classes', [2, 31, 33, 100, 1100])
 @pytest.mark.parametrize('weighted', [True, False], ids=['weight', 'weight-0'])

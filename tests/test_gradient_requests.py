@@ -258,6 +258,45 @@ def test_sample_weight(source, times, grad_req, kernel):
     assert_close(leaf.grad.asnumpy(), expected, ADDED_GRADIENTS)
 
 
+class Twice(gluon.HybridBlock):
+    """A net that reads its logits twice."""
+
+    def __init__(self, combine):
+        super().__init__()
+        self.combine = combine
+        self.loss_fn, self.smoothed = StableSoftmaxCELoss(), StableSoftmaxCELoss(label_smoothing=0.1)
+
+    def hybrid_forward(self, F, data, label, other, weight):
+        return self.combine(self, data * 2, label, other, weight)
+
+
+TWICE = {
+    'same': lambda net, pred, label, other, weight: net.loss_fn(pred, label) + net.loss_fn(pred, label),
+    'labels': lambda net, pred, label, other, weight: net.loss_fn(pred, label) + net.loss_fn(pred, other),
+    'options': lambda net, pred, label, other, weight: net.loss_fn(pred, label) + net.smoothed(pred, label),
+    'weights': lambda net, pred, label, other, weight: net.loss_fn(pred, label, weight) + net.loss_fn(pred, label),
+    'derived-labels': lambda net, pred, label, other, weight: net.loss_fn(pred, 3 - label) + net.loss_fn(pred, 3 - other),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('combine', TWICE.values(), ids=TWICE)
+@pytest.mark.parametrize('flags', [{}, {'static_alloc': True}], ids=str)
+def test_two_losses_of_the_same_logits(combine, flags, kernel, rng):
+    """MXNet merges equal operators, but no two that only the fused operator behind them tells apart."""
+    arrays = [mx.nd.array(array) for array in (LABEL, LABEL[::-1].copy(), [[1], [2], [3]])]
+    gradients = []
+    for is_hybrid in (False, True):
+        net, data = Twice(combine), mx.nd.array(LOGITS)
+        net.hybridize(is_hybrid, **flags)
+        data.attach_grad('add')
+        for _ in range(2):
+            with autograd.record():
+                loss = net(data, *arrays)
+            loss.backward()
+        gradients.append(data.grad.asnumpy())
+    assert_close(gradients[1], gradients[0], ADDED_GRADIENTS)
+
+
 class SumInFront(gluon.HybridBlock):
     """A net whose logits are a sum, with its loss in one graph."""
 

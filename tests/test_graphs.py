@@ -292,6 +292,19 @@ def test_copies_compute_the_same(make_copy, class_weight, is_used, batch):
         assert_close(one(*batch).asnumpy(), expected)
 
 
+@pytest.mark.parametrize('make_copy', [copy.copy, copy.deepcopy], ids=['copy', 'deepcopy'])
+def test_what_is_set_on_a_copy_is_not_set_on_the_loss(make_copy, compiled, batch, tmp_path):
+    loss_fn = StableSoftmaxCELoss(class_weight=[1, 2, 3], prefix='loss_')
+    expected, files = loss_fn(*batch).asnumpy(), exported_files(loss_fn, tmp_path / 'loss')
+    other = make_copy(loss_fn)
+    other._weight = 2
+    other.hybridize(static_alloc=False)
+    assert_close(other(*batch).asnumpy(), 2 * expected)
+    np.testing.assert_array_equal(loss_fn(*batch).asnumpy(), expected)
+    assert loss_fn._graphs._flags == graphs.STATIC
+    assert exported_files(loss_fn, tmp_path / 'loss') == files
+
+
 @CLASS_WEIGHT
 def test_a_pickle_holds_no_graphs(class_weight, batch):
     loss_fn = StableSoftmaxCELoss(class_weight=class_weight)
@@ -386,6 +399,80 @@ def test_nested_and_exported_graphs_list_their_inputs_as_gluons_do(sparse_label,
         net.export(str(tmp_path / name))
         files.append(mx.sym.load(str(tmp_path / f'{name}-symbol.json')).list_arguments())
     assert files[0] == files[1]
+
+
+class Loop(gluon.HybridBlock):
+    """A loss in the body of a loop."""
+
+    def __init__(self, loss_fn):
+        super().__init__()
+        self.loss_fn = loss_fn
+
+    def hybrid_forward(self, F, data, label):
+        def step(inputs, states):
+            return self.loss_fn(*inputs), states
+
+        return F.contrib.foreach(step, [data, label], F.zeros((1,)))[0]
+
+
+@pytest.mark.parametrize('is_hybrid', [False, True], ids=['eager', 'hybridized'])
+def test_in_a_foreach_loop(is_hybrid, rng):
+    data, label = nd.array(rng.normal(0, 1, (5, 4, 3))), nd.array(rng.randint(0, 3, (5, 4)))
+    results = []
+    for kind in (StableSoftmaxCELoss, gluon.loss.SoftmaxCELoss):
+        net = Loop(kind())
+        net.hybridize(is_hybrid)
+        data.attach_grad()
+        with autograd.record():
+            loss = net(data, label)
+        loss.backward()
+        results.append((loss.asnumpy(), data.grad.asnumpy()))
+    for got, expected in zip(*results):
+        assert got.shape == expected.shape
+        assert_close(got, expected)
+
+
+@pytest.fixture
+def net_and_loss():
+    """A graph of a layer and the loss, of which all weights are 1 where it runs: so each loss is log 3."""
+    layer = mx.sym.FullyConnected(mx.sym.var('data'), num_hidden=3, name='layer')
+    return mx.sym.MakeLoss(StableSoftmaxCELoss()(layer, mx.sym.var('label')))
+
+
+def test_in_a_symbol_block(net_and_loss):
+    block = gluon.SymbolBlock(net_and_loss, [mx.sym.var('data'), mx.sym.var('label')])
+    block.initialize(mx.init.One())
+    for is_hybrid in (False, True):
+        block.hybridize(is_hybrid)
+        assert_close(block(nd.ones((4, 5)), nd.zeros(4)).asnumpy(), np.full(4, np.log(3)))
+
+
+def test_monitor_sees_the_layers(net_and_loss):
+    module = mx.mod.Module(net_and_loss, ['data'], ['label'])
+    module.bind([('data', (4, 5))], [('label', (4,))])
+    module.init_params(mx.init.One())
+    monitor = mx.mon.Monitor(1)
+    module.install_monitor(monitor)
+    monitor.tic()
+    module.forward(mx.io.DataBatch([nd.ones((4, 5))], [nd.zeros(4)]))
+    assert 'layer_output' in [name for _, name, _ in monitor.toc()]
+
+
+def test_print_summary_lists_the_layers(net_and_loss, capsys):
+    mx.viz.print_summary(net_and_loss)
+    assert 'layer(FullyConnected)' in capsys.readouterr().out
+
+
+def test_equal_nets_have_equal_graphs(kernel):
+    graphs_of = [
+        StableSoftmaxCELoss(kernel=kernel, prefix='l_')(mx.sym.var('x') * 2, mx.sym.var('y'))
+        for _ in range(2)
+    ]
+    texts = []
+    for graph in graphs_of:
+        nodes = json.loads(graph.tojson())['nodes']
+        texts.append([(node['op'], node.get('attrs'), node['inputs']) for node in nodes])
+    assert texts[0] == texts[1]
 
 
 def test_a_graph_infers_the_shape_of_the_label():

@@ -503,6 +503,24 @@ def test_several_class_axes_are_gluons(mode, shape, joint, rng, ctx):
         assert_close(got, value, tolerances.ROUNDED_FLOAT32)
 
 
+@pytest.mark.parametrize('axis', [(0, 1), (0, -1), (2, 1), (-3, -2), (1,), -1], ids=str)
+@pytest.mark.parametrize('weighted', [None, 'batch', 'positions', 'pred'])
+def test_class_axes_in_the_metric_and_in_weights(axis, weighted, rng):
+    """The metric is the mean loss, the count that of the positions, and a weight of 2 doubles the loss in each layout."""
+    shape, axes = (2, 3, 4), {one % 3 for one in np.atleast_1d(axis)}
+    batch_axis = min({0, 1, 2} - axes)
+    pred, target = (nd.array(rng.uniform(-1, 0, shape)) for _ in range(2))
+    loss_fn = StableSoftmaxCELoss(axis=axis, batch_axis=batch_axis, sparse_label=False, from_logits=True)
+    metric = loss_fn.create_metric()
+    metric.update(target, pred)
+    positions = tuple(size for i, size in enumerate(shape) if i not in axes)
+    assert metric.num_inst == loss_fn.valid_count(target) == np.prod(positions)
+    weights = {'batch': shape[batch_axis], 'positions': positions, 'pred': shape}
+    factor = [nd.full(weights[weighted], 2)] if weighted else []
+    loss = loss_fn(pred, target, *factor).mean().asscalar()
+    assert loss == tolerances.ROUNDED_FLOAT32.approx(metric.get()[1] * (2 if weighted else 1))
+
+
 def test_several_class_axes_in_the_metric_and_the_count(joint, ctx):
     loss_fn = StableSoftmaxCELoss(**SEVERAL_CLASS_AXES)
     pred, target = map(nd.array, joint)

@@ -356,7 +356,7 @@ BAD_UPDATES = {
     'count': ([LABEL], [PRED] * 2, ValueError, '^labels: expected as many arrays as preds, 2, got 1$'),
     'shape': ([LABEL, nd.zeros(3)], [PRED] * 2, ValueError, r'^label: expected shape \(2,\) for pred of shape '),
     'dense': ([PRED], [PRED], ValueError, 'need sparse_label=False$'),
-    'numpy': ([np.zeros(2)], [PRED], TypeError, '^labels: expected an MXNet array, got ndarray$'),
+    'numpy': ([np.zeros(2)], [PRED], TypeError, '^labels: expected an MXNet array, got numpy.ndarray$'),
     'list': ([LABEL], [[0.5, 0.5]], TypeError, '^preds: expected an MXNet array, got list$'),
     'float16': (
         [nd.zeros(2, dtype='float16')], [nd.zeros((2, 5000))],

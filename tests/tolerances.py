@@ -42,7 +42,7 @@ PLAIN = Tolerance(absolute=1e-5, relative=1.2e-5)
 FLOAT64 = Tolerance(absolute=1e-12, relative=1e-12)
 # The fused kernel is off by 3e-7 of the value. The rest is the rounding of weights, smoothing and sums.
 FUSED = Tolerance(absolute=1e-37, relative=1e-6)
-# With label smoothing it is off by 1e-8 where the largest logit is not the label's.
+# The NLL of the class with the largest logit, which is part of a smoothed target, is off by up to 1e-8.
 FUSED_SMOOTHING = Tolerance(absolute=1e-8, relative=1e-6)
 
 
@@ -111,7 +111,12 @@ def stated(kernel, dtype, classes):
     return (Tolerance(absolute=1e-27, relative=relative),) * 2
 
 
-# What each class adds to the stock kernel's error if thousands of logits are equal: all additions round to one side.
+# A smoothed loss adds up two terms, each off by FUSED_UNIFORM, with roundings of 6e-8 of factors, products and the sum.
+STATED_SMOOTHING = Tolerance(absolute=1e-8, relative=6e-7)
+# A gradient's entry is p - target; the error is relative to the sum of both.
+STATED_SMOOTHING_ENTRY = Tolerance(absolute=1e-30, relative=1e-6)
+
+# What each class adds to the stock kernel's error if hundreds of logits are equal: all additions round to one side.
 # That is at most the rounding of one addition; oneDNN adds up 8 or 16 sums, which are shorter.
 EQUAL_LOGITS = {'float32': 8e-9 if modes.ONEDNN else 2**-24, 'float64': 1.2e-16}
 FUSED_EQUAL_LOGITS = Tolerance(absolute=1e-27, relative=1e-6)

@@ -11,7 +11,7 @@ what is below 1e-7. So the label's logit is lowered by T = 64 first. Then
 
 and the gradient that autograd makes of this is as exact, in each entry. An error in L is the relative error
 of the NLL: 1e-5 in float32, up to 50,257 classes, most of it the rounding of numbers near 64; 1e-13 in
-float64, up to 10,000 (``test_exactness.py``). Where thousands of logits are equal, `log_softmax` rounds each
+float64, up to 10,000 (``test_exactness.py``). Where hundreds of logits are equal, `log_softmax` rounds each
 addition to the same side: that adds up to 8e-9 per class, and 1.2e-16 in float64. The page on accuracy
 derives the formula.
 
