@@ -298,7 +298,7 @@ template <typename S> class Reduction {
 
   void reduce(const Tile<T>& tile, Sums* sums) const {
     for (int t = 0; t < tile.n; t++) {
-      sums->log_reference[t] = sums->sum[t] = sums->gaps[t] = 0;
+      sums->log_reference[t] = sums->sum[t] = sums->gaps[t] = sums->z_label[t] = 0;
       sums->top[t] = -INFINITY;
     }
     sums->weight = 0;
@@ -327,6 +327,7 @@ template <typename S> class Reduction {
       if (y < 0 || y >= n) {
         others.add(x, n);
       } else {  // but the label's
+        sums->z_label[t] = x[y];
         if (y > 0) others.add(x, int(y));
         if (y + 1 < n) others.add(x + y + 1, int(n - (y + 1)));
       }
@@ -349,7 +350,9 @@ template <typename S> class Reduction {
       if (options.uniform) add_gaps_of_lines(x, classes, tile.n, &weights[j], sums);
       for (int t = 0; t < tile.n; t++) {
         const int64_t y = tile.y[t] - j;
-        if (y >= 0 && y < classes) x[y][t] = -INFINITY;  // all but the label's
+        if (y < 0 || y >= classes) continue;
+        sums->z_label[t] = x[y][t];
+        x[y][t] = -INFINITY;  // all but the label's
       }
       const int padded = (classes + kGroup - 1) / kGroup * kGroup;
       for (int i = classes; i < padded; i++) std::fill_n(x[i], tile.n, T(-INFINITY));
@@ -371,15 +374,16 @@ template <typename S> class Reduction {
 
   static void add_split(const Sums& more, int n, Sums* sums) {
     add_sums_of_tile(more.log_reference, more.sum, n, sums);
-    for (int t = 0; t < n; t++) add_gaps(t, more.top[t], more.gaps[t], more.weight, sums);
+    for (int t = 0; t < n; t++) {
+      add_gaps(t, more.top[t], more.gaps[t], more.weight, sums);
+      sums->z_label[t] += more.z_label[t];  // which is 0 in all parts but one
+    }
     sums->weight += more.weight;
   }
 
   void write_terms(const Tile<T>& tile, Sums* sums, Tensors& out) const {
     for (int t = 0; t < tile.n; t++) {
-      const S* x = pred + tile.at[t];
-      sums->z_label[t] = tile.y[t] < 0 ? 0. : double(value(x[tile.y[t] * work.inner]));
-      if (sums->log_reference[t] == INFINITY) sums->sum[t] = nan_or_1(x);
+      if (sums->log_reference[t] == INFINITY) sums->sum[t] = nan_or_1(pred + tile.at[t]);
     }
     terms_of_tile(&tile, sums, constants, kept_of(tile), terms_of(tile, out));
   }
