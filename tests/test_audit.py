@@ -337,7 +337,7 @@ def test_a_memory_map_of_100_mb_needs_less_than_60_mb(tmp_path, pred_type, axis)
         assert audit(pred, label, pred_type=pred_type, axis=axis).samples == 50000
         assert tracemalloc.get_traced_memory()[1] < 60e6
         tracemalloc.stop()
-        tracemalloc.start()  # with no peak
+        tracemalloc.start()  # the peak of what follows
         assert np.array(pred).nbytes == 1e8
         assert tracemalloc.get_traced_memory()[1] > 1e8  # so the measurement would show it
     finally:
