@@ -152,8 +152,7 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
     batch, once for each of the calls that were recorded before one backward. ``hybridize()`` frees this
     memory, and so does deleting the loss. ``hybridize(False)`` computes operator by operator, for debugging.
     A subclass with a `hybrid_forward` of its own runs operator by operator unless it calls ``hybridize()``.
-    One loss may be called from several threads. MXNet marks the inputs of what it records, so threads that
-    record must not share one array for ``pred``, ``sample_weight`` or a dense label.
+    One loss may be called from several threads. The page on semantics says which arrays they must not share.
 
     Examples
     --------

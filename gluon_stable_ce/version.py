@@ -1,3 +1,3 @@
 """The version of the package, which the file name of the fused kernel's library has in it too."""
 
-__version__ = '0.2.0'
+__version__ = '0.3.0'

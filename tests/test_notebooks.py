@@ -98,3 +98,10 @@ def test_it_is_committed_with_its_outputs(name):
             output.output_type != 'error' and output.get('name') != 'stderr' for output in cell.outputs
         )
         assert not re.search(OF_A_MACHINE, outputs)
+
+
+@pytest.mark.parametrize('name', NOTEBOOKS)
+def test_pictures_have_a_text(name):
+    for cell in code_of(read(name)):
+        has_picture = any('image/png' in output.get('data', {}) for output in cell.outputs)
+        assert has_picture == bool(cell.metadata.get('mystnb', {}).get('image', {}).get('alt'))

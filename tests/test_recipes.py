@@ -1,9 +1,13 @@
 """The recipes of the documentation: each block is run, and its values and gradients are compared with a formula in float64."""
 
+import os
 import re
+import subprocess
+import sys
 
 import mxnet as mx
 import numpy as np
+import pages
 import pytest
 import tolerances
 from mxnet import autograd, gluon, nd
@@ -408,6 +412,40 @@ def test_large_vocabulary_trains_as_with_all_logits(tokens, chunk, is_tied):
         assert_close(mean.asscalar(), loss.sum().asscalar() / count)
         for found, right in zip(parameters.values(), expected.values()):
             assert_close(found.data().asnumpy(), right.data().asnumpy(), tolerances.TRAINED)
+
+
+PEAK_MEMORY = """
+import resource
+import mxnet as mx
+from mxnet import gluon
+from recipes import recipe
+
+body, last = gluon.nn.Dense(8, in_units=8, flatten=False), gluon.nn.Dense(20000, in_units=8)
+for block in (body, last):
+    block.initialize()
+parameters = {**body.collect_params(), **last.collect_params()}
+trainer = gluon.Trainer(parameters, 'sgd')
+train_step = recipe('Large vocabulary without the N x C matrix')['train_step']
+for tokens in (64, 2048):
+    data, label = mx.nd.ones((1, tokens, 8)), mx.nd.ones((1, tokens))
+    train_step(body, last, trainer, data, label, 64).wait_to_read()
+    mx.nd.waitall()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+@pytest.mark.slow
+def test_large_vocabulary_needs_less_memory_than_the_matrix_of_logits():
+    path = os.pathsep.join([pages.ROOT, os.path.join(pages.ROOT, 'tests')])
+    done = subprocess.run(
+        [sys.executable, '-c', PEAK_MEMORY],
+        env={**os.environ, 'PYTHONPATH': path},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    before, after = map(int, done.stdout.split())
+    assert after - before < 4 * 2048 * 20000 / 2
 
 
 def test_large_vocabulary_with_only_padding_changes_nothing(tokens):
