@@ -579,3 +579,18 @@ def test_options_that_a_subclass_sets_wrongly_are_errors_of_the_call():
 def test_other_options_of_a_subclass_are_checked_by_the_constructor(options):
     with pytest.raises(ValueError, match=f'^{next(iter(options))}: expected '):
         MaskedLoss(**options)
+
+
+@every_mode
+@pytest.mark.parametrize('sparse_label', [True, False], ids=['sparse', 'dense'])
+@pytest.mark.parametrize('label_smoothing', [0, 1])
+@pytest.mark.parametrize(('log_p', 'loss'), [(3, -3), (0.01, -0.01), (5e-4, 0), (-2, 2)])
+def test_only_roundings_of_log_probabilities_are_raised_to_0(log_p, loss, label_smoothing, sparse_label, mode):
+    """Logits in their place have a negative loss, as in gluon, which is an alarm; the gradient is gluon's."""
+    loss_fn = StableSoftmaxCELoss(
+        from_logits=True, sparse_label=sparse_label, label_smoothing=label_smoothing
+    )
+    label = np.array([0, 0]) if sparse_label else np.eye(2)[[0, 0]]
+    losses, gradient = mode(loss_fn, np.full((2, 2), log_p, 'float32'), label.astype('float32'))
+    assert_close(losses, [loss, loss], tolerances.PLAIN)
+    assert_close(gradient.sum(-1), [-1, -1], tolerances.PLAIN)

@@ -29,6 +29,7 @@ from ..labels import fill, read_labels
 
 HALF = ('float16', 'bfloat16')
 T = 64.0  # by which the label's logit is lowered: the NLL is exact down to exp(-T)
+ROUNDING = 1e-3  # of log-probabilities above 0
 LEAST = 1e-30  # in the place of u = 0, whose logarithm has no gradient
 
 
@@ -75,11 +76,11 @@ def _sparse_terms(F: F, call: Call, pred: Array, index: Array, class_weight: Opt
 
 
 def _terms_of_log_probs(F, call, log_p, index, class_weight):
-    nll = _clamped(F, -_promoted(F, call, F.pick(log_p, index, axis=-1)))
+    nll = _clamped(F, call, -_promoted(F, call, F.pick(log_p, index, axis=-1)))
     if not call.options.label_smoothing:
         return ClassTerms(nll)
     log_p = _promoted(F, call, log_p)
-    return ClassTerms(nll, uniform_nll=_clamped(F, _uniform_nll(F, log_p, class_weight)))
+    return ClassTerms(nll, uniform_nll=_clamped(F, call, _uniform_nll(F, log_p, class_weight)))
 
 
 def _terms_of_logits(F, call, logits, index, class_weight):
@@ -91,7 +92,7 @@ def _terms_of_logits(F, call, logits, index, class_weight):
     return ClassTerms(
         nll,
         _logsumexp(F, lowered, log_p, odds) if call.options.lse_square_scale else None,
-        _uniform_of_lowered(F, log_p, odds, index, class_weight) if call.options.label_smoothing else None,
+        _uniform_of_lowered(F, call, log_p, odds, index, class_weight) if call.options.label_smoothing else None,
     )
 
 
@@ -155,7 +156,7 @@ def _logsumexp(F: F, lowered: Array, log_p: Array, odds: _Odds) -> Array:
     return F.where(odds.is_above, others, odds.z_label) + odds.log1p
 
 
-def _uniform_of_lowered(F, log_p, odds, index, class_weight):
+def _uniform_of_lowered(F, call, log_p, odds, index, class_weight):
     """1/C sum_j w_j (-log p_j), from the lowered logits.
 
     Their logsumexp is smaller by `delta`, and the label's logit by T.
@@ -166,7 +167,7 @@ def _uniform_of_lowered(F, log_p, odds, index, class_weight):
     all_classes = F.broadcast_mul(delta, F.reshape(F.dot(share, F.ones_like(share)), shape=(1,)))
     by = F.where(odds.by == odds.by, odds.by, F.ones_like(odds.by) * T)
     label = by * F.take(share, index, mode='clip')
-    return _clamped(F, _uniform_nll(F, log_p, class_weight) + all_classes - label)
+    return _clamped(F, call, _uniform_nll(F, log_p, class_weight) + all_classes - label)
 
 
 # Dense labels
@@ -188,9 +189,9 @@ def _dense_terms(F: F, call: Call, pred: Array, target: Array, class_weight: Opt
         log_p = F.log(pred)
     weighted_target = target if class_weight is None else target * _at_each_position(F, class_weight, log_p)
     terms: Tuple[Optional[Array], ...] = (
-        _clamped(F, _expected_nll(F, log_p, weighted_target), _has_negative(F, target)),
+        _clamped(F, call, _expected_nll(F, log_p, weighted_target), _has_negative(F, target)),
         _logsumexp_of(F, pred, log_p) if call.options.lse_square_scale else None,
-        _clamped(F, _uniform_nll(F, log_p, class_weight)) if call.options.label_smoothing else None,
+        _clamped(F, call, _uniform_nll(F, log_p, class_weight)) if call.options.label_smoothing else None,
     )
     if ndim is None and axis != -1:
         terms = tuple(None if term is None else F.reshape_like(term, like) for term in terms)
@@ -241,15 +242,18 @@ def _share(F: F, log_p: Array, class_weight: Optional[Array]) -> Array:
     return share if class_weight is None else share * class_weight
 
 
-def _clamped(F: F, nll: Any, is_signed: Optional[Array] = None) -> Array:
+def _clamped(F: F, call: Call, nll: Any, is_signed: Any = None) -> Array:
     """Raise rounding errors below 0 to 0. The gradient is that of `nll`.
 
-    Where `is_signed`, what is below 0 is no rounding error.
+    Where `is_signed`, what is below 0 is no rounding error. Nor is it where log-probabilities are above 0 by
+    more than ROUNDING: then the loss is negative, as gluon's is.
     """
-    below = F.relu(-nll)
-    if is_signed is not None:
-        below = F.where(is_signed, F.zeros_like(below), below)
-    return nll + F.BlockGrad(below)
+    below: Any = F.relu(-nll)
+    if call.options.pred_type == 'log_probs':
+        is_impossible = below > ROUNDING
+        is_signed = is_impossible if is_signed is None else is_signed + is_impossible
+    raised = below if is_signed is None else F.where(is_signed, F.zeros_like(below), below)
+    return nll + F.BlockGrad(raised)
 
 
 def _promoted(F: F, call: Call, array: Array) -> Array:
