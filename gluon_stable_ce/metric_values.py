@@ -21,7 +21,7 @@ ROUNDING = 1e-3  # by which probabilities may be above 1, and log-probabilities 
 
 @array_api.without_amp
 def packed(F: F, call: Call, pred: Array, label: Array, *_: Optional[Array]) -> Array:
-    """Compute the values of an update, `rows` of them for each position, row by row.
+    """Compute the values of an update, (positions...) or (rows, positions...).
 
     Logits and sparse labels: the NLL of each position, with the marks of `METRIC_FILL`. Other predictions and
     sparse labels: the prediction for each label, and the label. Dense labels: the NLL of each position, and,
@@ -33,11 +33,7 @@ def packed(F: F, call: Call, pred: Array, label: Array, *_: Optional[Array]) -> 
         arrays = [class_terms(F, call, pred, label).nll]
     else:
         arrays = _picked_rows(F, call, pred, label)
-    if len(arrays) == 1:
-        return arrays[0]
-    if call.ndim != 2 or call.options.summed_axes:
-        arrays = [F.reshape(array, shape=(-1,)) for array in arrays]
-    return F.concat(*arrays, dim=0)
+    return F.stack(*arrays, axis=0) if len(arrays) > 1 else arrays[0]
 
 
 def _picked_rows(F: F, call: Call, pred: Array, label: Array) -> List[Array]:

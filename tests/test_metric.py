@@ -232,6 +232,20 @@ def test_impossible_predictions_count_only_where_they_are_read(ctx):
         metric.get()
 
 
+def test_impossible_predictions_of_dense_labels_with_the_classes_first(ctx):
+    metric = StableCrossEntropy(sparse_label=False, axis=0)
+    metric.update(nd.array([[1, 1, 0], [0, 0, 1]]), nd.array([[9, 0.5, 9], [9, 9, -0.5]]))
+    with pytest.raises(ValueError, match='^2 of 3 predictions are not probabilities'):
+        metric.get()
+
+
+def test_losses_of_0_count(kernel, ctx):
+    metric = StableCrossEntropy(pred_type='logits', kernel=kernel)
+    metric.update(nd.array([0, 0]), nd.array([[1000, 0], [0, 0]]))
+    assert metric.num_inst == 2
+    assert metric.get()[1] == tolerances.SEVEN_DIGITS['stock'].approx(math.log(2) / 2)
+
+
 def test_impossible_predictions_go_into_checkpoints_merges_and_windows():
     metric, others = StableCrossEntropy(), [StableCrossEntropy() for _ in range(2)]
     metric.update(nd.array([0, 1, 2]), nd.array(LOGITS))

@@ -41,6 +41,7 @@ TESTS = {
     'formula.py': [['test_reduction.py'], *SHARED],
     'reduction.py': [['test_reduction.py'], *SHARED],
     'kernels/stock.py': SHARED,
+    'metric_values.py': [['test_metric.py']],
     'plan.py': [*PLAN, *SHARED],
     'array_checks.py': [['test_array_checks.py', 'test_plan.py'], *SHARED],
     f'{FUSED}/exp_log.h': OPERATOR,
