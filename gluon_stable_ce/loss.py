@@ -58,8 +58,8 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         Whether ``pred`` holds log-probabilities (gluon's name for it), and not logits.
     weight : float, optional
         Multiplies the loss.
-    batch_axis : int or sequence of int, default 0
-        Batch axes of ``pred``.
+    batch_axis : int or sequence of int or None, default 0
+        Batch axes of ``pred``. With None, the loss is one mean over all positions, (1,).
     ignore_label : int, optional
         Positions with this label have loss 0 and gradient 0, and do not count in the mean.
     class_weight : (C,) array or list of finite numbers >= 0, optional
@@ -178,7 +178,7 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         sparse_label: bool = True,
         from_logits: bool = False,
         weight: Optional[float] = None,
-        batch_axis: Union[int, Sequence[int]] = 0,
+        batch_axis: Union[int, Sequence[int], None] = 0,
         *,
         ignore_label: Optional[int] = None,
         class_weight: Any = None,

@@ -165,7 +165,7 @@ def test_memory_of_recorded_calls_is_freed(free, kernel):
         check=True,
     )
     one, used, freed, deleted = map(float, done.stdout.split())  # MB more than before
-    assert used < 25 * max(one, 16)
+    assert used < 35 * max(one, 16)  # the memory of 20 calls, and what lies between
     assert freed < used / 5
     assert deleted < used / 3
 
