@@ -585,7 +585,9 @@ def test_other_options_of_a_subclass_are_checked_by_the_constructor(options):
 @pytest.mark.parametrize('sparse_label', [True, False], ids=['sparse', 'dense'])
 @pytest.mark.parametrize('label_smoothing', [0, 1])
 @pytest.mark.parametrize(('log_p', 'loss'), [(3, -3), (0.01, -0.01), (5e-4, 0), (-2, 2)])
-def test_only_roundings_of_log_probabilities_are_raised_to_0(log_p, loss, label_smoothing, sparse_label, mode):
+def test_only_roundings_of_log_probabilities_are_raised_to_0(
+    log_p, loss, label_smoothing, sparse_label, mode
+):
     """Logits in their place have a negative loss, as in gluon, which is an alarm; the gradient is gluon's."""
     loss_fn = StableSoftmaxCELoss(
         from_logits=True, sparse_label=sparse_label, label_smoothing=label_smoothing

@@ -85,14 +85,15 @@ def _terms_of_log_probs(F, call, log_p, index, class_weight):
 
 def _terms_of_logits(F, call, logits, index, class_weight):
     """Compute the terms of logits, (positions..., C), by the formula at the head of this file."""
+    options = call.options
     lowered = _lower(F, call, logits, index)  # (positions..., C)
     log_p = F.log_softmax(lowered, axis=-1)
     odds = _odds(F, call, logits, lowered, log_p, index)
     nll = F.where(odds.u <= 0, F.zeros_like(odds.u), odds.above + odds.log1p)  # where u <= 0, p_y is 1
     return ClassTerms(
         nll,
-        _logsumexp(F, lowered, log_p, odds) if call.options.lse_square_scale else None,
-        _uniform_of_lowered(F, call, log_p, odds, index, class_weight) if call.options.label_smoothing else None,
+        _logsumexp(F, lowered, log_p, odds) if options.lse_square_scale else None,
+        _uniform_of_lowered(F, call, log_p, odds, index, class_weight) if options.label_smoothing else None,
     )
 
 
