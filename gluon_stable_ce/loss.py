@@ -246,11 +246,9 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
 
     def _plan(self, pred, label, sample_weight):
         """Return the `Call`, and all inputs of its graph in the order of INPUTS."""
-        if self.class_weight is None:
-            call, inputs = plan(self._options, pred, label, sample_weight)
-            return call, (*inputs, None)
-        call, inputs = plan(self._options, pred, label, sample_weight, self.class_weight.classes)
-        return call, (*inputs, self.class_weight.beside(pred))
+        weights = self.class_weight
+        call, inputs = plan(self._options, pred, label, sample_weight, weights and weights.classes)
+        return call, (*inputs, weights and weights.beside(pred))
 
     @cached_property
     def _graphs(self) -> graphs.Graphs:

@@ -63,9 +63,7 @@ def plan(
         call = _plan_arrays(
             options,
             fill,
-            described,
-            _describe(label),
-            None if sample_weight is None else _describe(sample_weight),
+            (described, _describe(label), None if sample_weight is None else _describe(sample_weight)),
             class_weights,
             'cpu' if context is None else context.device_type,
             choice.is_main_thread(),
@@ -95,18 +93,16 @@ def _describe(array: Any) -> Description:
 def _plan_arrays(
     options: Options,
     fill: Fill,
-    pred: Description,
-    label: Description,
-    sample_weight: Optional[Description],
+    described: Tuple[Description, Description, Optional[Description]],  # pred, label, sample_weight
     class_weights: Optional[int],
     device_type: str,
     is_main_thread: bool,
     needs_guard: bool,
 ) -> Call:
-    for name, described in zip(INPUTS, (pred, label, sample_weight)):
-        if described is not None:
-            array_checks.check_array_type(name, described[0])
-    (kind, dtype, shape), (_, label_dtype, label_shape) = pred, label
+    for name, array in zip(INPUTS, described):
+        if array is not None:
+            array_checks.check_array_type(name, array[0])
+    (kind, dtype, shape), (_, label_dtype, label_shape), sample_weight = described
     dtype, label_dtype = array_api.name_of(dtype), array_api.name_of(label_dtype)
     array_checks.check_pred_dtype('pred', dtype)
     array_checks.check_shapes(shape, label_shape, label_dtype, options.axis, options.sparse_label)
