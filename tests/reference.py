@@ -182,12 +182,17 @@ def values_per_position(positions, label_smoothing=0.0, lse_square_scale=0.0):
     with np.errstate(invalid='ignore', over='ignore'):
         if label_smoothing != 1:
             nll = _expected(positions.target, positions.log_p)
-            values = values + (1 - label_smoothing) * np.where(is_signed, nll, np.maximum(nll, 0))
+            values = values + (1 - label_smoothing) * np.where(is_signed, nll, _raised(nll))
         if label_smoothing:
-            values = values + label_smoothing * np.maximum(_expected(positions.uniform, positions.log_p), 0)
+            values = values + label_smoothing * _raised(_expected(positions.uniform, positions.log_p))
         if lse_square_scale:
             values = values + lse_square_scale * positions.logsumexp**2
     return values
+
+
+def _raised(nll):
+    """Roundings below 0 count as 0."""
+    return np.where(nll >= -np.float32(1e-3), np.maximum(nll, 0), nll)
 
 
 def gradient_per_position(positions, label_smoothing=0.0, lse_square_scale=0.0, from_logits=False):
