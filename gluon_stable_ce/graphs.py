@@ -83,7 +83,7 @@ class Graphs(dict):
 
     def release(self) -> None:
         """Free all graphs that no other loss uses, those that are kept for new losses included."""
-        if self:
+        if self or _KEPT:
             self.clear()
             _KEPT.clear()
             mx.nd.waitall()  # they are in use until then
@@ -91,9 +91,15 @@ class Graphs(dict):
 
     def _drop(self) -> None:
         """Free the graphs, or keep those of a few calls, as of a loss that is made anew at each step."""
-        few = [call for call, graph in self.items() if graph.calls - self._calls_before[call] <= FEW]
-        _KEPT.update({(self._step, call, self._flags): self[call] for call in few})
-        is_any_freed = len(few) < len(self) or len(_KEPT) > MAX_KEPT
+        keys = {call: (self._step, call, self._flags) for call in self}
+        few = {
+            keys[call]: graph for call, graph in self.items() if graph.calls - self._calls_before[call] <= FEW
+        }
+        for key in keys.values():  # an earlier loss may have kept a graph of many calls by now
+            _KEPT.pop(key, None)
+        is_any_freed = len(few) < len(self) or len(_KEPT) + len(few) > MAX_KEPT
+        _KEPT.update(few)
+        few.clear()
         self.clear()
         for key in list(_KEPT)[:-MAX_KEPT]:
             _KEPT.pop(key, None)

@@ -182,17 +182,21 @@ def values_per_position(positions, label_smoothing=0.0, lse_square_scale=0.0):
     with np.errstate(invalid='ignore', over='ignore'):
         if label_smoothing != 1:
             nll = _expected(positions.target, positions.log_p)
-            values = values + (1 - label_smoothing) * np.where(is_signed, nll, _raised(nll))
+            values = values + (1 - label_smoothing) * np.where(
+                is_signed, nll, _raised(nll, positions.log_p, positions.target)
+            )
         if label_smoothing:
-            values = values + label_smoothing * _raised(_expected(positions.uniform, positions.log_p))
+            uniform_nll = _expected(positions.uniform, positions.log_p)
+            values = values + label_smoothing * _raised(uniform_nll, positions.log_p, positions.uniform)
         if lse_square_scale:
             values = values + lse_square_scale * positions.logsumexp**2
     return values
 
 
-def _raised(nll):
-    """Roundings below 0 count as 0."""
-    return np.where(nll >= -np.float32(1e-3), np.maximum(nll, 0), nll)
+def _raised(nll, log_p, weight):
+    """Roundings below 0 count as 0; a log-probability above 0 by more is none."""
+    is_impossible = (log_p > np.float32(1e-3)) & (weight != 0)
+    return np.where(is_impossible.any(-1), nll, np.maximum(nll, 0))
 
 
 def gradient_per_position(positions, label_smoothing=0.0, lse_square_scale=0.0, from_logits=False):

@@ -2,13 +2,15 @@
 
 import contextlib
 import math
+import signal
+import threading
 
 import mxnet as mx
 import numpy as np
 import pytest
 import tolerances
 
-from gluon_stable_ce import StableCrossEntropy, StableLoss, device_errors
+from gluon_stable_ce import StableCrossEntropy, StableLoss
 
 nd = mx.nd
 ROWS, CLASSES = 6, 4
@@ -186,8 +188,43 @@ def test_unknown_values_go_into_checkpoints_and_merges():
         run.metric.get_global()
 
 
-def test_other_errors_of_mxnet_are_none_of_the_device():
-    before = device_errors.count()
+WAITING = {
+    'boolean_mask': lambda array: nd.contrib.boolean_mask(array, nd.ones(len(array))),
+    'nonzero': lambda array: mx.np.nonzero(array.as_np_ndarray()),
+    'shared memory': lambda array: array.as_in_context(mx.Context('cpu_shared', 0))._to_shared_mem(),
+    'copy': lambda array: array.asnumpy(),
+}
+
+
+@every_kind
+@pytest.mark.parametrize('wait', WAITING.values(), ids=WAITING)
+def test_an_error_that_other_functions_report_is_known(wait, kind):
+    run = Run(kind, 0)
+    run.update()
+    failed = FAILING['random']()
+    run.metric.update(run.label, failed)
     with pytest.raises(mx.MXNetError):
-        nd.dot(nd.ones((2, 3)), nd.ones((2, 3)))
-    assert device_errors.count() == before
+        wait(failed)
+    with pytest.raises(mx.MXNetError, match='^After an error on the device'):
+        run.metric.get()
+
+
+@pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason='signals interrupt it')
+@pytest.mark.parametrize('waits', [lambda metric, array: metric.get(), lambda metric, array: array.asnumpy()])
+def test_an_interrupt_of_a_wait_does_not_hide_an_error(waits):
+    slow = product = nd.ones((1000, 1000))
+    for _ in range(10):
+        product = nd.dot(product, slow) * 1e-3
+    failed = nd.broadcast_add(product[:4, :3], nd.random.normal(0, -1, shape=(4, 3)))
+    metric = StableLoss()
+    metric.update(None, failed)
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.02)
+        with contextlib.suppress(KeyboardInterrupt, mx.MXNetError):
+            waits(metric, failed)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    with pytest.raises(mx.MXNetError, match='^After an error on the device'):
+        metric.get()

@@ -32,6 +32,12 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 CLASS_WEIGHT = pytest.mark.parametrize('class_weight', [None, [1, 2, 3]], ids=['plain', 'class-weight'])
 
 
+@pytest.fixture(autouse=True)
+def no_graphs_of_other_tests():
+    gc.collect()
+    graphs._KEPT.clear()
+
+
 @pytest.fixture
 def compiled(monkeypatch):
     """The calls for which graphs are compiled, one after the other. None is shared with other tests."""

@@ -12,6 +12,7 @@ import sys
 import textwrap
 import types
 from collections import Counter
+from importlib.machinery import SourceFileLoader
 from multiprocessing import spawn
 from typing import Any, Dict, Optional, Tuple
 
@@ -104,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
 def _check_script(script):
     if not os.path.exists(script):
         raise ValueError(f'script: expected a file, got {script!r}')
-    if script.endswith('.ipynb'):
+    if os.path.realpath(script).lower().endswith('.ipynb'):
         raise ValueError(
             f'script: expected Python, got a notebook. Convert it: jupyter nbconvert --to script {script}; '
             'or call gluon_stable_ce.patch() in its first cell'
@@ -195,7 +196,8 @@ def _execute(script, is_module):
     if is_folder:
         runpy._run_module_as_main('__main__', alter_argv=False)  # type: ignore[attr-defined]
     else:
-        main.__file__ = path
+        main.__file__, main.__cached__ = path, None
+        main.__loader__ = SourceFileLoader('__main__', path)
         exec(_code_of(path), main.__dict__)
 
 

@@ -76,11 +76,13 @@ def _sparse_terms(F: F, call: Call, pred: Array, index: Array, class_weight: Opt
 
 
 def _terms_of_log_probs(F, call, log_p, index, class_weight):
-    nll = _clamped(F, call, -_promoted(F, call, F.pick(log_p, index, axis=-1)))
+    picked: Any = _promoted(F, call, F.pick(log_p, index, axis=-1))
+    nll = _clamped(F, -picked, _is_impossible(F, picked))
     if not call.options.label_smoothing:
         return ClassTerms(nll)
     log_p = _promoted(F, call, log_p)
-    return ClassTerms(nll, uniform_nll=_clamped(F, call, _uniform_nll(F, log_p, class_weight)))
+    is_impossible = _dot(F, _is_impossible(F, log_p), _share(F, log_p, class_weight))
+    return ClassTerms(nll, uniform_nll=_clamped(F, _uniform_nll(F, log_p, class_weight), is_impossible))
 
 
 def _terms_of_logits(F, call, logits, index, class_weight):
@@ -93,7 +95,7 @@ def _terms_of_logits(F, call, logits, index, class_weight):
     return ClassTerms(
         nll,
         _logsumexp(F, lowered, log_p, odds) if options.lse_square_scale else None,
-        _uniform_of_lowered(F, call, log_p, odds, index, class_weight) if options.label_smoothing else None,
+        _uniform_of_lowered(F, log_p, odds, index, class_weight) if options.label_smoothing else None,
     )
 
 
@@ -157,7 +159,7 @@ def _logsumexp(F: F, lowered: Array, log_p: Array, odds: _Odds) -> Array:
     return F.where(odds.is_above, others, odds.z_label) + odds.log1p
 
 
-def _uniform_of_lowered(F, call, log_p, odds, index, class_weight):
+def _uniform_of_lowered(F, log_p, odds, index, class_weight):
     """1/C sum_j w_j (-log p_j), from the lowered logits.
 
     Their logsumexp is smaller by `delta`, and the label's logit by T.
@@ -168,7 +170,7 @@ def _uniform_of_lowered(F, call, log_p, odds, index, class_weight):
     all_classes = F.broadcast_mul(delta, F.reshape(F.dot(share, F.ones_like(share)), shape=(1,)))
     by = F.where(odds.by == odds.by, odds.by, F.ones_like(odds.by) * T)
     label = by * F.take(share, index, mode='clip')
-    return _clamped(F, call, _uniform_nll(F, log_p, class_weight) + all_classes - label)
+    return _clamped(F, _uniform_nll(F, log_p, class_weight) + all_classes - label)
 
 
 # Dense labels
@@ -176,7 +178,7 @@ def _uniform_of_lowered(F, call, log_p, odds, index, class_weight):
 
 def _dense_terms(F: F, call: Call, pred: Array, target: Array, class_weight: Optional[Array]) -> ClassTerms:
     """Compute the terms of a target, of `pred`'s shape."""
-    axis, ndim = call.options.axis, call.ndim
+    options, axis, ndim = call.options, call.options.axis, call.ndim
     pred = _promoted(F, call, pred)
     if call.ndim is None:  # the graph reads pred first
         target = array_api.promoted(F, target, F.slice_axis(pred, axis=0, begin=0, end=1))
@@ -185,14 +187,20 @@ def _dense_terms(F: F, call: Call, pred: Array, target: Array, class_weight: Opt
     if ndim is None and axis != -1:
         like = graph_checks.positions_of(F, pred, class_axis_removed(F, target, axis), axis)
     pred, target = (class_axis_last(F, array, axis, ndim) for array in (pred, target))  # (positions..., C)
-    log_p = F.log_softmax(pred, axis=-1) if call.options.pred_type == 'logits' else pred
-    if call.options.pred_type == 'probs':
+    log_p = F.log_softmax(pred, axis=-1) if options.pred_type == 'logits' else pred
+    if options.pred_type == 'probs':
         log_p = F.log(pred)
     weighted_target = target if class_weight is None else target * _at_each_position(F, class_weight, log_p)
+    is_signed: Any = _has_negative(F, target)
+    is_impossible = None
+    if options.pred_type == 'log_probs':
+        is_counted = F.BlockGrad(weighted_target) != 0
+        is_signed = is_signed + _dot(F, _is_impossible(F, log_p) * is_counted, _ones_per_class(F, log_p))
+        is_impossible = _dot(F, _is_impossible(F, log_p), _share(F, log_p, class_weight))
     terms: Tuple[Optional[Array], ...] = (
-        _clamped(F, call, _expected_nll(F, log_p, weighted_target), _has_negative(F, target)),
-        _logsumexp_of(F, pred, log_p) if call.options.lse_square_scale else None,
-        _clamped(F, call, _uniform_nll(F, log_p, class_weight)) if call.options.label_smoothing else None,
+        _clamped(F, _expected_nll(F, log_p, weighted_target), is_signed),
+        _logsumexp_of(F, pred, log_p) if options.lse_square_scale else None,
+        _clamped(F, _uniform_nll(F, log_p, class_weight), is_impossible) if options.label_smoothing else None,
     )
     if ndim is None and axis != -1:
         terms = tuple(None if term is None else F.reshape_like(term, like) for term in terms)
@@ -243,18 +251,20 @@ def _share(F: F, log_p: Array, class_weight: Optional[Array]) -> Array:
     return share if class_weight is None else share * class_weight
 
 
-def _clamped(F: F, call: Call, nll: Any, is_signed: Any = None) -> Array:
+def _clamped(F: F, nll: Any, is_signed: Optional[Array] = None) -> Array:
     """Raise rounding errors below 0 to 0. The gradient is that of `nll`.
 
-    Where `is_signed`, what is below 0 is no rounding error. Nor is it where log-probabilities are above 0 by
-    more than ROUNDING: then the loss is negative, as gluon's is.
+    Where `is_signed`, what is below 0 is no rounding error.
     """
-    below: Any = F.relu(-nll)
-    if call.options.pred_type == 'log_probs':
-        is_impossible = below > ROUNDING
-        is_signed = is_impossible if is_signed is None else is_signed + is_impossible
-    raised = below if is_signed is None else F.where(is_signed, F.zeros_like(below), below)
-    return nll + F.BlockGrad(raised)
+    below = F.relu(-nll)
+    if is_signed is not None:
+        below = F.where(is_signed, F.zeros_like(below), below)
+    return nll + F.BlockGrad(below)
+
+
+def _is_impossible(F: F, log_p: Any) -> Any:
+    """Where log-probabilities are above 0 by more than a rounding error. There the loss is negative."""
+    return F.BlockGrad(log_p) > ROUNDING
 
 
 def _promoted(F: F, call: Call, array: Array) -> Array:
