@@ -137,9 +137,8 @@ def _check_loss(kernel, problem, positions, loss):
     assert loss.shape == expected.shape
     is_unclear = _add_up(problem, _is_unclear(kernel, problem)).reshape(loss.shape) > 0
     cases.assert_within(loss, expected, bound, skipped=is_unclear)
-    if (positions.target >= 0).all() and (
-        problem.sample_weight is None or (problem.sample_weight >= 0).all()
-    ):
+    weight, may_be_above_0 = problem.sample_weight, problem.settings.get('from_logits')
+    if (positions.target >= 0).all() and (weight is None or (weight >= 0).all()) and not may_be_above_0:
         assert not (loss < 0).any()
 
 

@@ -256,10 +256,10 @@ def _clamped(F: F, nll: Any, is_signed: Optional[Array] = None) -> Array:
 
     Where `is_signed`, what is below 0 is no rounding error.
     """
-    below = F.relu(-nll)
+    below = F.relu(-F.BlockGrad(nll))
     if is_signed is not None:
         below = F.where(is_signed, F.zeros_like(below), below)
-    return nll + F.BlockGrad(below)
+    return nll + below
 
 
 def _is_impossible(F: F, log_p: Any) -> Any:
