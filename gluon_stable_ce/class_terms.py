@@ -1,8 +1,15 @@
 """The terms of a loss or a metric: the class axis reduced to one number per position."""
 
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 from .array_api import Array, F
+
+ROUNDING = 1e-3  # by which probabilities may be above 1, and log-probabilities above 0
+
+
+def is_impossible(pred: Any, pred_type: str) -> Any:
+    """Where predictions, of MXNet or NumPy, are in no distribution. NaN is not among them."""
+    return pred > ROUNDING if pred_type == 'log_probs' else (pred > 1 + ROUNDING) + (pred < 0)
 
 
 class ClassTerms(NamedTuple):

@@ -10,13 +10,12 @@ import numpy as np
 from . import array_api
 from .array_api import Array, F
 from .call import METRIC_FILL, Call
+from .class_terms import is_impossible
 from .kernels import class_terms
 from .kernels.stock import class_axis_last
 from .labels import align_label, read_labels
 from .options import Options
 from .reduction import with_class_axis
-
-ROUNDING = 1e-3  # by which probabilities may be above 1, and log-probabilities above 0
 
 
 @array_api.without_amp
@@ -58,13 +57,10 @@ def _dense_rows(F: F, call: Call, pred: Array, target: Array) -> List[Array]:
 
 def _count_impossible(F: F, call: Call, pred: Any, target: Any) -> Array:
     """Count the impossible predictions of each position that its target does not leave out."""
-    if call.options.pred_type == 'probs':
-        is_impossible = (pred > 1 + ROUNDING) + (pred < 0)
-    else:
-        is_impossible = pred > ROUNDING
-    is_impossible = is_impossible * _as(F, target != 0, call.label_dtype, call.compute_dtype)
-    is_impossible = class_axis_last(F, is_impossible, call.options.axis, call.ndim)
-    return F.dot(is_impossible, F.ones_like(F.contrib.arange_like(is_impossible, axis=-1)))
+    is_counted = _as(F, target != 0, call.label_dtype, call.compute_dtype)
+    found = is_impossible(pred, call.options.pred_type) * is_counted
+    found = class_axis_last(F, found, call.options.axis, call.ndim)
+    return F.dot(found, F.ones_like(F.contrib.arange_like(found, axis=-1)))
 
 
 def _as(F: F, array: Array, dtype: Optional[str], wanted: str) -> Array:
@@ -106,10 +102,7 @@ def _judged_picks(
     with np.errstate(all='ignore'):
         if options.invalid_label != 'clip':
             picked = picked[np.floor(label) % classes == label]  # neither NaN nor inf is
-        if options.pred_type == 'log_probs':
-            possible = picked[~(picked > ROUNDING)]  # NaN is
-            nll = 0.0 - np.minimum(possible, 0)
-        else:
-            possible = picked[~((picked < 0) | (picked > 1 + ROUNDING))]
-            nll = 0.0 - np.log(np.minimum(possible, 1))
+        possible = picked[~is_impossible(picked, options.pred_type)]
+        log_p = possible if options.pred_type == 'log_probs' else np.log(possible)
+        nll = 0.0 - np.minimum(log_p, 0)
     return nll, total - len(picked), len(picked) - len(possible)

@@ -5,12 +5,12 @@ from typing import Any, Optional
 
 import numpy as np
 
+from ..class_terms import ROUNDING, is_impossible
 from ..exact_sums import ExactSums
 from ..options import PRED_TYPES, PredType, check_choice, check_ignore_label, check_number
 from .arrays import check_arrays, split_into_chunks
 from .report import Audit, Worst
 
-_ROUNDING = 1e-3  # by which a probability may be above 1, and a log-probability above 0
 _FLOOR = 1e-10  # of mx.metric.Perplexity
 _WORST, _SPREAD = 1000, 10000  # how many samples a picture has: the worst, and of evenly spaced ranks
 # Of a sample: exact NLL in nats, probability, label, and flat index in the labels.
@@ -147,8 +147,8 @@ class _Tally:
         least, largest = doubtful.min(axis=-1), doubtful.max(axis=-1)
         counts = {
             'probs': (least >= 0) & self._sum_to_1(doubtful),
-            'log_probs': (largest <= _ROUNDING) & self._sum_to_1(np.exp(doubtful, dtype='float64')),
-            'logits': (least < 0) | (largest > 1 + _ROUNDING),
+            'log_probs': (largest <= ROUNDING) & self._sum_to_1(np.exp(doubtful, dtype='float64')),
+            'logits': (least < 0) | (largest > 1 + ROUNDING),
         }
         for kind, looks_like_it in counts.items():
             self.looks_like[kind] += int(looks_like_it.sum())
@@ -270,8 +270,8 @@ def _nll_and_p(rows, index, pred_type):
         return nll, np.exp(-nll)
     chosen = rows[at_label].astype('float64')
     p, log_p = (chosen, np.log(chosen)) if pred_type == 'probs' else (np.exp(chosen), chosen)
-    is_possible = (p >= 0) & (p <= 1 + _ROUNDING if pred_type == 'probs' else log_p <= _ROUNDING)
-    return np.where(is_possible, np.maximum(-log_p, 0) + 0.0, np.nan), p  # + 0: no negative zero
+    nll = np.maximum(-log_p, 0) + 0.0
+    return np.where(is_impossible(chosen, pred_type), np.nan, nll), p  # + 0: no negative zero
 
 
 def _nll_of_logits(rows, at_label):

@@ -24,12 +24,11 @@ from typing import Any, NamedTuple, Optional, Tuple
 from .. import array_api, graph_checks
 from ..array_api import Array, F
 from ..call import Call
-from ..class_terms import ClassTerms, weighted
+from ..class_terms import ClassTerms, is_impossible, weighted
 from ..labels import fill, read_labels
 
 HALF = ('float16', 'bfloat16')
 T = 64.0  # by which the label's logit is lowered: the NLL is exact down to exp(-T)
-ROUNDING = 1e-3  # of log-probabilities above 0
 LEAST = 1e-30  # in the place of u = 0, whose logarithm has no gradient
 
 
@@ -81,8 +80,8 @@ def _terms_of_log_probs(F, call, log_p, index, class_weight):
     if not call.options.label_smoothing:
         return ClassTerms(nll)
     log_p = _promoted(F, call, log_p)
-    is_impossible = _dot(F, _is_impossible(F, log_p), _share(F, log_p, class_weight))
-    return ClassTerms(nll, uniform_nll=_clamped(F, _uniform_nll(F, log_p, class_weight), is_impossible))
+    is_signed = _dot(F, _is_impossible(F, log_p), _share(F, log_p, class_weight))
+    return ClassTerms(nll, uniform_nll=_clamped(F, _uniform_nll(F, log_p, class_weight), is_signed))
 
 
 def _terms_of_logits(F, call, logits, index, class_weight):
@@ -192,15 +191,18 @@ def _dense_terms(F: F, call: Call, pred: Array, target: Array, class_weight: Opt
         log_p = F.log(pred)
     weighted_target = target if class_weight is None else target * _at_each_position(F, class_weight, log_p)
     is_signed: Any = _has_negative(F, target)
-    is_impossible = None
+    is_uniform_signed = None
     if options.pred_type == 'log_probs':
         is_counted = F.BlockGrad(weighted_target) != 0
         is_signed = is_signed + _dot(F, _is_impossible(F, log_p) * is_counted, _ones_per_class(F, log_p))
-        is_impossible = _dot(F, _is_impossible(F, log_p), _share(F, log_p, class_weight))
+        is_uniform_signed = _dot(F, _is_impossible(F, log_p), _share(F, log_p, class_weight))
+    uniform_nll = None
+    if options.label_smoothing:
+        uniform_nll = _clamped(F, _uniform_nll(F, log_p, class_weight), is_uniform_signed)
     terms: Tuple[Optional[Array], ...] = (
         _clamped(F, _expected_nll(F, log_p, weighted_target), is_signed),
         _logsumexp_of(F, pred, log_p) if options.lse_square_scale else None,
-        _clamped(F, _uniform_nll(F, log_p, class_weight), is_impossible) if options.label_smoothing else None,
+        uniform_nll,
     )
     if ndim is None and axis != -1:
         terms = tuple(None if term is None else F.reshape_like(term, like) for term in terms)
@@ -264,7 +266,7 @@ def _clamped(F: F, nll: Any, is_signed: Optional[Array] = None) -> Array:
 
 def _is_impossible(F: F, log_p: Any) -> Any:
     """Where log-probabilities are above 0 by more than a rounding error. There the loss is negative."""
-    return F.BlockGrad(log_p) > ROUNDING
+    return is_impossible(F.BlockGrad(log_p), 'log_probs')
 
 
 def _promoted(F: F, call: Call, array: Array) -> Array:
