@@ -170,7 +170,7 @@ import pytest, sys
 from gluon_stable_ce.kernels import library
 library.FLAGS += ('-DKERNEL=__attribute__((noinline, target("arch={arch}"))) static',)
 library.HERE = {str(tmp_path)!r}
-names = 'long_double or same_bits_in_any or infinite_and_nan or least_number'
+names = 'same_bits_in_any or infinite_and_nan or long_double and not float16 and not 40'
 sys.exit(pytest.main(['-q', '-n', '0', '-p', 'no:cacheprovider', '-k', names, {__file__!r}]))
 """
     assert ' passed' in python(code)
