@@ -1,12 +1,12 @@
 """What is decided of a call before anything is computed: `plan`."""
 
-from functools import lru_cache
 from threading import active_count
-from typing import Any, Optional, Tuple
+from typing import Any, Dict, Hashable, Optional, Sequence, Tuple
 
 from . import array_api, array_checks
 from .call import INPUTS, LOSS_FILL, Call, Fill
-from .kernels import choice, fused
+from .kernels import choice
+from .kernels.signature import signature_of
 from .options import Options
 
 FEW = 2048  # classes
@@ -14,8 +14,10 @@ ONE_HOT_ABOVE = 256  # classes: the stock kernel then has a graph for each numbe
 FLOAT32_INTEGERS = 2**24  # float32 holds all integers up to this one
 NARROW = ('int8', 'uint8', 'float16', 'float32')  # labels that float32 holds as they are
 
-Inputs = Tuple[Any, Any, Any]  # pred, label, sample_weight
-Description = Tuple[type, Any, Any]  # type, dtype, shape
+MOST_CALLS = 1024
+_CALLS: Dict[Hashable, Call] = {}  # that were planned: most calls look like one before
+
+Inputs = Sequence[Any]  # pred, label, sample_weight
 
 
 def plan(
@@ -44,93 +46,104 @@ def plan(
         If the inputs are no arrays, or do not fit each other. Symbols are not checked.
     """
     if array_api.is_symbol(pred):
-        pred, dtype = array_api.without_bfloat16(pred)
-        call = Call(
-            options,
-            fill,
-            _names(sample_weight is not None, class_weights is not None),
-            np_style=array_api.is_np_style(pred),
-            dtype=dtype,
-            kernel=choice.resolve(options, is_symbol=True),
-        )
-        return call, (array_api.apart(pred), label, sample_weight)
-    context = pred.context if array_api.is_array(pred) else None
-    described = _describe(pred)
-    if context is not None and array_api.name_of(described[1]) == 'bfloat16':  # no kernel reads it
+        return _plan_symbols(options, pred, label, sample_weight, class_weights, fill)
+    inputs: Inputs = (pred, label, sample_weight)
+    key = _key(options, inputs, class_weights, fill)
+    call = _CALLS.get(key)
+    if call is None:
+        call, inputs = _plan_arrays(options, inputs, class_weights, fill)
+        if inputs[0] is pred and inputs[1] is label and inputs[2] is sample_weight:
+            _remember(key, call)
+    if options.invalid_label == 'raise':
+        array_checks.check_labels(call, *inputs[:2])
+    return call, (inputs[0], _prepared(call, inputs[1]), inputs[2])
+
+
+def _plan_symbols(options, pred, label, sample_weight, class_weights, fill):
+    pred, dtype = array_api.without_bfloat16(pred)
+    call = Call(
+        options,
+        fill,
+        _names(sample_weight, class_weights),
+        np_style=array_api.is_np_style(pred),
+        dtype=dtype,
+        kernel=choice.resolve(options, is_symbol=True),
+    )
+    return call, (array_api.apart(pred), label, sample_weight)
+
+
+def _key(options: Options, inputs: Inputs, class_weights: Optional[int], fill: Fill) -> Hashable:
+    """Return all that a plan depends on; None for inputs that are no arrays."""
+    if not all(array is None or array_api.is_array(array) for array in inputs):
+        return None
+    return options, fill, class_weights, choice.is_main_thread(), signature_of(*inputs)
+
+
+def _remember(key: Hashable, call: Call) -> None:
+    if len(_CALLS) >= MOST_CALLS:
+        _CALLS.clear()
+    _CALLS[key] = call
+
+
+def _plan_arrays(
+    options: Options, inputs: Inputs, class_weights: Optional[int], fill: Fill
+) -> Tuple[Call, Inputs]:
+    """Return the `Call`, and the inputs in the form and on the context in which its graph takes them."""
+    pred, label, sample_weight = inputs
+    if array_api.is_array(pred) and array_api.dtype_name(pred) == 'bfloat16':  # no kernel reads it
         pred = array_api.amp_float32(pred)
-        described = _describe(pred)
     try:
-        call = _plan_arrays(
-            options,
-            fill,
-            (described, _describe(label), None if sample_weight is None else _describe(sample_weight)),
-            class_weights,
-            'cpu' if context is None else context.device_type,
-            choice.is_main_thread(),
-            options.kernel != 'stock' and context is not None and fused.needs_guard(pred, described[2]),
-        )
+        call = _call_of(options, (pred, label, sample_weight), class_weights, fill)
     except (TypeError, ValueError):
         usual = array_checks.in_usual_form(options, pred, label, sample_weight)
         if usual is None:
             raise
-        return plan(*usual, class_weights, fill)
-    label = array_checks.on_context('label', label, context)
+        options, pred, label, sample_weight = usual
+        call = _call_of(options, (pred, label, sample_weight), class_weights, fill)
+    label = array_checks.on_context('label', label, pred.context)
     if sample_weight is not None:
-        sample_weight = array_checks.on_context('sample_weight', sample_weight, context)
-    if options.invalid_label == 'raise':
-        array_checks.check_labels(call, pred, label)
-    return call, (pred, _prepared(call, label), sample_weight)
+        sample_weight = array_checks.on_context('sample_weight', sample_weight, pred.context)
+    return call, (pred, label, sample_weight)
 
 
-def _describe(array: Any) -> Description:
-    try:
-        return type(array), array.dtype, array.shape
-    except AttributeError:
-        return type(array), None, None
-
-
-@lru_cache(maxsize=1024)  # most calls look like one before
-def _plan_arrays(
-    options: Options,
-    fill: Fill,
-    described: Tuple[Description, Description, Optional[Description]],  # pred, label, sample_weight
-    class_weights: Optional[int],
-    device_type: str,
-    is_main_thread: bool,
-    needs_guard: bool,
-) -> Call:
-    for name, array in zip(INPUTS, described):
-        if array is not None:
-            array_checks.check_array_type(name, array[0])
-    (kind, dtype, shape), (_, label_dtype, label_shape), sample_weight = described
-    dtype, label_dtype = array_api.name_of(dtype), array_api.name_of(label_dtype)
+def _call_of(options: Options, inputs: Inputs, class_weights: Optional[int], fill: Fill) -> Call:
+    for name, array in zip(INPUTS, inputs):
+        if array is not None or name != 'sample_weight':
+            array_checks.check_array_type(name, type(array))
+    pred, label, sample_weight = inputs
+    shape, dtype, label_dtype = pred.shape, array_api.dtype_name(pred), array_api.dtype_name(label)
     array_checks.check_pred_dtype('pred', dtype)
-    array_checks.check_shapes(shape, label_shape, label_dtype, options.axis, options.sparse_label)
+    array_checks.check_shapes(shape, label.shape, label_dtype, options.axis, options.sparse_label)
     array_checks.check_axes('axis', options.class_axes, shape)
     array_checks.check_axes('batch_axis', options.batch_axes, shape)
     if class_weights is not None:
         array_checks.check_class_weights(class_weights, shape[options.axis])
     layout = None
     if sample_weight is not None:
-        layout = array_checks.weight_layout(sample_weight[2], shape, options.class_axes, options.batch_axes)
+        layout = array_checks.weight_layout(
+            sample_weight.shape, shape, options.class_axes, options.batch_axes
+        )
     is_empty = 0 in shape
-    kernel = choice.resolve(options, device_type, is_main_thread=is_main_thread, is_empty=is_empty)
+    kernel = choice.resolve(
+        options, pred.context.device_type, is_main_thread=choice.is_main_thread(), is_empty=is_empty
+    )
     one_hot_depth = shape[options.axis] if kernel == 'stock' and shape[options.axis] > ONE_HOT_ABOVE else None
     return Call(
         options,
         fill,
-        _names(sample_weight is not None, class_weights is not None),
-        np_style=issubclass(kind, array_api.NP_STYLE),
+        _names(sample_weight, class_weights),
+        np_style=array_api.is_np_style(pred),
         dtype=dtype,
         ndim=len(shape),
         label_dtype=label_dtype,
-        label_ndim=len(label_shape),
+        label_ndim=len(label.shape),
         weight_layout=layout,
         has_few_classes=_has_few_classes(options, dtype, label_dtype, shape),
         one_hot_depth=one_hot_depth,
         is_empty=is_empty,
         kernel=kernel,
-        needs_guard=kernel == 'stock' or needs_guard,  # of the stock kernel, it makes no other graph
+        # of the stock kernel, it makes no other graph
+        needs_guard=kernel == 'stock' or signature_of(*inputs).needs_guard,
     )
 
 
@@ -139,10 +152,9 @@ def _has_few_classes(options, dtype, label_dtype, shape):
     return shape[options.axis] <= FEW and dtype in ('float32', 'float64') and is_narrow
 
 
-def _names(has_sample_weight, has_class_weight):
-    return tuple(
-        name for name, is_given in zip(INPUTS, (True, True, has_sample_weight, has_class_weight)) if is_given
-    )
+def _names(sample_weight: Any, class_weights: Optional[int]) -> Tuple[str, ...]:
+    given = (True, True, sample_weight is not None, class_weights is not None)
+    return tuple(name for name, is_given in zip(INPUTS, given) if is_given)
 
 
 def _prepared(call: Call, label: Any) -> Any:

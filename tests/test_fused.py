@@ -507,37 +507,6 @@ def test_wrong_dtypes_are_errors(dtypes, message):
         class_terms(mx.nd, pred, label, class_weight=weight).nll.asnumpy()
 
 
-class Reads(gluon.HybridBlock):
-    def hybrid_forward(self, F, x):
-        return x * 2
-
-
-def test_needs_guard_of_operators_and_compiled_graphs(monkeypatch):
-    monkeypatch.setattr(fused, 'SMALL', 0)
-    x = mx.nd.ones((2, 3))
-    x.attach_grad()
-    dense, static = gluon.nn.Dense(3), Reads()
-    dense.initialize()
-    static.hybridize(static_alloc=True)
-    with autograd.record():
-        needs_guard = {
-            'in no graph': (mx.nd.ones(3), False),
-            'leaf': (x, True),
-            'identity': (mx.nd.identity(x), False),
-            'operator without attributes': (mx.nd.softmax(x), True),
-            'elemwise_add': (mx.nd.elemwise_add(x, x), True),
-            'x + x, which is broadcast_add': (x + x, False),
-            'add_n': (mx.nd.add_n(x, x, x), True),
-            'Dense': (dense(x), False),
-            'scalar': (x * 1, False),
-            'reshape': (x.reshape((3, 2)), False),
-            'compiled graph': (static(x), False),
-        }
-        for name, (pred, expected) in needs_guard.items():
-            assert fused.needs_guard(pred, pred.shape) == expected, name
-    assert not fused.needs_guard(x, x.shape)  # nothing is recorded
-
-
 def test_other_threads_compute_with_the_stock_kernel(rng):
     """Calls of an operator of a library from two threads can wait for each other for ever."""
     pred, label = mx.nd.array(rng.standard_normal((4, 5))), mx.nd.array([0, 1, 2, 3])

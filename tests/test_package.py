@@ -52,7 +52,7 @@ def test_import_with_a_numpy_that_breaks_mxnet_says_so(tmp_path):
 ORDER = [
     'version', 'array_api', 'options', 'call', 'graph_checks', 'labels', 'class_weight', 'exact_sums',
     'device_errors', 'distributed', 'metric_queue', 'class_terms', 'kernels.stock', 'kernels.fused', 'kernels.library',
-    'kernels.choice', 'kernels', 'formula', 'reduction', 'pipeline', 'array_checks', 'plan', 'graphs', 'metric_values', 'metric', 'loss', 'auditing.files',
+    'kernels.choice', 'kernels.signature', 'kernels', 'formula', 'reduction', 'pipeline', 'array_checks', 'plan', 'graphs', 'metric_values', 'metric', 'loss', 'auditing.files',
     'auditing.arrays', 'auditing.report', 'auditing.computation', 'auditing', 'traced_dtypes',
     'patching', '__init__',
     'kernels.build', 'onnx', 'commands', 'commands.audit', 'commands.build', 'commands.run', '__main__',

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from glob import glob
 from pathlib import Path
 from types import ModuleType
 from typing import Tuple
@@ -97,7 +98,7 @@ def compile_to(path: str) -> None:
         raise BuildError(f'no C++ compiler: {compiler[0]} is not there; install g++, or name one in CXX')
     root = os.path.dirname(mx.__file__)
     include = os.path.join(root, 'include')
-    sources = [os.path.join(library.SOURCES, 'operator.cc'), os.path.join(root, 'src', 'lib_api.cc')]
+    sources = [*sorted(glob(f'{library.SOURCES}/*.cc')), os.path.join(root, 'src', 'lib_api.cc')]
     missing = [file for file in (include, *sources) if not os.path.exists(file)]
     if missing:
         raise BuildError(f'this MXNet comes without {", ".join(missing)}')

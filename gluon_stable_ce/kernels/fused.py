@@ -1,7 +1,6 @@
 """The class axis reduced by the operator of ``fused/operator.cc``, on the CPU, for MXNet 1.9."""
 
 import hashlib
-from math import prod
 from typing import Any, Dict, Optional, Sequence
 
 import mxnet as mx
@@ -12,9 +11,6 @@ from ..call import LOSS_FILL, Call
 from ..class_terms import ClassTerms
 
 NAME = 'stable_ce_class_terms'
-SMALL = 2**13  # elements, which take less time to copy than it takes to find out what made them
-# operators without attributes that make a gradient of their own
-READERS = ('_copy', 'broadcast_add', 'dot', '_npi_add', '_np_dot')
 
 
 def class_terms(F: F, call: Call, pred: Array, label: Array, class_weight: Optional[Array]) -> ClassTerms:
@@ -77,34 +73,6 @@ def _guarded(F: F, pred: Array, attributes: Dict[str, Any], others: Sequence[Arr
     read = ''.join([str(sorted(attributes.items())), *(other.tojson() for other in others)])
     with mx.AttrScope(__stable_ce__=hashlib.sha256(read.encode()).hexdigest()[:16]):
         return F.reshape(pred, shape=(-2,))
-
-
-def needs_guard(pred: Array, shape: Sequence[int]) -> bool:
-    """Whether `pred` needs `_guarded`: unless it is known that another operator reads its gradient.
-
-    MXNet's ``elemwise_add`` and ``add_n`` hand their gradient array on, also to a variable. They have no
-    attributes but ``num_args``. A compiled graph has no attributes either, but its outputs have names of
-    their own.
-    """
-    if prod(shape) < SMALL:
-        return True
-    if not mx.autograd.is_recording():
-        return False
-    try:
-        symbol = mx.autograd.get_symbol(pred)
-    except mx.MXNetError:  # of an array that is in no graph
-        return False
-    if any(not name.startswith('__') and name != 'num_args' for name in symbol.list_attr()):
-        return False
-    name, output = symbol.name, symbol.list_outputs()[0]
-    if output == name:  # a variable
-        return True
-    return output == f'{name}_output' and _operator(symbol) not in READERS
-
-
-def _operator(symbol: Any) -> str:
-    """Return the name of the operator that made an output, without looking at the rest of its graph."""
-    return symbol._gen_atomic_symbol().debug_str().split('Op:')[-1].strip()
 
 
 def _attributes(call: Call, weighted: bool) -> Dict[str, Any]:

@@ -8,7 +8,7 @@ import stat
 import sys
 import threading
 import warnings
-from typing import Optional
+from typing import Any, Optional
 
 import mxnet as mx
 from mxnet.base import _LIB, OpHandle, c_str, check_call
@@ -125,6 +125,7 @@ def is_whole(path: str) -> bool:
 
 _lock = threading.Lock()
 _is_loaded: Optional[bool] = None  # None: not tried yet
+compiled: Any = None  # the library, whose C functions can be called, once it is loaded
 
 
 def load() -> bool:
@@ -157,11 +158,13 @@ def load_library(path: str) -> None:
 
     ``mx.library.load`` would make all functions of `mx.nd` and `mx.sym` anew, which undoes ``amp.init``.
     """
-    # the bytes of the file system, as the locale may have no characters for them; 0: not verbose
-    check_call(_LIB.MXLoadLib(os.fsencode(os.path.abspath(path)), ctypes.c_uint(0)))
+    global compiled
+    encoded = os.fsencode(os.path.abspath(path))  # as the locale may have no characters for it
+    check_call(_LIB.MXLoadLib(encoded, ctypes.c_uint(0)))  # 0: not verbose
     handle = OpHandle()
     check_call(_LIB.NNGetOpHandle(c_str(NAME), ctypes.byref(handle)))
     for module, make in ((mx.nd, _make_ndarray_function), (mx.sym, _make_symbol_function)):
         function = make(handle, NAME, NAME)
         for place in (module, module.op):
             setattr(place, NAME, function)
+    compiled = ctypes.CDLL(path)

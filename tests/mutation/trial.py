@@ -109,8 +109,8 @@ class Copy:
         if not os.path.exists(lib_api):
             subprocess.run([*compiler, '-c', f'{mxnet}/src/lib_api.cc', '-o', lib_api], check=True)
         path = os.path.join(library.HERE, library.file_name())
-        source = os.path.join(library.SOURCES, 'operator.cc')
-        if subprocess.run([*compiler, source, lib_api, '-o', path], check=False).returncode:
+        sources = [os.path.join(library.SOURCES, name) for name in ('operator.cc', 'signature.cc')]
+        if subprocess.run([*compiler, *sources, lib_api, '-o', path], check=False).returncode:
             return False
         with open(path, 'ab') as file:
             file.write(library.END)
