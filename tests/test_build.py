@@ -11,6 +11,7 @@ import time
 import warnings
 from argparse import Namespace
 from collections import Counter
+from itertools import product
 from pathlib import Path
 
 import mxnet as mx
@@ -139,19 +140,19 @@ def version_of_gcc():
     not shutil.which('g++') or version_of_gcc() < 12 or platform.machine() != 'x86_64',
     reason='it reads the reports of g++ 12 on x86_64',
 )
-@pytest.mark.parametrize('size', [32, 64], ids=['AVX2', 'AVX-512'])
-def test_each_loop_becomes_vector_code_for_float_and_double(size, tmp_path, monkeypatch):
+def test_each_loop_becomes_vector_code_for_float_and_double(tmp_path, monkeypatch):
     """Nothing else would notice a loop of single numbers, which takes ten times as long."""
     report, source = tmp_path / 'report', Path(library.SOURCES) / 'loops.h'
     monkeypatch.setattr(library, 'FLAGS', (*library.FLAGS, f'-fopt-info-vec-optimized={report}'))
     build.compile_to(str(tmp_path / 'library.so'))
-    message = f'loops.h:([0-9]+):.*vectorized using {size} byte vectors'
-    vectorized = Counter(int(line) for line in re.findall(message, report.read_text()))
+    message = 'loops.h:([0-9]+):.*vectorized using ([0-9]+) byte vectors'
+    vectorized = Counter((int(line), int(size)) for line, size in re.findall(message, report.read_text()))
     lines = enumerate(source.read_text().splitlines(), start=1)
     marked = [number for number, line in lines if line.startswith(('#pragma omp simd', '#pragma GCC ivdep'))]
     assert len(marked) > 10
-    for number in marked:  # the report names the loop's line, or one of its body
-        assert sum(vectorized[number + i] for i in (1, 2)) > 1, f'loops.h:{number}'
+    for number, size in product(marked, (32, 64)):  # AVX2 and AVX-512
+        # the report names the loop's line, or one of its body
+        assert sum(vectorized[number + i, size] for i in (1, 2)) > 1, f'loops.h:{number}, {size} bytes'
 
 
 @needs_operator

@@ -161,7 +161,12 @@ print(type(__builtins__), __doc__, main.__dict__ is globals(), main.__file__ is 
     'exception': "raise KeyError('gone')",
     'syntax error': 'def',
     'no exit': 'import os; os._exit(4)',
-    'interrupt': 'import os, signal; os.kill(os.getpid(), signal.SIGINT); import time; time.sleep(9)',
+    'interrupt': """
+import os, signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background does not have
+os.kill(os.getpid(), signal.SIGINT)
+time.sleep(9)
+""",
     'terminated': 'import os, signal; os.kill(os.getpid(), signal.SIGTERM); import time; time.sleep(9)',
     'hook': "import sys; sys.excepthook = lambda *_: print('hook'); raise KeyError",
     'at exit': "import atexit; atexit.register(print, 'end'); print('start')",
