@@ -143,6 +143,9 @@ LOGSUMEXP = Tolerance(absolute=1e-5, relative=2e-7)
 BESIDE_STOCK = Tolerance(absolute=5e-6, relative=1.2e-5)
 # The same operators on the same numbers. What may differ is the layout that oneDNN picks for the net in front.
 SAME_OPERATORS = Tolerance(absolute=2e-6, relative=2e-6)
+# Parameters below 1 after a few steps of several workers, beside those of one process: the sums of float32 gradients
+# are in another order, and gluon's loss has an error of 4e-6 of a gradient, at a learning rate of 0.1.
+ONE_PROCESS = Tolerance(absolute=1e-6)
 # Parameters after a few steps: gradients within 1e-6 of each other, at learning rates of about 1.
 TRAINED = Tolerance(absolute=5e-6, relative=1e-5)
 # Some operations with the 8 bits of bfloat16.
