@@ -73,8 +73,8 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         Adds this times the squared logsumexp of the logits (z-loss).
     reduction : 'mean', 'valid', 'sum' or 'none'
         'mean' and 'sum' are per sample, over the positions that count. 'valid' is per sample too, the sum
-        divided by how many positions count in a sample on average: then the mean over the batch is the mean
-        over all positions of the batch that count, as with `SoftmaxOutput`'s ``normalization='valid'``.
+        divided by the batch's average number of positions that count in a sample: then the mean over the
+        batch is the mean over all positions that count, as with `SoftmaxOutput`'s ``normalization='valid'``.
         'none' is no reduction.
     invalid_label : 'nan', 'raise' or 'clip'
         How to treat labels that are outside [0, C), NaN or not an integer. 'nan': the loss is NaN and its
@@ -148,7 +148,7 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
 
     *Graphs.* A call with arrays runs a compiled graph with static memory, and its outputs are fresh arrays.
     Losses of equal options share their graphs. A loss has up to 16, each with the memory of its largest
-    batch, once for each of the calls that were recorded before one backward. ``hybridize()`` frees this
+    batch, multiplied by the number of calls that are recorded before one backward. ``hybridize()`` frees this
     memory, and so does deleting the loss. ``hybridize(False)`` computes operator by operator, for debugging.
     A subclass with a `hybrid_forward` of its own runs operator by operator unless it calls ``hybridize()``.
     One loss may be called from several threads. The page on semantics says which kernel they use, and which

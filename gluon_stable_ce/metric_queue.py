@@ -169,7 +169,7 @@ class RunningMean:
         except (TypeError, KeyError) as error:
             raise ValueError(f'state: expected what state_dict() returns, got {state!r:.200}') from error
         if got != self._identity():
-            raise ValueError(f'state: expected one of a metric with {self._identity()}, got {got}')
+            raise ValueError(f'state: expected the state of a metric with {self._identity()}, got {got}')
         with self._lock:
             self._held = Held(sums)
 

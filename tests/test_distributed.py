@@ -270,7 +270,7 @@ def test_sums_are_exact_without_servers(interface, workers, dtype):
     ids=['mean', 'alone', 'float16', 'limb', 'fraction', 'nan', 'zero'],
 )
 def test_wrong_sums_are_an_error_on_every_worker(spoil, interface):
-    message = 'store: expected the sum of what 3 workers gave, got something else'
+    message = 'store: expected the sum of the numbers of 3 workers, got another one'
     assert run_threads(interface, 3, spoil) == [message] * 3
 
 

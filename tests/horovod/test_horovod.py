@@ -111,7 +111,7 @@ def test_horovod_that_is_not_initialised_is_an_error(job):
 
 
 def test_another_result_than_the_sum_is_an_error_on_every_process(job):
-    message = f'RuntimeError: store: expected the sum of what {len(job)} workers gave, got something else'
+    message = f'RuntimeError: store: expected the sum of the numbers of {len(job)} workers, got another one'
     for worker in job:
         assert worker['errors']['average'] == ([1] if len(job) == 1 else message)
         assert worker['errors']['hvd'] == [len(job)]
