@@ -94,7 +94,7 @@ def compile_to(path: str) -> None:
     except ValueError as error:
         raise BuildError(f'CXX: expected a command, got {os.environ["CXX"]!r}') from error
     if shutil.which(compiler[0]) is None:
-        raise BuildError(f'no C++ compiler: {compiler[0]} was not found. Install g++, or name another compiler in CXX')
+        raise BuildError(f'no C++ compiler: {compiler[0]} was not found; install g++, or name one in CXX')
     root = os.path.dirname(mx.__file__)
     include = os.path.join(root, 'include')
     sources = [os.path.join(library.SOURCES, 'operator.cc'), os.path.join(root, 'src', 'lib_api.cc')]
