@@ -9,10 +9,10 @@ from .commands import audit, build, run
 COMMANDS = {
     'audit': (
         audit,
-        'Compute the exact cross entropy of given predictions, and how far an epsilon changes it.',
+        'Compute the exact cross entropy of given predictions, and the error that an epsilon makes.',
     ),
     'build': (build, 'Compile the fused kernel and test it.'),
-    'run': (run, "Run a script or a module with this loss and these metrics in the place of MXNet's own."),
+    'run': (run, "Run a script or a module with this loss and these metrics in place of MXNet's own."),
 }
 
 

@@ -23,7 +23,7 @@ def all_reduce(store: Any, numbers: List[int]) -> List[int]:
     This is a collective call: it returns when every worker has made it.
 
     Workers exchange their numbers in pieces of 16 bits, which float64 and float32 hold exactly, and each
-    worker adds them up as Python integers. What the store does to gradients does not change them: on the
+    worker adds them up as Python integers. The store's treatment of gradients does not change them: on the
     servers, the numbers of each worker go to a new key, and a server stores the first value of a key
     unchanged. So an optimizer on the servers (``update_on_kvstore``) does not matter.
 
@@ -56,7 +56,7 @@ def all_reduce(store: Any, numbers: List[int]) -> List[int]:
         this one.
     RuntimeError
         If the keys of the store are strings (`Module` uses strings, `gluon.Trainer` integers), if it
-        compresses gradients, or if it returns other values than were sent. Every worker raises it.
+        compresses gradients, or if it changes values. Every worker raises it.
 
     Notes
     -----
@@ -83,7 +83,7 @@ def all_reduce(store: Any, numbers: List[int]) -> List[int]:
     limbs = rows.astype('<u2')
     heads = np.stack([np.arange(1, workers + 1), limbs[:, 2:].sum(axis=1) % 2**16], axis=1)
     if not (np.array_equal(limbs, rows) and np.array_equal(limbs[:, :2], heads)):
-        raise RuntimeError(f'store: expected the sum of what {workers} workers gave, got something else')
+        raise RuntimeError(f'store: expected the sum of the numbers of {workers} workers, got another one')
     columns = limbs[:, 2:].reshape(workers, len(numbers), _BYTES // 2).swapaxes(0, 1)
     return [sum(int.from_bytes(part.tobytes(), 'little', signed=True) for part in parts) for parts in columns]
 

@@ -67,14 +67,14 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         PyTorch divides by the sum of the weights. Held in float32, as a constant of the graph that needs no
         initialisation.
     label_smoothing : float from 0 to 1, default 0
-        How much of the target is spread over all C classes, as in PyTorch and Keras; `SoftmaxOutput` spreads
+        Share of the target, spread over all C classes as in PyTorch and Keras; `SoftmaxOutput` spreads it
         over the other C - 1.
     lse_square_scale : float >= 0, default 0
         Adds this times the squared logsumexp of the logits (z-loss).
     reduction : 'mean', 'valid', 'sum' or 'none'
         'mean' and 'sum' are per sample, over the positions that count. 'valid' is per sample too, the sum
-        divided by how many positions count in a sample on average: then the mean over the batch is the mean
-        over all positions of the batch that count, as with `SoftmaxOutput`'s ``normalization='valid'``.
+        divided by the batch's average number of positions that count in a sample: then the mean over the
+        batch is the mean over all positions that count, as with `SoftmaxOutput`'s ``normalization='valid'``.
         'none' is no reduction.
     invalid_label : 'nan', 'raise' or 'clip'
         How to treat labels that are outside [0, C), NaN or not an integer. 'nan': the loss is NaN and its
@@ -83,12 +83,11 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         class, a fraction the class of its integer part, and NaN class 0. For labels that fit int32, that is
         what gluon does.
     kernel : 'auto', 'stock' or 'fused'
-        What reduces the class axis. 'stock': MXNet's own operators. 'fused': an operator that
+        The code that reduces the class axis. 'stock': MXNet's own operators. 'fused': an operator that
         ``python -m gluon_stable_ce build`` compiles, for sparse labels and logits on the CPU; also in graphs
         of symbols, which then need that operator. 'auto': for arrays, 'fused' where it can be used, else
-        'stock'; for symbols 'stock', so that what is exported runs anywhere. In threads other than the main
-        one, 'auto' is 'stock', and 'fused' a ValueError. The environment variable ``GLUON_STABLE_CE_KERNEL``
-        sets the meaning of 'auto'.
+        'stock'; for symbols 'stock', so that an export runs anywhere. The environment variable
+        ``GLUON_STABLE_CE_KERNEL`` sets the meaning of 'auto'.
     **kwargs
         ``prefix`` and ``params`` of a Block.
 
@@ -109,8 +108,8 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
     ------
     TypeError, ValueError
         If an option or a combination of options is meaningless; if arrays do not fit each other. The message
-        names the argument, what was expected and what it got. The inputs of a subclass with a
-        `hybrid_forward` of its own are not checked, as they may mean something else. The first five options
+        names the argument, the expected value and the given one. The inputs of a subclass with a
+        `hybrid_forward` of its own are not checked, as they may have another meaning. The first five options
         of a subclass with an `__init__` of its own are checked by the first call, as it may still set them.
 
     Notes
@@ -149,10 +148,11 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
 
     *Graphs.* A call with arrays runs a compiled graph with static memory, and its outputs are fresh arrays.
     Losses of equal options share their graphs. A loss has up to 16, each with the memory of its largest
-    batch, once for each of the calls that were recorded before one backward. ``hybridize()`` frees this
+    batch, multiplied by the number of calls that are recorded before one backward. ``hybridize()`` frees this
     memory, and so does deleting the loss. ``hybridize(False)`` computes operator by operator, for debugging.
     A subclass with a `hybrid_forward` of its own runs operator by operator unless it calls ``hybridize()``.
-    One loss may be called from several threads. The page on semantics says which arrays they must not share.
+    One loss may be called from several threads. The page on semantics says which kernel they use, and which
+    arrays they must not share.
 
     Examples
     --------
@@ -280,7 +280,7 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         return type(self).hybrid_forward is not StableSoftmaxCrossEntropyLoss.hybrid_forward
 
     def hybridize(self, active: bool = True, *args: Any, **kwargs: Any) -> None:
-        """Switch compiled graphs on or off, and free the memory of those there are.
+        """Switch compiled graphs on or off, and free the memory of the present ones.
 
         They have static memory by default.
 
@@ -314,8 +314,8 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
     ) -> Tuple[str, str]:
         """Export the loss as a graph of stock operators, as ``HybridBlock.export`` does, at any time.
 
-        The inputs are ``data0`` (pred) and ``data1`` (label). What is written depends on the options and the
-        arguments only, and not on earlier calls.
+        The inputs are ``data0`` (pred) and ``data1`` (label). The files depend only on the options and the
+        arguments, and not on earlier calls.
 
         Parameters
         ----------
@@ -363,8 +363,8 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         Returns
         -------
         int
-            The number of positions with another label than `ignore_label`, invalid ones included. It may be
-            0: write ``trainer.step(max(1, loss_fn.valid_count(label)))``.
+            The number of positions whose label is not `ignore_label`, invalid labels included. It may be 0:
+            write ``trainer.step(max(1, loss_fn.valid_count(label)))``.
 
         Examples
         --------
@@ -388,7 +388,7 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
     def create_metric(self, **kwargs: Any) -> StableCrossEntropy:
         """Create a `StableCrossEntropy` that reads labels and predictions as they are given to this loss.
 
-        It reports the plain NLL: weights, label smoothing and `lse_square_scale` are not in it. `kwargs` are
+        It reports the plain NLL, without weights, label smoothing and `lse_square_scale`. `kwargs` are
         the metric's `name`, `output_names` and `label_names`.
 
         Examples

@@ -1,4 +1,4 @@
-"""Metrics: what the loss computes, with exact sums and without waiting for the device."""
+"""Metrics of the same values as the loss, with exact sums and without waiting for the device."""
 
 import math
 from contextlib import nullcontext
@@ -29,7 +29,7 @@ IMPOSSIBLE = {
 
 
 class StableLoss(RunningMean, mx.metric.Loss, is_kind=True):
-    """Mean of given loss values, in the place of `mx.metric.Loss`, of which it is a subclass.
+    """Mean of given loss values, in place of `mx.metric.Loss`, of which it is a subclass.
 
     The values are copied on their device and read some updates later, so they may be written over afterwards.
 
@@ -42,7 +42,7 @@ class StableLoss(RunningMean, mx.metric.Loss, is_kind=True):
     Raises
     ------
     TypeError
-        By `update`, if it is given something else than arrays; then nothing is taken in.
+        By `update`, if a value is not an array; then nothing is taken in.
     MXNetError
         As by `StableCrossEntropy`.
 
@@ -97,14 +97,14 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric, is_kind=True):
 
     .. math:: \frac{1}{N} \sum_n -\log p_{n, y_n}
 
-    Reads labels as the loss does and computes what the loss computes, without weights or smoothing.
+    Reads labels and computes values as the loss does, without weights or smoothing.
 
     Parameters
     ----------
     axis : int, default -1
         Class axis of the predictions. With dense labels that are no logits it may be several, as in the loss.
     pred_type : 'probs', 'logits' or 'log_probs'
-        What the predictions are.
+        The kind of the predictions.
     ignore_label : int, optional
         Label of positions that do not count.
     sparse_label : bool, default True
@@ -115,7 +115,7 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric, is_kind=True):
         fraction as the class of its integer part, and NaN as class 0. That is what `mx.metric.Perplexity`
         does.
     kernel : 'auto', 'stock' or 'fused'
-        What reduces the class axis of logits, as for the loss.
+        The code that reduces the class axis of logits, as for the loss.
     name : str, default 'cross-entropy'
     output_names, label_names : list of str, optional
         The names of the outputs and labels that ``update_dict`` passes to `update`.
@@ -132,7 +132,7 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric, is_kind=True):
 
     Notes
     -----
-    Shapes and dtypes are those of the loss. Labels of any shape also fit 2-D predictions
+    Shapes and dtypes are as for the loss. Labels of any shape also fit 2-D predictions
     with as many rows, as in `mx.metric`.
 
     *Numerics.* Probabilities are picked first, and their logarithm is taken in float64 (1e-15 relative).
@@ -245,8 +245,8 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric, is_kind=True):
 class StablePerplexity(StableCrossEntropy, is_kind=True):
     """Exponential of the mean negative log-likelihood of the labels, with no floor under small probabilities.
 
-    `mx.metric.Perplexity` has one at p = 1e-10. The positional arguments are those of `mx.metric.Perplexity`.
-    Parameters, shapes, errors and numerics are those of `StableCrossEntropy`.
+    `mx.metric.Perplexity` has one at p = 1e-10. It takes the same positional arguments. Parameters, shapes,
+    errors and numerics are as for `StableCrossEntropy`.
 
     Examples
     --------
@@ -292,7 +292,7 @@ class StablePerplexity(StableCrossEntropy, is_kind=True):
 class StableBitsPerToken(StableCrossEntropy, is_kind=True):
     """Mean negative log-likelihood of the labels in bits: nats divided by log 2.
 
-    Parameters, shapes, errors and numerics are those of `StableCrossEntropy`.
+    Parameters, shapes, errors and numerics are as for `StableCrossEntropy`.
 
     Examples
     --------

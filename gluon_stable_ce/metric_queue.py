@@ -79,7 +79,7 @@ class RunningMean:
     _kind: Any  # the class of this package that a class is, or extends
 
     def __init_subclass__(cls, is_kind: bool = False, **kwargs: Any) -> None:
-        """Let `help` show the arguments of ``__init__``, and not those of ``__new__``, which takes any."""
+        """Let `help` show the arguments of ``__init__``. Those of ``__new__`` have no names."""
         super().__init_subclass__(**kwargs)
         _, *parameters = inspect.signature(cls.__init__).parameters.values()
         cls.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -113,22 +113,22 @@ class RunningMean:
         """Return (name, value) of all since the last `reset`; NaN if there is nothing."""
         return self.name, self._value('global' if self._has_global_stats else 'local')
 
-    num_inst = _window_property('local', 'count', 'How many values `get` is the mean of.')
+    num_inst = _window_property('local', 'count', 'The number of values that `get` averages.')
     sum_metric = _window_property(
-        'local', 'total', 'The sum of the values that `get` is the mean of, rounded once.'
+        'local', 'total', 'The sum of the values that `get` averages, rounded once.'
     )
-    global_num_inst = _window_property('global', 'count', 'How many values `get_global` is the mean of.')
+    global_num_inst = _window_property('global', 'count', 'The number of values that `get_global` averages.')
     global_sum_metric = _window_property(
-        'global', 'total', 'The sum of the values that `get_global` is the mean of, rounded once.'
+        'global', 'total', 'The sum of the values that `get_global` averages, rounded once.'
     )
 
     @property
     def num_infinite(self) -> int:
-        """How many of the values that `get` is the mean of are infinite."""
+        """The number of infinite values among those that `get` averages."""
         return self._window('local').infinite
 
     def merge(self, other: Any) -> None:
-        """Take in what another metric of this kind holds, as if its updates had come after this metric's.
+        """Add the values of another metric of this kind, as if its updates had come after this metric's.
 
         Raises
         ------
@@ -145,7 +145,7 @@ class RunningMean:
             self._held = Held({window: ours[window] + theirs[window] for window in _WINDOWS})
 
     def state_dict(self) -> Dict[str, Any]:
-        """Return all that the metric holds as plain JSON values, which can go into a checkpoint.
+        """Return the sums and options as plain JSON values, which can go into a checkpoint.
 
         Raises
         ------
@@ -156,12 +156,12 @@ class RunningMean:
         return {**self._identity(), **{window: sums[window].as_dict() for window in _WINDOWS}}
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
-        """Go on from a `state_dict`, in the place of what the metric holds.
+        """Go on from a `state_dict`. The values that the metric held before are lost.
 
         Raises
         ------
         ValueError
-            If `state` is something else; nothing is changed then.
+            If `state` is no state of such a metric; nothing is changed then.
         """
         try:
             got = {name: state[name] for name in self._identity()}
@@ -169,12 +169,12 @@ class RunningMean:
         except (TypeError, KeyError) as error:
             raise ValueError(f'state: expected what state_dict() returns, got {state!r:.200}') from error
         if got != self._identity():
-            raise ValueError(f'state: expected that of a metric with {self._identity()}, got {got}')
+            raise ValueError(f'state: expected the state of a metric with {self._identity()}, got {got}')
         with self._lock:
             self._held = Held(sums)
 
     def all_reduce(self, store: Any) -> Any:
-        """Return a metric of what all workers hold; this one stays as it is.
+        """Return a metric of the values of all workers; this one does not change.
 
         All workers must call this, with data or without. The result's `get` and `get_global` are exactly what
         one process would report that had received all updates.

@@ -53,7 +53,7 @@ def export_model(
     in_shapes, in_types : dict or list of tuple, dict or list of dtype
         Shapes and dtypes of the inputs. A dict has them by the name of the input. A list has them in the
         order of ``sym.list_inputs()``: for the loss, that is pred, label, sample_weight. A single dtype is
-        that of all inputs.
+        for all inputs.
     onnx_file_path, verbose, dynamic, dynamic_input_shapes, run_shape_inference, input_type, input_shape
         As in MXNet. With ``dynamic=True``, None in `dynamic_input_shapes` stands for an axis of any length.
         `dynamic_input_shapes`, `input_type` and `input_shape` may be dicts, too.

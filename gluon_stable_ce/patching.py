@@ -1,4 +1,4 @@
-"""Put the loss and the metrics in the place of MXNet's own, in a running process."""
+"""Put the loss and the metrics in place of MXNet's own, in a running process."""
 
 import abc
 import copyreg
@@ -38,7 +38,7 @@ _ACTIVE: List['Patch'] = []  # the innermost comes last
 
 
 def patch(**loss_options: Any) -> 'Patch':
-    """Put this loss and these metrics in the place of MXNet's own, until `unpatch` or the end of a ``with``.
+    """Put this loss and these metrics in place of MXNet's own, until `unpatch` or the end of a ``with``.
 
     These names are replaced: ``SoftmaxCrossEntropyLoss`` and ``SoftmaxCELoss`` in `mxnet.gluon.loss`;
     ``CrossEntropy``, ``NegativeLogLikelihood``, ``Perplexity`` and ``Loss`` in `mxnet.metric`; and the names

@@ -86,8 +86,8 @@ JOBS = {
     'adam': (('dist_sync', 2, 1), ('training:adam,True,2',)),
     'device': (('dist_device_sync', 2, 1), ('training:sgd,False,2',)),
     'names': (('dist_sync', 2, 1), ('refused:names',)),
-    'tokens of two': (('dist_sync', 2, 1), ('token_mean:sgd',)),
-    'tokens of three': (('dist_sync', 3, 2), ('token_mean:adam',)),
+    'tokens of two': (('dist_sync', 2, 1), ('token_mean',)),
+    'tokens of three': (('dist_sync', 3, 2), ('token_mean',)),
 }
 
 
@@ -137,15 +137,18 @@ def test_store_of_a_trainer_reduces_too_and_trains_the_same(job, optimizer, upda
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(('workers', 'optimizer'), [(2, 'sgd'), (3, 'adam')])
-def test_recipe_of_the_token_mean_trains_as_one_process(workers, optimizer):
-    """With uneven padding, and one worker at each step that has nothing else."""
-    weights = answers_of(f'tokens of {"two" if workers == 2 else "three"}', f'token_mean:{optimizer}')
-    expected = dist_worker.token_mean_of_one_process(workers, optimizer)
+@pytest.mark.parametrize(('job', 'workers'), [('tokens of two', 2), ('tokens of three', 3)])
+def test_recipe_of_the_token_mean_trains_as_one_process(job, workers):
+    """With uneven padding, and one worker at each step that has nothing else.
+
+    With SGD, as Adam takes the same steps whatever the divisor is, and enlarges the error of small gradients.
+    """
+    weights = answers_of(job, 'token_mean')
+    expected = dist_worker.token_mean_of_one_process(workers)
     assert np.abs(expected - 0.5).min() > 1e-4  # it did train
     for weight in weights:
         assert weight == weights[0]
-        assert_close(weight, expected, tolerances.SAME_OPERATORS)
+        assert_close(weight, expected, tolerances.ONE_PROCESS)
 
 
 @pytest.mark.dist
@@ -267,7 +270,7 @@ def test_sums_are_exact_without_servers(interface, workers, dtype):
     ids=['mean', 'alone', 'float16', 'limb', 'fraction', 'nan', 'zero'],
 )
 def test_wrong_sums_are_an_error_on_every_worker(spoil, interface):
-    message = 'store: expected the sum of what 3 workers gave, got something else'
+    message = 'store: expected the sum of the numbers of 3 workers, got another one'
     assert run_threads(interface, 3, spoil) == [message] * 3
 
 

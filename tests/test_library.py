@@ -119,7 +119,7 @@ def test_a_library_beside_the_sources_may_be_written_by_those_who_may_write_thes
 ], ids=['cut-off', 'without-end', 'empty', 'zeroed', 'longer'])  # fmt: skip
 def test_a_damaged_library_is_not_loaded(cache, damage):
     put_library(cache, damage(library.sealed(b'ELF and more')))
-    with pytest.warns(RuntimeWarning, match='not whole. To rebuild it: python -m gluon_stable_ce build$'):
+    with pytest.warns(RuntimeWarning, match='damaged. To rebuild it: python -m gluon_stable_ce build$'):
         assert library.find() is None
 
 

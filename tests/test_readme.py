@@ -48,7 +48,7 @@ def test_first_table_is_what_is_measured():
         for loss in (stock_loss, loss_fn)
     ]
     rows = [
-        ('what you compute', f'MXNet {mx.__version__}', 'this package', 'exact'),
+        ('value', f'MXNet {mx.__version__}', 'this package', 'exact'),
         (
             '`mx.metric.CrossEntropy` of a probability of 1e-43',
             f'{stock_metric.get()[1]:.2f}',
@@ -157,13 +157,13 @@ def installed(tmp_path_factory):
 
 @pytest.mark.slow
 def test_python_blocks_run_where_only_the_install_line_was_run(installed, tmp_path):
-    (tmp_path / 'readme.py').write_text(python_of_the_readme(), encoding='utf-8')
+    (tmp_path / 'readme.py').write_text(python_of('README.md'), encoding='utf-8')
     code, printed = run(installed, 'readme.py', cwd=tmp_path)
     assert code == 0, printed
 
 
-def python_of_the_readme():
-    return '\n'.join(block.text for block in pages.blocks_of('README.md', 'python'))
+def python_of(page):
+    return '\n'.join(block.text for block in pages.blocks_of(page, 'python'))
 
 
 @pytest.fixture(params=['mypy', 'pyright'])
@@ -184,7 +184,9 @@ def check_types(request, installed, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    'script', [pages.read('tests/typed_script.py'), python_of_the_readme()], ids=['typed', 'README']
+    'script',
+    [pages.read('tests/typed_script.py'), python_of('README.md'), python_of('docs/start.md')],
+    ids=['typed', 'README', 'start'],
 )
 def test_type_checkers_accept_right_code(check_types, script):
     code, printed = check_types(script)

@@ -46,12 +46,12 @@ def audit(
     axis : int, default -1
         Class axis of `pred`.
     ignore_label : int, optional
-        Label that does not count. ``mx.metric.CrossEntropy`` has no such option: its value here is that of
-        the samples that count.
+        Label that does not count. ``mx.metric.CrossEntropy`` has no such option: its value here is for the
+        samples that count.
     eps : float, default 1e-12
         The eps of ``mx.metric.CrossEntropy``, from 0 to 1.
     worst : int, default 10
-        How many of the worst samples to list.
+        The length of the list of the worst samples.
     progress : bool, default False
         Show a progress bar if stderr is a terminal and tqdm is installed.
 
@@ -63,7 +63,7 @@ def audit(
     Raises
     ------
     TypeError, ValueError
-        If arrays, shapes, dtypes or options do not fit; the message says what was expected and what came.
+        If arrays, shapes, dtypes or options do not fit. The message names the argument and its problem.
 
     Notes
     -----

@@ -26,21 +26,21 @@ class Audit:
     pred_type, classes, eps
         The arguments.
     samples, ignored, invalid : int
-        How many samples counted; how many labels are `ignore_label`; how many are outside [0, classes), NaN
-        or fractional.
+        The numbers of samples that counted, of ignored labels, and of labels that are outside [0, classes),
+        NaN or fractional.
     nll, perplexity : float
         Exact mean negative log-likelihood in nats, inf if any p is 0; and ``exp(nll)``. Like all means, they
         are NaN if no sample counts.
     stock_cross_entropy, stock_perplexity : float
         The values of ``mx.metric.CrossEntropy(eps)``, in nats, and of ``mx.metric.Perplexity``.
     under_eps, under_eps_share : int, float
-        How many samples have p < eps, and their share of the total loss, from 0 to 1.
+        The number of samples with p < eps, and their share of the total loss, from 0 to 1.
     zero, nan : int
-        How many samples have p = 0 and an infinite NLL; how many have none, as of a NaN or an impossible
-        probability: one below 0 or above 1.001.
+        The numbers of samples with p = 0, whose NLL is infinite, and of samples without an NLL, whose
+        probability is NaN or impossible: below 0 or above 1.001.
     bad_rows, row_tolerance : int or None, float
-        How many distributions do not sum to 1 within the tolerance, those of ignored labels left out; None
-        for logits.
+        The number of distributions that do not sum to 1 within the tolerance, without those of ignored
+        labels; None for logits.
     hints : tuple of str
         Possible mistakes in the input: the share of invalid labels, and another kind of predictions than
         `pred_type`.
@@ -100,7 +100,7 @@ class Audit:
         return f'{"infinitely" if math.isinf(self.error) else f"{100 * self.error:.3g}%"} too {direction}'
 
     def as_dict(self) -> dict:
-        """All fields and `error` for strict JSON: what is not finite is the string 'inf', '-inf' or 'nan'."""
+        """All fields and `error` for strict JSON: infinities and NaN are the strings 'inf', '-inf', 'nan'."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != '_curve'}
         worst = [sample._asdict() for sample in self.worst]
         text = json.dumps({**fields, 'error': self.error, 'worst': worst})

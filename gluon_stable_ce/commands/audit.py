@@ -46,7 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--ignore-label', type=int, help='label that does not count')
     add('--eps', type=float, default=1e-12, help='the eps of mx.metric.CrossEntropy')
     add('--plot', metavar='FILE', help="draw each sample's NLL, stock and exact; needs matplotlib")
-    add('--json', action='store_true', help="print JSON; not finite numbers are 'inf', '-inf' or 'nan'")
+    add(
+        '--json',
+        action='store_true',
+        help="print JSON; infinities and NaN are the strings 'inf', '-inf' and 'nan'",
+    )
     add(
         '--max-error',
         type=float,

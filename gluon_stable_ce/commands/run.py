@@ -35,10 +35,10 @@ def _numbers(text):
 _OPTIONS: Dict[str, Tuple[Any, Optional[str], str]] = {
     'ignore_label': (int, 'LABEL', 'label of positions that do not count'),
     'class_weight': (_numbers, 'W,W,...', 'one weight for each class'),
-    'label_smoothing': (float, 'A', 'how much of the target is spread over all classes'),
+    'label_smoothing': (float, 'A', 'share of the target, spread over all classes'),
     'lse_square_scale': (float, 'S', 'factor of the squared logsumexp'),
     'reduction': (str, None, "'mean', 'valid', 'sum' or 'none'"),
-    'invalid_label': (str, None, "'nan', 'raise' or 'clip': how to treat labels outside [0, C)"),
+    'invalid_label': (str, None, "'nan', 'raise' or 'clip': treatment of labels outside [0, C)"),
     'kernel': (str, None, "'auto', 'stock' or 'fused': the code that reduces the class axis"),
 }
 _LABEL_HINT = (
@@ -46,7 +46,7 @@ _LABEL_HINT = (
     '--invalid-label clip, to count them as the nearest class, as mx.metric.Perplexity does'
 )
 _DESCRIPTION = textwrap.fill(
-    'Run a Python script, unmodified, with the loss and the metrics of this package in the place of '
+    'Run a Python script, unmodified, with the loss and the metrics of this package in place of '
     "mxnet.gluon.loss.SoftmaxCrossEntropyLoss and mxnet.metric's CrossEntropy, NegativeLogLikelihood, "
     'Perplexity and Loss. The options are defaults for the losses that the script makes; --ignore-label and '
     '--invalid-label clip also apply to its metrics. '

@@ -95,7 +95,7 @@ def compile_to(path: str) -> None:
     except ValueError as error:
         raise BuildError(f'CXX: expected a command, got {os.environ["CXX"]!r}') from error
     if shutil.which(compiler[0]) is None:
-        raise BuildError(f'no C++ compiler: {compiler[0]} is not there; install g++, or name one in CXX')
+        raise BuildError(f'no C++ compiler: {compiler[0]} was not found; install g++, or name one in CXX')
     root = os.path.dirname(mx.__file__)
     include = os.path.join(root, 'include')
     sources = [*sorted(glob(f'{library.SOURCES}/*.cc')), os.path.join(root, 'src', 'lib_api.cc')]

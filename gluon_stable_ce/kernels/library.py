@@ -114,7 +114,7 @@ def is_whole(path: str) -> bool:
             found = file.read()
         if found == sealed(found.rpartition(END)[0]):
             return True
-        reason = 'it is not whole'
+        reason = 'it is damaged'
     except OSError as error:
         reason = f'it cannot be read ({error.strerror})'
     warnings.warn(
