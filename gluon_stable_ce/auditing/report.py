@@ -42,8 +42,8 @@ class Audit:
         The number of distributions that do not sum to 1 within the tolerance, without those of ignored
         labels; None for logits.
     hints : tuple of str
-        Possible mistakes in the input: the share of invalid labels, and another kind of predictions than
-        `pred_type`.
+        Possible mistakes in the input: the share of invalid labels, and predictions of a kind other
+        than `pred_type`.
     worst : tuple of (index, label, p, nll)
         The samples of the largest NLL, the worst first. NaN ranks as infinite.
 
