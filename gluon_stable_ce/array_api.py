@@ -8,7 +8,7 @@ the way in, and the result is viewed back on the way out.
 from functools import lru_cache, wraps
 from string import ascii_lowercase
 from types import ModuleType
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Optional, Sequence, Tuple, Union
 
 import mxnet as mx
 import numpy as np
@@ -20,7 +20,6 @@ from mxnet.util import is_np_array
 
 F = ModuleType  # mx.nd or mx.sym: the operators to compute with
 Array = Union[ndarray.NDArray, symbol.Symbol]  # of either API
-Arrays = Union[Array, List[Array]]
 
 ARRAY = ndarray.NDArray
 NP_STYLE = (numpy.ndarray, NumpySymbol)

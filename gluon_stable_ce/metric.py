@@ -12,7 +12,7 @@ import numpy as np
 from mxnet import autograd
 
 from . import array_api, device_errors, graphs
-from .array_api import Array, Arrays
+from .array_api import Array
 from .array_checks import check_array_type
 from .call import METRIC_FILL
 from .exact_sums import ExactSums
@@ -71,7 +71,7 @@ class StableLoss(RunningMean, mx.metric.Loss, is_kind=True):
         # not through mx.metric.Loss.__init__, which may be ours if that was put in its place
         mx.metric.EvalMetric.__init__(self, name, output_names, label_names, has_global_stats=True)
 
-    def update(self, _: Any, preds: Arrays) -> None:
+    def update(self, _: Any, preds: Any) -> None:
         """Take in an array of loss values of any shape, or a list of them, each on its own context."""
         self._push([_copied(array) for array in _as_list('preds', preds) if array.size])
 
@@ -197,7 +197,8 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric, is_kind=True):
     def _graphs(self) -> graphs.Graphs:
         return graphs.Graphs(packed, self)
 
-    def update(self, labels: Arrays, preds: Arrays) -> None:
+    # Any: type checkers take the result of most operators of MXNet, such as softmax, for a tuple
+    def update(self, labels: Any, preds: Any) -> None:
         """Take in labels and predictions: an array each, or lists of arrays, each pair on its own context."""
         labels, preds = _as_list('labels', labels), _as_list('preds', preds)
         if len(labels) != len(preds):

@@ -36,6 +36,8 @@ metric.merge(metric)
 whole: StableCrossEntropy = metric.all_reduce(mx.kv.create('local'))
 name, nats = whole.get()
 infinite: int = whole.num_infinite
+metric.update(mx.nd.zeros(2), mx.nd.softmax(mx.nd.zeros((2, 3))))
+StableLoss().update(None, mx.nd.zeros(2))
 with patch(ignore_label=-1) as patched:
     replaced: int = patched.losses + patched.metrics
 table: str = audit(np.full((1, 2), 0.5), np.ones(1), pred_type='probs').table()
