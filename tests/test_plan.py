@@ -8,6 +8,7 @@ import pytest
 from mxnet import autograd
 
 from gluon_stable_ce import StableSoftmaxCELoss
+from gluon_stable_ce import plan as plan_module
 from gluon_stable_ce.call import LOSS_FILL, Call
 from gluon_stable_ce.options import Options
 from gluon_stable_ce.plan import plan
@@ -69,6 +70,16 @@ def test_plan_of_np_arrays():
 def test_plan_does_not_depend_on_sizes():
     """So one graph serves all of them."""
     assert call_of(nd.zeros((4, 3)), nd.zeros(4)) == call_of(nd.zeros((7, 2)), nd.zeros(7))
+
+
+def test_calls_that_look_like_one_before_are_planned_once(monkeypatch):
+    monkeypatch.setattr(plan_module, '_CALLS', {})
+    monkeypatch.setattr(plan_module, 'MOST_CALLS', 2)
+    for size in (4, 5, 6):
+        first = call_of(nd.zeros((size, 3)), nd.zeros(size))
+        assert call_of(nd.ones((size, 3)), nd.ones(size)) is first
+        assert call_of(nd.ones((size, 3)), nd.ones(size), ignore_label=1) is not first
+        assert len(plan_module._CALLS) <= 2
 
 
 @pytest.mark.parametrize(

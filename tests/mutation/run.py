@@ -26,7 +26,7 @@ SHARED = [
     [*STOCK, 'test_loss.py', 'test_metric.py', 'test_half_precision.py', 'test_onnx.py'],
 ]
 PLAN = [
-    ['test_plan.py', 'test_array_checks.py'],
+    ['test_plan.py', 'test_array_checks.py', 'test_options.py', 'test_signature.py'],
     ['test_gradient_requests.py', 'test_graphs.py', 'test_metric.py', 'test_class_weight.py'],
 ]
 OPERATOR = [
