@@ -9,6 +9,7 @@ import pickle
 import re
 import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import mxnet as mx
 import numpy as np
@@ -689,3 +690,20 @@ def test_counts_from_several_threads(patched):
         thread.join()
     assert patched.metrics == 200
     assert repr(patched) == '<patch(): 0 losses and 200 metrics were replaced>'
+
+
+def test_two_threads_trace_a_block_one_after_the_other(patched):
+    """MXNet fails if they do so at once: a block has one name scope."""
+    both_trace = threading.Barrier(2)
+
+    class Traced(gluon.loss.SoftmaxCELoss):
+        def hybrid_forward(self, F, pred, label):
+            with contextlib.suppress(threading.BrokenBarrierError):
+                both_trace.wait(timeout=0.2)
+            return super().hybrid_forward(F, pred, label)
+
+    block = Traced()
+    block.hybridize()
+    with ThreadPoolExecutor(2) as pool:
+        losses = [pool.submit(block, mx.nd.zeros((1, 4)), mx.nd.zeros(1)) for _ in range(2)]
+    assert losses[0].result().asscalar() == losses[1].result().asscalar() > 0
