@@ -493,6 +493,13 @@ def test_subclass_with_a_mask(rng, hybridize):
     assert_close(*gradients, NLL)
 
 
+def test_hybrid_forward_that_a_script_replaces(patched, logits, monkeypatch):
+    loss_class = gluon.loss.SoftmaxCELoss
+    before = loss_class.hybrid_forward
+    monkeypatch.setattr(loss_class, 'hybrid_forward', lambda *inputs: 2 * before(*inputs))
+    assert_close(loss_class()(logits, LABEL).asnumpy(), 2 * ImportedBefore()(logits, LABEL).asnumpy(), NLL)
+
+
 def test_subclass_with_the_name_of_its_base(patched, logits):
     class SoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         def __init__(self, **kwargs):
