@@ -344,7 +344,8 @@ def _copied(array: Array) -> Queued:
 
 
 def _as_list(name: str, arrays: Any) -> List[Array]:
-    arrays = list(arrays) if isinstance(arrays, (list, tuple)) else [arrays]
+    arrays = arrays if isinstance(arrays, (list, tuple)) else [arrays]
+    arrays = [array.tostype('default') if isinstance(array, array_api.SPARSE) else array for array in arrays]
     for array in arrays:
         check_array_type(name, type(array))
     return arrays

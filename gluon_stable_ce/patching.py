@@ -355,13 +355,15 @@ def _replacements(patched):
 
         @property
         def _has_own_graph(self):
-            return type(self).hybrid_forward is not SoftmaxCrossEntropyLoss.hybrid_forward
+            return type(self).hybrid_forward is not own_forward
 
         def _plan(self, pred, label, sample_weight):
             call, inputs = super()._plan(pred, label, sample_weight)
             if call.weight_layout and _stock_crosses(call, sample_weight.shape, pred.shape):
                 patched._notify(_CROSSED)
             return call, inputs
+
+    own_forward = SoftmaxCrossEntropyLoss.hybrid_forward  # a script may replace it
 
     class Metric(_Replacement, StableCrossEntropy):
         def __init__(self, *args, **kwargs):

@@ -2,6 +2,7 @@
 
 import functools
 import threading
+from contextlib import nullcontext
 from typing import Any, Callable, Optional
 
 import mxnet as mx
@@ -17,12 +18,14 @@ class _Trace(threading.local):
 
 
 _trace = _Trace()
+_tracing = threading.RLock()
 
 
 def known_to_graphs(call_cached_op: Callable) -> Callable:
     """Wrap ``HybridBlock._call_cached_op``, so that `dtype_of` knows the dtypes of a graph that is traced.
 
     Gluon uses one graph for all dtypes. A block whose graph depends on them is traced again when they change.
+    Threads trace one after the other: MXNet fails if two trace a block at once.
     """
 
     @functools.wraps(call_cached_op)
@@ -33,7 +36,8 @@ def known_to_graphs(call_cached_op: Callable) -> Callable:
         before = _trace.block, _trace.dtypes
         _trace.block, _trace.dtypes = block, dtypes
         try:
-            return call_cached_op(block, *args)
+            with nullcontext() if block._cached_op else _tracing:
+                return call_cached_op(block, *args)
         finally:
             _trace.block, _trace.dtypes = before
 

@@ -9,6 +9,7 @@ import pickle
 import re
 import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import mxnet as mx
 import numpy as np
@@ -492,6 +493,13 @@ def test_subclass_with_a_mask(rng, hybridize):
     assert_close(*gradients, NLL)
 
 
+def test_hybrid_forward_that_a_script_replaces(patched, logits, monkeypatch):
+    loss_class = gluon.loss.SoftmaxCELoss
+    before = loss_class.hybrid_forward
+    monkeypatch.setattr(loss_class, 'hybrid_forward', lambda *inputs: 2 * before(*inputs))
+    assert_close(loss_class()(logits, LABEL).asnumpy(), 2 * ImportedBefore()(logits, LABEL).asnumpy(), NLL)
+
+
 def test_subclass_with_the_name_of_its_base(patched, logits):
     class SoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         def __init__(self, **kwargs):
@@ -689,3 +697,20 @@ def test_counts_from_several_threads(patched):
         thread.join()
     assert patched.metrics == 200
     assert repr(patched) == '<patch(): 0 losses and 200 metrics were replaced>'
+
+
+def test_two_threads_trace_a_block_one_after_the_other(patched):
+    """MXNet fails if they do so at once: a block has one name scope."""
+    both_trace = threading.Barrier(2)
+
+    class Traced(gluon.loss.SoftmaxCELoss):
+        def hybrid_forward(self, F, pred, label):
+            with contextlib.suppress(threading.BrokenBarrierError):
+                both_trace.wait(timeout=0.2)
+            return super().hybrid_forward(F, pred, label)
+
+    block = Traced()
+    block.hybridize()
+    with ThreadPoolExecutor(2) as pool:
+        losses = [pool.submit(block, mx.nd.zeros((1, 4)), mx.nd.zeros(1)) for _ in range(2)]
+    assert losses[0].result().asscalar() == losses[1].result().asscalar() > 0
