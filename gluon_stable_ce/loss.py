@@ -14,7 +14,7 @@ from . import array_api, graphs, labels
 from .array_api import Array, F
 from .array_checks import check_array_type, check_pred_dtype
 from .call import INPUTS, Call
-from .class_weight import ClassWeight
+from .class_weight import ClassWeight, Unused, file_in_loading
 from .kernels import choice
 from .metric import StableCrossEntropy
 from .options import (
@@ -350,6 +350,16 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         graphs.trace(loss_of, call, inputs).save(symbol_file, remove_amp_cast=remove_amp_cast)
         array_api.save(params_file, params)
         return symbol_file, params_file
+
+    def _collect_params_with_prefix(self, prefix: str = '') -> Dict[str, Any]:
+        """List the parameters of a file. One that is being loaded may have class weights or not."""
+        params, file = super()._collect_params_with_prefix(prefix), file_in_loading()
+        name = f'{prefix}.class_weight.value'.lstrip('.')
+        if file is not None and name in file:
+            params.setdefault(name, Unused(name))
+        elif file is not None:
+            params.pop(name, None)
+        return params
 
     def valid_count(self, label: Any) -> int:
         """Count the positions of `label` that count, by which ``trainer.step`` divides a summed loss.

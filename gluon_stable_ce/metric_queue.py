@@ -36,7 +36,7 @@ class Held(NamedTuple):
     queue: Tuple[Queued, ...] = ()  # arrays that may be in computation, the oldest first
     # lists and arrays that a subclass set in the place of numbers: ((window, field of ExactSums), value) each
     own: Tuple[Tuple[Tuple[str, str], Any], ...] = ()
-    recent: ExactSums = ExactSums()  # of the arrays since the last reading, which come into `sums` at the next
+    recent: ExactSums = ExactSums()  # of arrays since the last reading, which come into `sums` at the next
     errors: float = math.inf  # how many devices had reported before the first of these arrays
 
 
