@@ -191,6 +191,7 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
     ) -> None:
         # not through SoftmaxCrossEntropyLoss.__init__, which looks up its own name and may find ours there
         gluon.loss.Loss.__init__(self, weight, batch_axis, **kwargs)
+        del self._scope  # which holds this loss, and the memory of its graphs, until a garbage collection
         self._axis, self._sparse_label, self._from_logits = axis, sparse_label, from_logits  # as gluon's
         # as they were given; of gluon's own arguments, the attributes are read, which may be set later
         self._arguments = {name: value for name, value in locals().items() if name in Options._fields}
@@ -201,6 +202,12 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
                 self.class_weight = ClassWeight(class_weight)
         self._is_compiled = True
         self._op_hook: Optional[Tuple[Any, bool]] = None
+
+    def name_scope(self) -> Any:
+        """Make gluon's scope for the names of children."""
+        scope = gluon.block._BlockScope(self)
+        scope._counter = self.__dict__.setdefault('_counter', scope._counter)
+        return scope
 
     def _check_options(self) -> None:
         """Check the options that are final. The `__init__` of a subclass may set gluon's own later."""
