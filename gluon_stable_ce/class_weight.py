@@ -1,9 +1,11 @@
 """Class weights as a constant of the loss's graph, on every device without being initialised."""
 
 import json
+import sys
 import warnings
 from threading import RLock, active_count
-from typing import Any, Dict, List
+from types import FrameType
+from typing import Any, List, Optional
 
 import mxnet as mx
 import numpy as np
@@ -19,7 +21,7 @@ _LOCK = RLock()  # a constant is put on a device by the first call there, in wha
 class ClassWeight(gluon.HybridBlock):
     """The weights of a loss's classes as a constant of its graph, (C,) float32.
 
-    They are exported with the loss, and are not in a file of parameters.
+    They are saved and exported with the loss, but never loaded.
     """
 
     def __init__(self, weights: Any, **kwargs: Any) -> None:
@@ -38,10 +40,6 @@ class ClassWeight(gluon.HybridBlock):
             return self.value.var()
         weights = self.value.data(pred.context)
         return weights.detach() if active_count() > 1 else weights  # threads may share no recorded handle
-
-    def _collect_params_with_prefix(self, prefix: str = '') -> Dict[str, Any]:
-        """Leave the weights out of what ``save_parameters`` saves: they are an option of the loss."""
-        return {}
 
 
 def as_weights(weights: Any) -> np.ndarray:
@@ -115,3 +113,28 @@ class _Everywhere(gluon.Constant):
             )
         if ctx is not None:
             self.reset_ctx(ctx)
+
+
+class Unused:
+    """Stands for the class weights of a file whose net has a loss without them."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def _load_init(self, *args: Any, **kwargs: Any) -> None:
+        warnings.warn(
+            f'{self.name}: the file has class weights; the script has none, so none are used',
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def file_in_loading() -> Any:
+    """Return what ``load_parameters`` has read, by name, or None if it is not running.
+
+    It asks each block of a net for its parameters, and refuses a file that lacks one or has others.
+    """
+    frame: Optional[FrameType] = sys._getframe()
+    while frame and frame.f_code is not gluon.Block.load_parameters.__code__:
+        frame = frame.f_back
+    return frame and frame.f_locals.get('loaded')

@@ -71,7 +71,7 @@ class ExactSums(NamedTuple):
     nan: int = 0
     invalid: int = 0  # how many labels had no value
     impossible: int = 0  # how many predictions had none, as no distribution has them
-    unknown: int = 0  # how many arrays may hold anything, after an error on the device
+    unknown: int = 0  # how often arrays were read that may hold anything, after an error
 
     @classmethod
     def of(cls, values, **others):

@@ -14,7 +14,7 @@ from . import array_api, graphs, labels
 from .array_api import Array, F
 from .array_checks import check_array_type, check_pred_dtype
 from .call import INPUTS, Call
-from .class_weight import ClassWeight
+from .class_weight import ClassWeight, Unused, file_in_loading
 from .kernels import choice
 from .metric import StableCrossEntropy
 from .options import (
@@ -191,6 +191,7 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
     ) -> None:
         # not through SoftmaxCrossEntropyLoss.__init__, which looks up its own name and may find ours there
         gluon.loss.Loss.__init__(self, weight, batch_axis, **kwargs)
+        del self._scope  # which holds this loss, and the memory of its graphs, until a garbage collection
         self._axis, self._sparse_label, self._from_logits = axis, sparse_label, from_logits  # as gluon's
         # as they were given; of gluon's own arguments, the attributes are read, which may be set later
         self._arguments = {name: value for name, value in locals().items() if name in Options._fields}
@@ -201,6 +202,12 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
                 self.class_weight = ClassWeight(class_weight)
         self._is_compiled = True
         self._op_hook: Optional[Tuple[Any, bool]] = None
+
+    def name_scope(self) -> Any:
+        """Make gluon's scope for the names of children."""
+        scope = gluon.block._BlockScope(self)
+        scope._counter = self.__dict__.setdefault('_counter', scope._counter)
+        return scope
 
     def _check_options(self) -> None:
         """Check the options that are final. The `__init__` of a subclass may set gluon's own later."""
@@ -350,6 +357,16 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         graphs.trace(loss_of, call, inputs).save(symbol_file, remove_amp_cast=remove_amp_cast)
         array_api.save(params_file, params)
         return symbol_file, params_file
+
+    def _collect_params_with_prefix(self, prefix: str = '') -> Dict[str, Any]:
+        """List the parameters of a file. One that is being loaded may have class weights or not."""
+        params, file = super()._collect_params_with_prefix(prefix), file_in_loading()
+        name = f'{prefix}.class_weight.value'.lstrip('.')
+        if file is not None and name in file:
+            params.setdefault(name, Unused(name))
+        elif file is not None:
+            params.pop(name, None)
+        return params
 
     def valid_count(self, label: Any) -> int:
         """Count the positions of `label` that count, by which ``trainer.step`` divides a summed loss.

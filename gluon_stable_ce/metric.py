@@ -73,7 +73,8 @@ class StableLoss(RunningMean, mx.metric.Loss, is_kind=True):
 
     def update(self, _: Any, preds: Any) -> None:
         """Take in an array of loss values of any shape, or a list of them, each on its own context."""
-        self._push([_copied(array) for array in _as_list('preds', preds) if array.size])
+        errors = device_errors.count()
+        self._push([_copied(array) for array in _as_list('preds', preds) if array.size], errors)
 
 
 def _option(name: str) -> Any:
@@ -200,15 +201,15 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric, is_kind=True):
     # Any: type checkers take the result of most operators of MXNet, such as softmax, for a tuple
     def update(self, labels: Any, preds: Any) -> None:
         """Take in labels and predictions: an array each, or lists of arrays, each pair on its own context."""
-        labels, preds = _as_list('labels', labels), _as_list('preds', preds)
+        errors, labels, preds = device_errors.count(), _as_list('labels', labels), _as_list('preds', preds)
         if len(labels) != len(preds):
             raise ValueError(f'labels: expected as many arrays as preds, {len(preds)}, got {len(labels)}')
         queued = [self._compute(*pair) for pair in zip(labels, preds)]
-        self._push([item for item in queued if item is not None])
+        self._push([item for item in queued if item is not None], errors)
 
     def _compute(self, label: Any, pred: Any) -> Optional[Queued]:
         """Compute the values of each position; `label` is moved to the context of `pred`."""
-        errors, options = device_errors.count(), self._options
+        options = self._options
         with autograd.pause() if autograd.is_recording() else nullcontext():
             pred, label = array_api.as_classic(pred), array_api.as_classic(label).as_in_context(pred.context)
             shape = pred.shape
@@ -218,7 +219,7 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric, is_kind=True):
             if call.is_empty:
                 return None
             values = self._graphs[call](*inputs)
-        return Queued(values, errors, shape[options.axis])
+        return Queued(values, shape[options.axis])
 
     def _sums_of(self, arrays: Sequence[Tuple[int, np.ndarray]]) -> ExactSums:
         sums, count = ExactSums(), rows(self._options)
@@ -337,10 +338,10 @@ class StableBitsPerToken(StableCrossEntropy, is_kind=True):
 
 def _copied(array: Array) -> Queued:
     """Copy values, in a dtype that NumPy has."""
-    errors, array = device_errors.count(), array_api.as_classic(array)
+    array = array_api.as_classic(array)
     with autograd.pause():
         is_bfloat16 = array_api.dtype_name(array) == 'bfloat16'
-        return Queued(array.astype('float32') if is_bfloat16 else mx.nd.identity(array), errors)
+        return Queued(array.astype('float32') if is_bfloat16 else mx.nd.identity(array))
 
 
 def _as_list(name: str, arrays: Any) -> List[Array]:

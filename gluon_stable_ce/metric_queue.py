@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import math
 from threading import RLock
 from typing import Any, Dict, List, NamedTuple, Sequence, Tuple, Type, TypeVar
 
@@ -24,7 +25,6 @@ class Queued(NamedTuple):
     """An array of values that the device may still be computing."""
 
     array: Array
-    errors: int  # that the devices had reported before
     classes: int = 0  # how many the predictions have
 
 
@@ -36,6 +36,8 @@ class Held(NamedTuple):
     queue: Tuple[Queued, ...] = ()  # arrays that may be in computation, the oldest first
     # lists and arrays that a subclass set in the place of numbers: ((window, field of ExactSums), value) each
     own: Tuple[Tuple[Tuple[str, str], Any], ...] = ()
+    recent: ExactSums = ExactSums()  # of arrays since the last reading, which come into `sums` at the next
+    errors: float = math.inf  # how many devices had reported before the first of these arrays
 
 
 def _window_property(window: str, field: str, doc: str) -> Any:
@@ -211,29 +213,31 @@ class RunningMean:
                 raise ValueError(f'sum_metric, num_inst: expected a number each, got {value!r:.80}')
             return sums
 
-    def _push(self, queued: List[Queued]) -> None:
-        """Queue the arrays of an update, once those of `_AHEAD` updates ago are computed."""
+    def _push(self, queued: List[Queued], errors: int) -> None:
+        """Queue the arrays of an update, once those of `_AHEAD` updates ago are computed.
+
+        `errors` is how many devices had reported when the update began.
+        """
+        if not queued:
+            return
         with self._lock:
-            while len(self._held.queue) > (_AHEAD - 1) * max(1, len(queued)):
+            while len(self._held.queue) > (_AHEAD - 1) * len(queued):
                 self._wait_for_oldest()
-            self._held = self._held._replace(queue=(*self._held.queue, *queued))
+            held = self._held
+            self._held = held._replace(queue=(*held.queue, *queued), errors=min(held.errors, errors))
 
     def _wait_for_oldest(self) -> None:
         """Wait for the oldest array of the queue; raise an error of the device that it met."""
-        sums, computed, queue, own = self._held
+        computed, queue = self._held.computed, self._held.queue
         queue[0].array.wait_to_read()
-        if device_errors.count() == queue[0].errors:
-            self._held = Held(sums, (*computed, queue[0]), queue[1:], own)
-            if len(computed) >= _AT_ONCE:
-                self._add_up()
-        else:  # the array may hold anything
-            self._held = Held(_added(sums, ExactSums(unknown=1)), computed, queue[1:], own)
+        self._held = self._held._replace(computed=(*computed, queue[0]), queue=queue[1:])
+        if len(computed) >= _AT_ONCE:
+            self._add_up()
 
     def _add_up(self) -> None:
-        """Take the computed arrays into the sums."""
-        sums, computed, queue, own = self._held
-        values = [(item.classes, item.array.asnumpy()) for item in computed]
-        self._held = Held(_added(sums, self._sums_of(values)), (), queue, own)
+        """Add up the computed arrays."""
+        values = [(item.classes, item.array.asnumpy()) for item in self._held.computed]
+        self._held = self._held._replace(computed=(), recent=self._held.recent + self._sums_of(values))
 
     def _window(self, window: str) -> ExactSums:
         with self._lock:
@@ -241,7 +245,15 @@ class RunningMean:
                 self._wait_for_oldest()
             if self._held.computed:
                 self._add_up()
+            if self._held.errors < math.inf:
+                self._take_in_recent()
             return self._held.sums[window]
+
+    def _take_in_recent(self) -> None:
+        """Take the recent arrays into the sums. After an error they may hold anything."""
+        held = self._held
+        recent = held.recent if device_errors.count_all() == held.errors else ExactSums(unknown=1)
+        self._held = Held({window: sums + recent for window, sums in held.sums.items()}, own=held.own)
 
     def _value(self, window: str) -> Any:
         sums = self._window(window)
@@ -254,8 +266,8 @@ class RunningMean:
     def _value_of(self, sums: ExactSums) -> float:
         if sums.unknown:
             raise MXNetError(
-                f'After an error on the device, the values of {sums.unknown} of the given arrays are '
-                'unknown. So the mean is unknown, too. reset() clears them'
+                'After an error on the device, some of the given values are unknown. So the mean is unknown, '
+                'too. reset() clears them'
             )
         return sums.over(sums.count)
 
@@ -291,7 +303,3 @@ class RunningMean:
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=RLock())
-
-
-def _added(sums: Dict[str, ExactSums], more: ExactSums) -> Dict[str, ExactSums]:
-    return {window: before + more for window, before in sums.items()}

@@ -50,14 +50,26 @@ def net_with(class_weight):
 @pytest.mark.parametrize('before', [None, [1, 2, 3], WEIGHTS], ids=['plain', 'others', 'same'])
 @pytest.mark.parametrize('after', [None, WEIGHTS], ids=['plain', 'weighted'])
 @pytest.mark.parametrize('is_used', [False, True], ids=['before-use', 'after-use'])
-def test_files_of_parameters_have_no_class_weights(before, after, is_used, tmp_path):
-    """They are options: the script's weights are in force, whatever was saved."""
+def test_the_weights_of_the_script_win_over_those_of_a_file(before, after, is_used, tmp_path, recwarn):
     inputs = nd.ones((4, 2)), nd.array([0, 1, 2, 0])
     saved, loaded = net_with(before), net_with(after)
     expected = loaded(*inputs).asnumpy() if is_used else net_with(after)(*inputs).asnumpy()
     saved.save_parameters(str(tmp_path / 'net.params'))
     loaded.load_parameters(str(tmp_path / 'net.params'))
     np.testing.assert_array_equal(loaded(*inputs).asnumpy(), expected)
+    warnings = [warning for warning in recwarn if 'the file has' in str(warning.message)]
+    assert len(warnings) == (before not in (None, after))
+    saved.load_parameters(str(tmp_path / 'net.params'))
+
+
+def test_what_else_a_file_has_is_an_error(tmp_path):
+    net = net_with(None)
+    net.save_parameters(str(tmp_path / 'net.params'))
+    nd.save(
+        str(tmp_path / 'more.params'), {**nd.load(str(tmp_path / 'net.params')), 'extra.value': nd.ones(3)}
+    )
+    with pytest.raises(ValueError, match=r'^Parameter .extra\.value. loaded from file'):
+        net.load_parameters(str(tmp_path / 'more.params'))
 
 
 @pytest.mark.parametrize('is_other', [False, True], ids=['same', 'other'])

@@ -124,6 +124,27 @@ def test_graphs_go_with_the_losses_that_use_them(batch):
     assert count_graphs() == before - 1
 
 
+def test_a_loss_is_deleted_without_a_garbage_collection(batch):
+    loss_fn = StableSoftmaxCELoss(class_weight=[1] * batch[0].shape[1])
+    loss_fn(*batch)
+    is_deleted = weakref.ref(loss_fn)
+    gc.disable()
+    del loss_fn
+    gc.enable()
+    assert is_deleted() is None
+
+
+def test_children_of_a_loss_have_names_of_their_own():
+    loss_fn = StableSoftmaxCELoss(class_weight=[1, 2], prefix='loss_')
+    for name in 'first', 'second':
+        with loss_fn.name_scope():
+            setattr(loss_fn, name, gluon.nn.Dense(1))
+    assert [child.prefix for child in loss_fn._children.values()] == [
+        'loss_classweight0_', 'loss_dense0_', 'loss_dense1_'
+    ]  # fmt: skip
+    assert not gluon.nn.Dense(1).prefix.startswith('loss_')
+
+
 def test_number_of_graphs_of_deleted_losses_is_bounded(batch):
     before = count_graphs() - len(graphs._KEPT)
     for ignore_label in range(10, 30):
