@@ -57,37 +57,42 @@ def add_float32(F: F, array: Array, other: Array) -> Array:
     """Add a float32 array to one of unknown dtype: float16 becomes float32, and float64 stays."""
     if HAS_MIXED_ADD:
         return F.np.add(array.as_np_ndarray(), other.as_np_ndarray()).as_nd_ndarray()
-    array = promoted(F, array, other)
-    return array + promoted(F, other, array)
+    array = promoted(F, array, first(F, other))
+    return array + promoted(F, other, first(F, array))
 
 
 def promoted(F: F, array: Array, like: Array) -> Array:
     """Return `array` in the dtype of `like` if that is the wider one. Both may be unknown.
 
-    The graph reads `like` first.
+    A graph reads `like` first: MXNet lists the inputs in the order in which a walk from the output meets
+    them. What has one axis gets two.
     """
-    one = F.slice_axis(F.reshape(F.ones_like(like), shape=(-1,)), axis=0, begin=0, end=1)
-    return multiply(F, one, array)
+    return multiply(F, F.ones_like(first(F, F.reshape(like, shape=(-1, 1)))), array)  # (1, 1)
 
 
 def multiply(F: F, array: Array, other: Array) -> Array:
-    """Multiply, in the wider one of the two dtypes."""
+    """Multiply with broadcasting, in the wider one of the two dtypes."""
     return F.np.multiply(array.as_np_ndarray(), other.as_np_ndarray()).as_nd_ndarray()
 
 
-def one_after(F: F, *arrays: Array, dtype: str = 'float32') -> Array:
-    """Return a 1, of shape (1,). A graph with it reads these arrays in this order.
+def first(F: F, array: Array, axis: int = 0) -> Array:
+    """Return the first slice of an axis, which stays, with length 1."""
+    return F.slice_axis(array, axis=axis, begin=0, end=1)
 
-    MXNet lists the inputs of a graph in the order in which a walk from the output first meets them.
-    """
-    axes = F.concat(*map(F.shape_array, arrays), dim=0)  # (1,) for each axis; no array is read
-    return F.cast(F.ones_like(F.slice_axis(axes, axis=0, begin=0, end=1)), dtype=dtype)
+
+def three_axes(F: F, array: Array, axis: int) -> Array:
+    """Merge the axes before and behind one axis of an array of unknown rank: (B, C, A)."""
+    if axis >= 0:
+        merged = F.reshape(array, shape=(0,) * (axis + 1) + (-1,))  # (before..., C, A)
+        return F.reshape(merged, shape=(-1, 0, 0), reverse=True)
+    merged = F.reshape(array, shape=(-1,) + (0,) * -axis, reverse=True)  # (B, C, after...)
+    return F.reshape(merged, shape=(0, 0, -1))
 
 
 def float32_or_64(F: F, array: Array) -> Array:
     """Return an array of unknown dtype as float64 if it is that, else as float32."""
     # AMP does not let a graph have the classic operator, as that has no input to cast
-    return F.np.multiply(array.as_np_ndarray(), F.np.ones(1, dtype='float32')).as_nd_ndarray()
+    return F.np.multiply(array.as_np_ndarray(), F.np.ones((1, 1), dtype='float32')).as_nd_ndarray()
 
 
 def apart(symbol_: Any) -> Array:

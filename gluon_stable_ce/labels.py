@@ -11,7 +11,7 @@ from .call import Call
 
 
 class Labels(NamedTuple):
-    """The meaning of sparse labels, (positions...) each. Conditions are 1 or 0; None if always true."""
+    """The meaning of sparse labels, as `align_label` shapes them. Conditions are 1 or 0; None if true."""
 
     index: Array  # the class, in [0, C) and never NaN
     is_valid: Optional[Array]
@@ -31,15 +31,13 @@ def read_labels(F: F, call: Call, label: Array, pred: Array) -> Labels:
     pred : (..., C at the class axis, ...)
         Only its shape is read.
     """
-    label = align_label(F, call, label, pred)  # (positions...)
+    label = align_label(F, call, label, pred)
     counted = is_counted(F, call, label)
     label = F.BlockGrad(_comparable(F, call, label))  # its gradient is 0
     if call.has_few_classes and call.options.invalid_label != 'clip':
         index = F.take(F.contrib.arange_like(pred, axis=call.options.axis), label, mode='clip')
         return Labels(index, index == label, counted)
-    axis = call.options.axis
-    classes = F.slice_axis(F.shape_array(pred), axis=0, begin=axis, end=(axis + 1) or None)
-    classes = F.cast(classes, dtype=call.label_compare_dtype)  # (1,), C
+    classes = _count_classes(F, call, pred)
     if call.options.invalid_label == 'clip':
         nearest = F.broadcast_minimum(F.floor(F.maximum(label, 0)), classes - 1)
         return Labels(F.where(label == label, nearest, F.zeros_like(label)), None, counted)
@@ -50,15 +48,33 @@ def read_labels(F: F, call: Call, label: Array, pred: Array) -> Labels:
 def align_label(F: F, call: Call, label: Array, pred: Array) -> Array:
     """Give a label, which may have the class axis with length 1, the shape of the positions.
 
-    A graph of symbols reads `pred` first, as gluon's does.
+    In a graph of symbols, it gets that axis, as MXNet's `pick` with ``keepdims`` has it.
     """
     axis = call.options.axis
-    if call.ndim is None:
-        like = graph_checks.positions_of(F, pred, label, axis)
-        one = array_api.one_after(F, like, dtype=call.label_compare_dtype)
-        label = F.broadcast_mul(one, F.cast(label, dtype=call.label_compare_dtype))
-        return F.reshape_like(label, like)
-    return F.squeeze(label, axis=axis) if call.label_ndim == call.ndim else label
+    if call.ndim is not None:
+        return F.squeeze(label, axis=axis) if call.label_ndim == call.ndim else label
+    like = graph_checks.positions_of(F, pred, label, axis)  # the graph reads pred first, as gluon's does
+    place = F.contrib.arange_like(F.cast(like, dtype='float64'))
+    # not by reshape_like, which infers no partial shape
+    label = F.squeeze(F.take(F.reshape(label, shape=(-1, 1)), place), axis=-1)
+    dtype = call.label_compare_dtype
+    return F.ones_like(F.cast(like, dtype=dtype)) * F.cast(label, dtype=dtype)
+
+
+def classes_of_one(F: F, pred: Array, axis: int) -> Array:
+    """Return `pred` at one position, (1, C), whatever its rank is."""
+    one = array_api.first(F, array_api.first(F, array_api.three_axes(F, pred, axis), axis=0), axis=2)
+    return F.reshape(one, shape=(1, -1))
+
+
+def _count_classes(F: F, call: Call, pred: Array) -> Array:
+    """Return C, (1,), or (1, 1) in a graph of symbols."""
+    axis, dtype = call.options.axis, call.label_compare_dtype
+    if call.ndim is not None:
+        classes = F.slice_axis(F.shape_array(pred), axis=0, begin=axis, end=(axis + 1) or None)
+        return F.cast(classes, dtype=dtype)
+    indices = F.contrib.arange_like(F.cast(classes_of_one(F, pred, axis), dtype=dtype))  # (1, C)
+    return F.slice_axis(indices, axis=1, begin=-1, end=None) + 1
 
 
 def is_counted(F: F, call: Call, label: Array) -> Optional[Array]:

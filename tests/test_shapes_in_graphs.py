@@ -44,7 +44,7 @@ def test_a_label_of_the_same_size(mode, options, pred, label):
 ], ids=str)  # fmt: skip
 def test_class_weights_of_another_number(mode, count, options, pred, label):
     loss_fn = StableSoftmaxCELoss(class_weight=[1] * count, **options)
-    with pytest.raises(mx.MXNetError, match='Size|[Ss]hape'):
+    with pytest.raises(mx.MXNetError, match='expected'):
         mode(loss_fn, *zeros(pred, label))
 
 
