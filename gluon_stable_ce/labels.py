@@ -37,12 +37,16 @@ def read_labels(F: F, call: Call, label: Array, pred: Array) -> Labels:
     if call.has_few_classes and call.options.invalid_label != 'clip':
         index = F.take(F.contrib.arange_like(pred, axis=call.options.axis), label, mode='clip')
         return Labels(index, index == label, counted)
-    classes = _count_classes(F, call, pred)
+    classes, zeros = _count_classes(F, call, pred), F.zeros_like(label)
     if call.options.invalid_label == 'clip':
+        is_valid, is_number = None, label == label
         nearest = F.broadcast_minimum(F.floor(F.maximum(label, 0)), classes - 1)
-        return Labels(F.where(label == label, nearest, F.zeros_like(label)), None, counted)
-    is_valid = F.broadcast_mod(F.floor(label), classes) == label  # neither NaN nor inf is
-    return Labels(F.where(is_valid, label, F.zeros_like(label)), is_valid, counted)
+    else:
+        is_valid = is_number = F.broadcast_mod(F.floor(label), classes) == label  # neither NaN nor inf is
+        nearest = label
+    index = F.where(is_number, nearest, zeros)
+    # `where` infers no shape from shapes that are not all known, and an addition does
+    return Labels(index if call.ndim is not None else index + zeros, is_valid, counted)
 
 
 def align_label(F: F, call: Call, label: Array, pred: Array) -> Array:
@@ -63,8 +67,11 @@ def align_label(F: F, call: Call, label: Array, pred: Array) -> Array:
 
 def classes_of_one(F: F, pred: Array, axis: int) -> Array:
     """Return `pred` at one position, (1, C), whatever its rank is."""
-    one = array_api.first(F, array_api.first(F, array_api.three_axes(F, pred, axis), axis=0), axis=2)
-    return F.reshape(one, shape=(1, -1))
+    if axis == -1:
+        rows = F.reshape(pred, shape=(-1, 0), reverse=True)
+    else:
+        rows = array_api.first(F, array_api.three_axes(F, pred, axis), axis=2)
+    return F.reshape(array_api.first(F, rows), shape=(1, 0))
 
 
 def _count_classes(F: F, call: Call, pred: Array) -> Array:

@@ -32,6 +32,8 @@ def loss_of(
     loss = reduce(F, call, loss, pred, label, sample_weight)  # (batch,)
     if options.reduction == 'none' and options.sparse_label and call.label_ndim in (None, call.ndim):
         loss = F.reshape_like(loss, label)  # which may have the class axis, of length 1
+    elif options.reduction == 'none' and call.ndim is None:
+        loss = F.squeeze(loss, axis=options.axis)
     return array_api.in_style_of(given, loss)
 
 

@@ -31,11 +31,10 @@ def reduce(
     expanded = with_class_axis(F, call, loss)  # of pred's rank
     if sample_weight is not None and not call.is_empty:  # MXNet fails to broadcast some empty arrays
         expanded = weighted(F, expanded, align_sample_weight(F, call, sample_weight, expanded, pred))
-        loss = expanded if options.summed_axes else F.reshape_like(expanded, loss)
+        is_shaped = options.summed_axes or call.ndim is None
+        loss = expanded if is_shaped else F.reshape_like(expanded, loss)
     needs_count = options.ignore_label is not None and options.reduction in ('mean', 'valid')
     is_own_mean = _has_one_position(call)
-    if options.reduction == 'none' and call.ndim is None:
-        return F.squeeze(loss, axis=options.axis)
     if options.reduction == 'none' or (is_own_mean and not (needs_count and options.reduction == 'valid')):
         return loss
     over = {'axis': options.batch_axes, 'exclude': True}
