@@ -25,6 +25,7 @@ Arrays = Union[Array, List[Array]]
 ARRAY = ndarray.NDArray
 NP_STYLE = (numpy.ndarray, NumpySymbol)
 SPARSE = ndarray.sparse.BaseSparseNDArray
+BFLOAT16 = np.dtype([('bfloat16', 'uint16')])
 HAS_MIXED_ADD = not mx.__version__.startswith(('1.6', '1.7', '1.8'))  # np.add of two dtypes
 
 
@@ -133,17 +134,14 @@ def without_amp(build: Callable[..., Array]) -> Callable[..., Array]:
 
 
 def amp_float32(array: Array) -> Array:
-    """Cast bfloat16 and float16 to float32, in the way that exports leave out."""
-    F = mx.sym if is_symbol(array) else mx.nd
-    return in_style_of(array, F.amp_cast(as_classic(array), dtype='float32'))
+    """Cast a symbol of bfloat16 or float16 to float32, in the way that exports leave out."""
+    return in_style_of(array, mx.sym.amp_cast(as_classic(array), dtype='float32'))
 
 
 def as_dtype(array: Array, dtype: str) -> Array:
-    """Cast an array or a symbol to float16 or bfloat16."""
+    """Cast an array or a symbol. An export keeps this cast."""
     F = mx.sym if is_symbol(array) else mx.nd
-    if dtype == 'bfloat16':  # only AMP's operator has it on every device
-        return in_style_of(array, F.amp_cast(as_classic(array), dtype=np.dtype([(dtype, 'uint16')])))
-    return in_style_of(array, F.cast(as_classic(array), dtype=dtype))
+    return in_style_of(array, F.cast(as_classic(array), dtype=BFLOAT16 if dtype == 'bfloat16' else dtype))
 
 
 def in_mode(array: Array) -> Array:
@@ -185,16 +183,21 @@ def dtype_name(array: Array) -> Optional[str]:
         return None
 
 
-def without_bfloat16(symbol_: Array) -> Tuple[Array, Optional[str]]:
+def without_bfloat16(array: Any, dtype: Optional[str]) -> Any:
+    """Return an array of this dtype, as float32 if it is bfloat16, which promotes to no other dtype."""
+    return as_dtype(array, 'float32') if dtype == 'bfloat16' else array
+
+
+def logits_of_symbol(symbol_: Array) -> Tuple[Array, Optional[str]]:
     """Return a symbol, cast to float32 if it may be bfloat16, and its dtype if that is certain.
 
     What a graph says of dtypes is not: a parameter that was cast after its first use keeps the old one, and
     some operators say float32 whatever their input is.
     """
     dtype = dtype_name(symbol_)
-    if dtype == 'bfloat16' or (dtype is None and is_amp_on()):
+    if dtype is None and is_amp_on():
         return amp_float32(symbol_), 'float32'
-    return symbol_, None
+    return without_bfloat16(symbol_, dtype), 'float32' if dtype == 'bfloat16' else None
 
 
 @lru_cache(maxsize=None)

@@ -349,9 +349,11 @@ def _replacements(patched):
             return loss if is_cast else _in_dtype_of(pred, loss)
 
         def hybrid_forward(self, F, pred, label, sample_weight=None):
-            is_bfloat16 = traced_dtypes.dtype_of(pred) == 'bfloat16'  # which promotes to no other dtype
-            logits = array_api.amp_float32(pred) if is_bfloat16 else pred
-            return _in_dtype_of(pred, super().hybrid_forward(F, logits, label, sample_weight))
+            inputs = [
+                array if array is None else array_api.without_bfloat16(array, traced_dtypes.dtype_of(array))
+                for array in (pred, label, sample_weight)
+            ]
+            return _in_dtype_of(pred, super().hybrid_forward(F, *inputs))
 
         @property
         def _has_own_graph(self):

@@ -44,7 +44,11 @@ def plan(
         If the inputs are no arrays, or do not fit each other. Symbols are not checked.
     """
     if array_api.is_symbol(pred):
-        pred, dtype = array_api.without_bfloat16(pred)
+        pred, dtype = array_api.logits_of_symbol(pred)
+        label, sample_weight = (
+            array if array is None else array_api.without_bfloat16(array, array_api.dtype_name(array))
+            for array in (label, sample_weight)
+        )
         call = Call(
             options,
             fill,
@@ -55,10 +59,9 @@ def plan(
         )
         return call, (array_api.apart(pred), label, sample_weight)
     context = pred.context if array_api.is_array(pred) else None
+    if context is not None:
+        pred = array_api.without_bfloat16(pred, array_api.name_of(pred.dtype))
     described = _describe(pred)
-    if context is not None and array_api.name_of(described[1]) == 'bfloat16':  # no kernel reads it
-        pred = array_api.amp_float32(pred)
-        described = _describe(pred)
     try:
         call = _plan_arrays(
             options,

@@ -157,7 +157,9 @@ class _Odds(NamedTuple):
 
 
 def _odds(F, call, logits, lowered, log_p, index):
-    z_label = _promoted(F, call, _pick(F, logits, index))
+    z_label = _pick(F, logits, index)
+    if call.ndim is None:
+        z_label = array_api.float32_or_64(F, z_label)
     z_lowered = _pick(F, lowered, index)
     by = F.BlockGrad(z_label - z_lowered)
     rest = F.BlockGrad(z_lowered + by - z_label)  # what the subtraction of T rounded off
