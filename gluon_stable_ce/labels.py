@@ -57,7 +57,7 @@ def _named(F: F, call: Call, label: Any, classes: Any) -> Tuple[Array, Optional[
 
 
 def _read_labels_of_symbols(F: F, call: Call, label: Array, pred: Array) -> Labels:
-    """Read labels as (B, 1), and give what they mean, a class or a mark, the shape that `align_label` gives."""
+    """Read labels as (B, 1). What they mean, a class or a mark, gets the shape that `align_label` gives."""
     like = graph_checks.positions_of(F, pred, label, call.options.axis)
     label = F.BlockGrad(_comparable(F, call, F.reshape(label, shape=(-1, 1))))
     index = F.contrib.arange_like(
