@@ -51,7 +51,9 @@ def class_terms(F: F, call: Call, pred: Array, label: Array, class_weight: Optio
     in any class of a position is NaN.
     """
     attributes = _attributes(call, class_weight is not None)
-    others = [label] if class_weight is None else [label, F.reshape(class_weight, shape=(-1,))]
+    if class_weight is not None and call.ndim is None:
+        class_weight = F.reshape(class_weight, shape=(-1,))  # (C,), as the operator takes it
+    others = [array for array in (label, class_weight) if array is not None]
     if call.needs_guard:
         pred = _guarded(F, pred, attributes, others)
     inputs = [F.BlockGrad(array) for array in others]  # the operator would overwrite their gradients
