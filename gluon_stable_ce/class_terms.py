@@ -13,7 +13,7 @@ def is_impossible(pred: Any, pred_type: str) -> Any:
 
 
 class ClassTerms(NamedTuple):
-    """Terms, (positions...), in nats; None for what was not asked for.
+    """Terms, (positions...), in nats; None for what was not asked for. Those of symbols have a class axis of 1.
 
     `kernels.class_terms` returns them weighted by class, and filled in where labels are invalid or ignored.
     """

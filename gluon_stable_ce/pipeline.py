@@ -27,7 +27,7 @@ def loss_of(
     if call.ndim is None and class_weight is not None:
         class_weight = _last(F, class_weight, array_api.first(F, pred), label, sample_weight)
     terms = class_terms(F, call, pred, label, class_weight)
-    loss = combine(F, call, terms)  # of each position
+    loss = combine(F, call, terms)
     loss = loss if options.weight is None else loss * options.weight
     loss = reduce(F, call, loss, pred, label, sample_weight)  # (batch,)
     if options.reduction == 'none' and options.sparse_label and call.label_ndim in (None, call.ndim):
