@@ -31,7 +31,7 @@ STOCK = {name: getattr(module, name) for name, (module, _) in PLACES.items()}
 
 _CROSSED = (
     'sample_weight with fewer axes than pred: each loss is multiplied by the weight of its own sample or '
-    'position. gluon broadcasts from the last axis on, (N, 1) * (N,) to (N, N), and takes weights of others, too'
+    'position. gluon broadcasts from the last axis on, (N, 1) * (N,) to (N, N), and takes others, too'
 )
 _LOCK = threading.RLock()
 _ACTIVE: List['Patch'] = []  # the innermost comes last
