@@ -38,7 +38,7 @@ def read_labels(F: F, call: Call, label: Array, pred: Array) -> Labels:
     label = F.BlockGrad(_comparable(F, call, label))  # its gradient is 0
     axis = call.options.axis
     if call.has_few_classes and call.options.invalid_label != 'clip':
-        index = F.take(F.contrib.arange_like(pred, axis=axis), label, mode='clip')
+        index = F.take(F.contrib.arange_like(pred, axis=call.options.axis), label, mode='clip')
         return Labels(index, index == label, counted)
     classes = F.slice_axis(F.shape_array(pred), axis=0, begin=axis, end=(axis + 1) or None)
     classes = F.cast(classes, dtype=call.label_compare_dtype)  # (1,), C
