@@ -24,6 +24,7 @@ Array = Union[ndarray.NDArray, symbol.Symbol]  # of either API
 ARRAY = ndarray.NDArray
 NP_STYLE = (numpy.ndarray, NumpySymbol)
 SPARSE = ndarray.sparse.BaseSparseNDArray
+BFLOAT16 = np.dtype([('bfloat16', 'uint16')])
 HAS_MIXED_ADD = not mx.__version__.startswith(('1.6', '1.7', '1.8'))  # np.add of two dtypes
 
 
@@ -56,37 +57,42 @@ def add_float32(F: F, array: Array, other: Array) -> Array:
     """Add a float32 array to one of unknown dtype: float16 becomes float32, and float64 stays."""
     if HAS_MIXED_ADD:
         return F.np.add(array.as_np_ndarray(), other.as_np_ndarray()).as_nd_ndarray()
-    array = promoted(F, array, other)
-    return array + promoted(F, other, array)
+    array = promoted(F, array, first(F, other))
+    return array + promoted(F, other, first(F, array))
 
 
 def promoted(F: F, array: Array, like: Array) -> Array:
     """Return `array` in the dtype of `like` if that is the wider one. Both may be unknown.
 
-    The graph reads `like` first.
+    A graph reads `like` first: MXNet lists the inputs in the order in which a walk from the output meets
+    them. What has one axis gets two.
     """
-    one = F.slice_axis(F.reshape(F.ones_like(like), shape=(-1,)), axis=0, begin=0, end=1)
-    return multiply(F, one, array)
+    return multiply(F, F.ones_like(first(F, F.reshape(like, shape=(-1, 1)))), array)  # (1, 1)
 
 
 def multiply(F: F, array: Array, other: Array) -> Array:
-    """Multiply, in the wider one of the two dtypes."""
+    """Multiply with broadcasting, in the wider one of the two dtypes."""
     return F.np.multiply(array.as_np_ndarray(), other.as_np_ndarray()).as_nd_ndarray()
 
 
-def one_after(F: F, *arrays: Array, dtype: str = 'float32') -> Array:
-    """Return a 1, of shape (1,). A graph with it reads these arrays in this order.
+def first(F: F, array: Array, axis: int = 0) -> Array:
+    """Return the first slice of an axis, which stays, with length 1."""
+    return F.slice_axis(array, axis=axis, begin=0, end=1)
 
-    MXNet lists the inputs of a graph in the order in which a walk from the output first meets them.
-    """
-    axes = F.concat(*map(F.shape_array, arrays), dim=0)  # (1,) for each axis; no array is read
-    return F.cast(F.ones_like(F.slice_axis(axes, axis=0, begin=0, end=1)), dtype=dtype)
+
+def three_axes(F: F, array: Array, axis: int) -> Array:
+    """Merge the axes before and behind one axis of an array of unknown rank: (B, C, A)."""
+    if axis >= 0:
+        merged = F.reshape(array, shape=(0,) * (axis + 1) + (-1,))  # (before..., C, A)
+        return F.reshape(merged, shape=(-1, 0, 0), reverse=True)
+    merged = F.reshape(array, shape=(-1,) + (0,) * -axis, reverse=True)  # (B, C, after...)
+    return F.reshape(merged, shape=(0, 0, -1))
 
 
 def float32_or_64(F: F, array: Array) -> Array:
     """Return an array of unknown dtype as float64 if it is that, else as float32."""
     # AMP does not let a graph have the classic operator, as that has no input to cast
-    return F.np.multiply(array.as_np_ndarray(), F.np.ones(1, dtype='float32')).as_nd_ndarray()
+    return F.np.multiply(array.as_np_ndarray(), F.np.ones((1, 1), dtype='float32')).as_nd_ndarray()
 
 
 def apart(symbol_: Any) -> Array:
@@ -127,17 +133,14 @@ def without_amp(build: Callable[..., Array]) -> Callable[..., Array]:
 
 
 def amp_float32(array: Array) -> Array:
-    """Cast bfloat16 and float16 to float32, in the way that exports leave out."""
-    F = mx.sym if is_symbol(array) else mx.nd
-    return in_style_of(array, F.amp_cast(as_classic(array), dtype='float32'))
+    """Cast a symbol of bfloat16 or float16 to float32, in the way that exports leave out."""
+    return in_style_of(array, mx.sym.amp_cast(as_classic(array), dtype='float32'))
 
 
 def as_dtype(array: Array, dtype: str) -> Array:
-    """Cast an array or a symbol to float16 or bfloat16."""
+    """Cast an array or a symbol. An export keeps this cast."""
     F = mx.sym if is_symbol(array) else mx.nd
-    if dtype == 'bfloat16':  # only AMP's operator has it on every device
-        return in_style_of(array, F.amp_cast(as_classic(array), dtype=np.dtype([(dtype, 'uint16')])))
-    return in_style_of(array, F.cast(as_classic(array), dtype=dtype))
+    return in_style_of(array, F.cast(as_classic(array), dtype=BFLOAT16 if dtype == 'bfloat16' else dtype))
 
 
 def in_mode(array: Array) -> Array:
@@ -179,16 +182,21 @@ def dtype_name(array: Array) -> Optional[str]:
         return None
 
 
-def without_bfloat16(symbol_: Array) -> Tuple[Array, Optional[str]]:
+def without_bfloat16(array: Any, dtype: Optional[str]) -> Any:
+    """Return an array of this dtype, as float32 if it is bfloat16, which promotes to no other dtype."""
+    return as_dtype(array, 'float32') if dtype == 'bfloat16' else array
+
+
+def logits_of_symbol(symbol_: Array) -> Tuple[Array, Optional[str]]:
     """Return a symbol, cast to float32 if it may be bfloat16, and its dtype if that is certain.
 
     What a graph says of dtypes is not: a parameter that was cast after its first use keeps the old one, and
     some operators say float32 whatever their input is.
     """
     dtype = dtype_name(symbol_)
-    if dtype == 'bfloat16' or (dtype is None and is_amp_on()):
+    if dtype is None and is_amp_on():
         return amp_float32(symbol_), 'float32'
-    return symbol_, None
+    return without_bfloat16(symbol_, dtype), 'float32' if dtype == 'bfloat16' else None
 
 
 @lru_cache(maxsize=None)

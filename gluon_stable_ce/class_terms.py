@@ -15,6 +15,8 @@ def is_impossible(pred: Any, pred_type: str) -> Any:
 class ClassTerms(NamedTuple):
     """Terms, (positions...), in nats; None for what was not asked for.
 
+    In a graph of symbols, they have a class axis of length 1, and so the rank of the logits.
+
     `kernels.class_terms` returns them weighted by class, and filled in where labels are invalid or ignored.
     """
 

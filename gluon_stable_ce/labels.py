@@ -3,7 +3,7 @@
 This file states the rule, in operators of MXNet. The fused operator applies the same rule in C++.
 """
 
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional, Tuple
 
 from . import array_api, graph_checks
 from .array_api import Array, F
@@ -11,7 +11,7 @@ from .call import Call
 
 
 class Labels(NamedTuple):
-    """The meaning of sparse labels, (positions...) each. Conditions are 1 or 0; None if always true."""
+    """The meaning of sparse labels, as `align_label` shapes them. Conditions are 1 or 0; None if true."""
 
     index: Array  # the class, in [0, C) and never NaN
     is_valid: Optional[Array]
@@ -31,34 +31,80 @@ def read_labels(F: F, call: Call, label: Array, pred: Array) -> Labels:
     pred : (..., C at the class axis, ...)
         Only its shape is read.
     """
+    if call.ndim is None:
+        return _read_labels_of_symbols(F, call, label, pred)
     label = align_label(F, call, label, pred)  # (positions...)
     counted = is_counted(F, call, label)
     label = F.BlockGrad(_comparable(F, call, label))  # its gradient is 0
+    axis = call.options.axis
     if call.has_few_classes and call.options.invalid_label != 'clip':
         index = F.take(F.contrib.arange_like(pred, axis=call.options.axis), label, mode='clip')
         return Labels(index, index == label, counted)
-    axis = call.options.axis
     classes = F.slice_axis(F.shape_array(pred), axis=0, begin=axis, end=(axis + 1) or None)
     classes = F.cast(classes, dtype=call.label_compare_dtype)  # (1,), C
+    nearest, is_valid = _named(F, call, label, classes)
+    if is_valid is None:
+        return Labels(nearest, None, counted)
+    return Labels(F.where(is_valid, nearest, F.zeros_like(label)), is_valid, counted)
+
+
+def _named(F: F, call: Call, label: Any, classes: Any) -> Tuple[Array, Optional[Array]]:
+    """Return the classes that labels name, and which are valid: None if all are."""
     if call.options.invalid_label == 'clip':
         nearest = F.broadcast_minimum(F.floor(F.maximum(label, 0)), classes - 1)
-        return Labels(F.where(label == label, nearest, F.zeros_like(label)), None, counted)
-    is_valid = F.broadcast_mod(F.floor(label), classes) == label  # neither NaN nor inf is
-    return Labels(F.where(is_valid, label, F.zeros_like(label)), is_valid, counted)
+        return F.where(label == label, nearest, F.zeros_like(label)), None
+    return label, F.broadcast_mod(F.floor(label), classes) == label  # neither NaN nor inf is valid
+
+
+def _read_labels_of_symbols(F: F, call: Call, label: Array, pred: Array) -> Labels:
+    """Read labels as (B, 1). What they mean, a class or a mark, gets the shape that `align_label` gives."""
+    like = graph_checks.positions_of(F, pred, label, call.options.axis)
+    label = F.BlockGrad(_comparable(F, call, F.reshape(label, shape=(-1, 1))))
+    index = F.contrib.arange_like(
+        F.cast(classes_of_one(F, pred, call.options.axis), dtype='float64')
+    )  # (1, C)
+    classes = F.cast(F.slice_axis(index, axis=1, begin=-1, end=None) + 1, dtype=call.label_compare_dtype)
+    named, is_valid = _named(F, call, label, classes)
+    if is_valid is not None:
+        named = F.where(is_valid, named, F.ones_like(label) * -1)
+    counted = is_counted(F, call, label)
+    if counted is not None:
+        named = F.where(counted, named, F.ones_like(label) * -2)
+    named = _reshaped(F, call, named, like)
+    return Labels(
+        F.maximum(named, 0),
+        None if is_valid is None else named != -1,
+        None if counted is None else named != -2,
+    )
 
 
 def align_label(F: F, call: Call, label: Array, pred: Array) -> Array:
     """Give a label, which may have the class axis with length 1, the shape of the positions.
 
-    A graph of symbols reads `pred` first, as gluon's does.
+    In a graph of symbols, it gets that axis, as MXNet's `pick` with ``keepdims`` has it.
     """
     axis = call.options.axis
     if call.ndim is None:
         like = graph_checks.positions_of(F, pred, label, axis)
-        one = array_api.one_after(F, like, dtype=call.label_compare_dtype)
-        label = F.broadcast_mul(one, F.cast(label, dtype=call.label_compare_dtype))
-        return F.reshape_like(label, like)
+        return _reshaped(F, call, F.reshape(label, shape=(-1, 1)), like)
     return F.squeeze(label, axis=axis) if call.label_ndim == call.ndim else label
+
+
+def _reshaped(F: F, call: Call, column: Array, like: Array) -> Array:
+    """Give (B, 1) the shape of `like`, which the graph reads first, and so pred, as in gluon's graph."""
+    # not by reshape_like, which raises an error where shapes are not all known
+    place, dtype = F.contrib.arange_like(F.cast(like, dtype='float64')), call.label_compare_dtype
+    column = F.squeeze(F.take(column, place), axis=-1)
+    return F.ones_like(F.cast(like, dtype=dtype)) * F.cast(column, dtype=dtype)
+
+
+def classes_of_one(F: F, pred: Array, axis: int) -> Array:
+    """Return `pred` at one position, (1, C), whatever its rank is."""
+    if axis == -1:
+        rows = F.reshape(pred, shape=(-1, 0), reverse=True)
+    else:
+        rows = array_api.first(F, array_api.three_axes(F, pred, axis), axis=2)
+    return F.reshape(array_api.first(F, rows), shape=(1, 0))
 
 
 def is_counted(F: F, call: Call, label: Array) -> Optional[Array]:

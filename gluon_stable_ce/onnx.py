@@ -393,14 +393,13 @@ def _reduce(at):
     if not at.is_true('exclude'):
         return at.stock()
     axes = np.ravel(literal_eval(at.attrs.get('axis', '()'))).tolist()
-    if not axes and not at.is_true('keepdims'):  # over all axes, of which none is excluded
+    if not axes:  # over all axes, of which none is excluded
         total = at.make({'mean': 'ReduceMean', 'sum': 'ReduceSum'}[at.op], at.inputs[0])
-        at.make('Reshape', total, at.constant([1]))
+        if not at.is_true('keepdims'):
+            at.make('Reshape', total, at.constant([1]))
         return None
-    if len(axes) != 1 or at.is_true('keepdims'):
-        raise NotImplementedError(
-            f'{at.op}: expected one axis and no keepdims with exclude=True, got {at.attrs}'
-        )
+    if len(axes) != 1:
+        raise NotImplementedError(f'{at.op}: expected one axis with exclude=True, got {at.attrs}')
     data, axis = at.inputs[0], axes[0]
     # the rank is not known, so the axes on one side are merged first
     if axis >= 0:  # (before..., excluded, after...) -> (before..., excluded, A)
@@ -411,6 +410,12 @@ def _reduce(at):
         shape, over = at.make('Concat', at.constant([-1]), sizes, axis=0), [0, *range(2, 1 - axis)]
     data = at.make('Reshape', data, shape)
     if at.op == 'mean':
-        at.make('ReduceMean', data, axes=over, keepdims=0)
+        total = at.make('ReduceMean', data, axes=over, keepdims=0)
     else:
-        at.make_over(over, 'ReduceSum', data, keepdims=0)
+        total = at.make_over(over, 'ReduceSum', data, keepdims=0)
+    if at.is_true('keepdims'):
+        sizes, place = at.make('Shape', at.inputs[0]), at.constant([axis])
+        ones = at.make('Expand', at.constant([1]), at.make('Shape', sizes))
+        kept = at.make('ScatterElements', ones, place, at.make('Gather', sizes, place), axis=0)
+        at.make('Reshape', total, kept)
+    return None

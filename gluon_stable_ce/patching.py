@@ -30,8 +30,8 @@ PLACES = {
 STOCK = {name: getattr(module, name) for name, (module, _) in PLACES.items()}
 
 _CROSSED = (
-    "sample_weight of shape (N,): the loss of each sample is multiplied by the sample's weight. gluon "
-    'multiplies each loss by the mean of all weights, as (N, 1) * (N,) is (N, N)'
+    'sample_weight with fewer axes than pred: each loss is multiplied by the weight of its own sample or '
+    'position. gluon broadcasts from the last axis on, (N, 1) * (N,) to (N, N), and takes others, too'
 )
 _LOCK = threading.RLock()
 _ACTIVE: List['Patch'] = []  # the innermost comes last
@@ -349,9 +349,11 @@ def _replacements(patched):
             return loss if is_cast else _in_dtype_of(pred, loss)
 
         def hybrid_forward(self, F, pred, label, sample_weight=None):
-            is_bfloat16 = traced_dtypes.dtype_of(pred) == 'bfloat16'  # which promotes to no other dtype
-            logits = array_api.amp_float32(pred) if is_bfloat16 else pred
-            return _in_dtype_of(pred, super().hybrid_forward(F, logits, label, sample_weight))
+            inputs = [
+                array if array is None else array_api.without_bfloat16(array, traced_dtypes.dtype_of(array))
+                for array in (pred, label, sample_weight)
+            ]
+            return _in_dtype_of(pred, super().hybrid_forward(F, *inputs))
 
         @property
         def _has_own_graph(self):
@@ -462,6 +464,16 @@ def _in_dtype_of(pred, loss):
 
 
 def _stock_crosses(call, weight_shape, shape):
-    """Whether gluon multiplies the losses of all samples by the weights of all: (N, 1) * (N,) is (N, N)."""
-    last = 1 if call.options.axis % len(shape) == len(shape) - 1 else shape[-1]
-    return len(weight_shape) == 1 and shape[0] > 1 and last in (1, shape[0])
+    """Whether gluon, which broadcasts from the last axis on, reads these weights as those of other axes."""
+    ndim = len(shape)
+    class_axes, batch_axes = (
+        {axis % ndim for axis in axes} for axes in (call.options.class_axes, call.options.batch_axes)
+    )
+    axes = {'positions': sorted({*range(ndim)} - class_axes), 'batch': sorted(batch_axes)}
+    if call.weight_layout not in axes:  # those of gluon
+        return False
+    sizes = dict(zip(axes[call.weight_layout], weight_shape))
+    ours = tuple(sizes.get(axis, 1) for axis in range(ndim))
+    gluons = (1,) * (ndim - len(weight_shape)) + weight_shape
+    losses = (1 if axis in class_axes else size for axis, size in enumerate(shape))
+    return gluons != ours and all(1 in pair or len({*pair}) == 1 for pair in zip(gluons, losses))

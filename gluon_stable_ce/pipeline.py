@@ -25,15 +25,22 @@ def loss_of(
         array_api.as_classic, (pred, label, sample_weight, class_weight)
     )
     if call.ndim is None and class_weight is not None:
-        class_weight = _last(F, class_weight, pred, label, sample_weight)
-    terms = class_terms(F, call, pred, label, class_weight)  # (positions...) each
-    loss = reduce(F, call, combine(F, call, terms), pred, label, sample_weight)  # (batch,)
+        class_weight = _last(F, class_weight, array_api.first(F, pred), label, sample_weight)
+    terms = class_terms(F, call, pred, label, class_weight)
+    loss = combine(F, call, terms)
+    loss = loss if options.weight is None else loss * options.weight
+    loss = reduce(F, call, loss, pred, label, sample_weight)  # (batch,)
     if options.reduction == 'none' and options.sparse_label and call.label_ndim in (None, call.ndim):
         loss = F.reshape_like(loss, label)  # which may have the class axis, of length 1
-    return array_api.in_style_of(given, loss if options.weight is None else loss * options.weight)
+    elif options.reduction == 'none' and call.ndim is None:
+        loss = F.squeeze(loss, axis=options.axis)
+    return array_api.in_style_of(given, loss)
 
 
 def _last(F: F, array: Array, *others: Optional[Array]) -> Array:
-    """Return `array`, as an input that a graph reads after all others."""
-    one = array_api.one_after(F, *(other for other in others if other is not None))
-    return array_api.multiply(F, one, array)
+    """Return a float32 array of one axis as (1, C), an input that a graph reads after all others."""
+    for other in reversed(others):
+        if other is not None:
+            one = array_api.first(F, F.reshape(other, shape=(-1, 1)))
+            array = F.broadcast_mul(F.ones_like(F.cast(one, dtype='float32')), array)
+    return array

@@ -60,7 +60,11 @@ def plan(
 
 
 def _plan_symbols(options, pred, label, sample_weight, class_weights, fill):
-    pred, dtype = array_api.without_bfloat16(pred)
+    pred, dtype = array_api.logits_of_symbol(pred)
+    label, sample_weight = (
+        array if array is None else array_api.without_bfloat16(array, array_api.dtype_name(array))
+        for array in (label, sample_weight)
+    )
     call = Call(
         options,
         fill,
@@ -90,8 +94,8 @@ def _plan_arrays(
 ) -> Tuple[Call, Inputs]:
     """Return the `Call`, and the inputs in the form and on the context in which its graph takes them."""
     pred, label, sample_weight = inputs
-    if array_api.is_array(pred) and array_api.dtype_name(pred) == 'bfloat16':  # no kernel reads it
-        pred = array_api.amp_float32(pred)
+    if array_api.is_array(pred):
+        pred = array_api.without_bfloat16(pred, array_api.dtype_name(pred))
     try:
         call = _call_of(options, (pred, label, sample_weight), class_weights, fill)
     except (TypeError, ValueError):

@@ -16,7 +16,7 @@ def reduce(
 
     Parameters
     ----------
-    loss : (positions...)
+    loss : (positions...); in a graph of symbols, with 1 at the class axis
     pred : (..., C at the class axis, ...)
         Only its shape is read.
     label : as `class_terms` takes it
@@ -31,20 +31,22 @@ def reduce(
     expanded = with_class_axis(F, call, loss)  # of pred's rank
     if sample_weight is not None and not call.is_empty:  # MXNet fails to broadcast some empty arrays
         expanded = weighted(F, expanded, align_sample_weight(F, call, sample_weight, expanded, pred))
-        loss = expanded if options.summed_axes else F.reshape_like(expanded, loss)
+        is_shaped = options.summed_axes or call.ndim is None
+        loss = expanded if is_shaped else F.reshape_like(expanded, loss)
     needs_count = options.ignore_label is not None and options.reduction in ('mean', 'valid')
     is_own_mean = _has_one_position(call)
     if options.reduction == 'none' or (is_own_mean and not (needs_count and options.reduction == 'valid')):
         return loss
     over = {'axis': options.batch_axes, 'exclude': True}
     if needs_count and not call.is_empty:
-        counted = is_counted(F, call, align_label(F, call, label, pred))  # (positions...)
+        counted = is_counted(F, call, align_label(F, call, label, pred))
         counted = F.where(counted, F.ones_like(loss), F.zeros_like(loss))
-        count = F.sum(F.expand_dims(counted, axis=options.axis), **over)  # (batch,)
+        count = F.sum(with_class_axis(F, call, counted), keepdims=True, **over)  # (batch..., 1...)
         if options.reduction == 'valid':
             count = F.mean(count, keepdims=True)
         divisor = F.where(count == 0, F.ones_like(count), count)  # where nothing counts, 0 / 1
-        return F.broadcast_div(F.sum(expanded, **over), divisor)
+        expanded = F.broadcast_div(F.sum(expanded, keepdims=True, **over), divisor)
+        return F.sum(expanded, **over)
     if call.is_empty:
         return array_api.sum_of_none(F, expanded, options.batch_axes, call.ndim)
     return F.sum(expanded, **over) if options.reduction == 'sum' else F.mean(expanded, **over)
@@ -62,21 +64,19 @@ def _has_one_position(call: Call) -> bool:
 
 def with_class_axis(F: F, call: Call, loss: Array) -> Array:
     """Give losses the axes of `pred`, with length 1 for the classes, and sum over further class axes."""
-    expanded = F.expand_dims(loss, axis=call.options.axis)
+    expanded = loss if call.ndim is None else F.expand_dims(loss, axis=call.options.axis)
     summed_axes = call.options.summed_axes
     return F.sum(expanded, axis=summed_axes, keepdims=True) if summed_axes else expanded
 
 
 def align_sample_weight(F: F, call: Call, sample_weight: Array, expanded: Array, pred: Array) -> Array:
     """Give sample weights the shape of `expanded`, the losses with an axis of length 1 for the classes."""
-    if call.ndim is None:  # the graph reads pred and label first
-        sample_weight = array_api.promoted(F, sample_weight, expanded)
+    if call.ndim is None:
+        sample_weight = _align_unknown_weight(F, call, sample_weight, expanded, pred)
     if call.dtype is not None:
         sample_weight = F.cast(sample_weight, dtype=call.compute_dtype)
     if call.ndim is not None:
         sample_weight = _align_known_weight(F, call, sample_weight)
-    else:
-        sample_weight = _align_unknown_weight(F, call, sample_weight, expanded, pred)
     return F.broadcast_like(sample_weight, expanded)
 
 
@@ -105,8 +105,11 @@ def _align_unknown_weight(F: F, call: Call, sample_weight: Array, expanded: Arra
     """
     if call.options.axis == -1 and call.options.batch_axes == (0,):
         # MXNet broadcasts from the last axis on, so the order of the axes is reversed
-        ones = F.transpose(F.ones_like(expanded))  # (1, ..., batch)
-        sample_weight = F.transpose(F.broadcast_mul(ones, F.transpose(sample_weight)))  # (batch, ..., 1 or C)
+        ones = F.transpose(F.ones_like(expanded))  # (1, ..., batch); the graph reads pred and label first
+        sample_weight = array_api.multiply(F, ones, F.transpose(sample_weight))
+        sample_weight = F.transpose(sample_weight)  # (batch, ..., 1 or C)
+    else:
+        sample_weight = array_api.promoted(F, sample_weight, expanded)
     for axis in call.options.class_axes:
         sample_weight = graph_checks.require_equal_or_1(F, sample_weight, pred, axis)
     return F.mean(sample_weight, axis=call.options.class_axes, keepdims=True)

@@ -358,8 +358,12 @@ for _ in range(2):
         ((4, 3), (4,), (4, 1), 0),
         ((1, 3), (1,), (1,), 0),
         ((4, 4, 3), (4, 4), (4,), 1),
+        ((4, 4, 3), (4, 4), (4, 1), 1),
+        ((4, 4, 3), (4, 4), (4, 4), 1),
+        ((4, 1, 3), (4, 1), (4, 1), 1),
+        ((4, 2, 3), (4, 2), (2, 1), 0),
     ],
-    ids=['crossed', 'keepdims', 'one sample', '3-D'],
+    ids=['crossed', 'keepdims', 'one sample', '3-D', 'samples or steps', 'square', 'one step', 'steps'],
 )
 def test_tells_once_where_gluon_multiplies_samples_by_the_weights_of_others(
     run, write, shape, label, weight, told

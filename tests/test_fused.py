@@ -391,9 +391,9 @@ def test_symbols_run_with_and_without_gradients(req, rng):
     executor = symbol.simple_bind(mx.cpu(), pred=(3, 7), grad_req={'pred': req, 'label': 'null'})
     (value,) = executor.forward(is_train=req != 'null', pred=mx.nd.array(pred), label=mx.nd.array(label))
     expected, grad = run(pred, label, uniform=True)
-    assert_close(value.asnumpy(), sum(expected), tolerances.ROUNDED_FLOAT32)
+    assert_close(value.asnumpy().ravel(), sum(expected), tolerances.ROUNDED_FLOAT32)
     if req == 'write':
-        executor.backward(mx.nd.ones(3))
+        executor.backward(mx.nd.ones((3, 1)))
         assert_close(executor.grad_dict['pred'].asnumpy(), grad, tolerances.ROUNDED_FLOAT32)
 
 
@@ -463,7 +463,7 @@ def test_in_a_graph_of_symbols_label_and_class_weight_keep_their_gradients(rng):
     grads = {name: mx.nd.ones_like(array) * 5 for name, array in arrays.items()}
     executor = nll.bind(mx.cpu(), arrays, grads, grad_req='add')
     executor.forward(is_train=True)
-    executor.backward(mx.nd.ones(3))
+    executor.backward(mx.nd.ones((3, 1)))
     for name in ('label', 'class_weight'):
         np.testing.assert_array_equal(grads[name].asnumpy(), 5)
 

@@ -485,11 +485,6 @@ def test_monitor_sees_the_layers(net_and_loss):
     assert 'layer_output' in [name for _, name, _ in monitor.toc()]
 
 
-def test_print_summary_lists_the_layers(net_and_loss, capsys):
-    mx.viz.print_summary(net_and_loss)
-    assert 'layer(FullyConnected)' in capsys.readouterr().out
-
-
 def test_equal_nets_have_equal_graphs(kernel):
     graphs_of = [
         StableSoftmaxCELoss(kernel=kernel, prefix='l_')(mx.sym.var('x') * 2, mx.sym.var('y'))

@@ -186,7 +186,7 @@ class TestReadLabels:
         label, pred = np.array([[0, 3], [4, 2]], 'float32'), np.zeros((2, 4, 2), 'float32')
         is_valid = evaluate(lambda F, *inputs: read_labels(F, call, *inputs).is_valid, label, pred)
         index = evaluate(lambda F, *inputs: read_labels(F, call, *inputs).index, label, pred)
-        np.testing.assert_array_equal(is_valid, [[1, 1], [0, 1]])
+        np.testing.assert_array_equal(is_valid, [[[1, 1]], [[0, 1]]])
         np.testing.assert_array_equal(index[is_valid == 1], [0, 3, 2])
 
     def test_label_has_gradient_zero(self, ctx):
@@ -204,7 +204,7 @@ def test_is_counted_without_ignore_label_is_none():
 @pytest.mark.parametrize('ndim', [3, None], ids=['rank-known', 'rank-unknown'])
 @pytest.mark.parametrize('keeps_axis', [True, False], ids=['keepdims', 'removed'])
 @pytest.mark.parametrize('axis', [1, -2])
-def test_align_label_gives_the_positions_shape(ndim, keeps_axis, axis, rng):
+def test_align_label_gives_one_shape(ndim, keeps_axis, axis, rng):
     label = rng.randint(0, 4, (2, 1, 3) if keeps_axis else (2, 3)).astype('float32')
     pred = np.zeros((2, 4, 3), 'float32')
     call = call_of(ndim, ndim and label.ndim, axis=axis)
@@ -212,7 +212,7 @@ def test_align_label_gives_the_positions_shape(ndim, keeps_axis, axis, rng):
         aligned = align_label(nd, call, nd.array(label), nd.array(pred)).asnumpy()
     else:
         aligned = evaluate(lambda F, *inputs: align_label(F, call, *inputs), label, pred)
-    np.testing.assert_array_equal(aligned, label.reshape(2, 3))
+    np.testing.assert_array_equal(aligned, label.reshape((2, 3) if ndim else (2, 1, 3)))
 
 
 def test_align_label_removes_no_other_axis_of_length_1():

@@ -198,6 +198,19 @@ def test_calls_that_gluon_accepts(name, accepted):
         assert_close(got, wanted)
 
 
+@pytest.mark.parametrize(
+    'name', ['csr-weight', 'one-axis', 'one-axis-dense', 'from-logits-none', 'sparse-label-none']
+)
+def test_calls_that_gluon_accepts_in_a_graph(name, accepted):
+    options, *arrays = accepted[name]
+    expected = loss_and_gradient(gluon.loss.SoftmaxCELoss(**options), *arrays)
+    net = modes.WithLoss(modes.Identity(), StableSoftmaxCELoss(kernel='stock', **options))
+    net.hybridize()
+    for got, wanted in zip(loss_and_gradient(net, *arrays), expected):
+        assert got.shape == wanted.shape
+        assert_close(got, wanted)
+
+
 @every_mode
 @few_layouts
 @pytest.mark.parametrize('batch_axis', [None, 'class', (0, 'class')], ids=str)

@@ -11,6 +11,7 @@ import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
+import modes
 import mxnet as mx
 import numpy as np
 import pytest
@@ -287,6 +288,29 @@ def test_loss_has_the_dtype_that_gluons_has(rng, make, dtype, shape):
         assert_close(loss.astype('float32').asnumpy(), expected.asnumpy(), HALF_SUM)
         assert_close(ours(*exact).asnumpy(), expected.asnumpy(), NLL)
         assert array_api.dtype_name(ours(pred, label, mask)) == array_api.dtype_name(loss)
+
+
+@pytest.mark.parametrize('dtype', HALF, ids=['float16', 'bfloat16'])
+@pytest.mark.parametrize('sparse_label', [True, False], ids=['sparse', 'dense'])
+@modes.parametrize([modes.nested_eager, modes.nested, modes.exported])
+def test_weights_and_targets_of_half_precision(rng, patched, mode, dtype, sparse_label):
+    label = rng.randint(0, 5, 4) if sparse_label else rng.dirichlet(np.ones(5), 4)
+    inputs = [np.float32(array) for array in (rng.normal(0, 3, (4, 5)), label, rng.uniform(0, 1, (4, 1)))]
+
+    class Net(gluon.HybridBlock):
+        """A net that is given bfloat16, which NumPy lacks, as float32."""
+
+        def __init__(self):
+            super().__init__()
+            self.loss_fn = gluon.loss.SoftmaxCELoss(sparse_label=sparse_label)
+
+        def hybrid_forward(self, F, *inputs):
+            pred, label, weight = [F.cast(array, dtype=dtype) for array in inputs]
+            return F.cast(self.loss_fn(pred, inputs[1] if sparse_label else label, weight), dtype='float32')
+
+    expected, _ = modes.default(ImportedBefore(sparse_label=sparse_label), *inputs)
+    loss, _ = mode(Net(), *inputs)
+    assert_close(loss, expected, HALF_SUM)
 
 
 def test_dtype_of_a_net_that_is_cast_after_its_first_use(patched):

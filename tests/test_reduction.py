@@ -78,7 +78,8 @@ class TestReduce:
         ids=str,
     )
     def test_values(self, ndim, options, expected):
-        np.testing.assert_array_equal(self.reduced(self.LOSS, ndim=ndim, **options), expected)
+        reduced = self.reduced(self.LOSS if ndim else self.LOSS[..., None], ndim=ndim, **options)
+        np.testing.assert_array_equal(reduced.squeeze(), expected)
 
     @pytest.mark.parametrize('keeps_axis', [False, True], ids=['', 'keeps-axis'])
     @pytest.mark.parametrize(

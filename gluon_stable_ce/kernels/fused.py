@@ -47,18 +47,21 @@ def class_terms(F: F, call: Call, pred: Array, label: Array, class_weight: Optio
     in any class of a position is NaN.
     """
     attributes = _attributes(call, class_weight is not None)
+    if class_weight is not None and call.ndim is None:
+        class_weight = F.reshape(class_weight, shape=(-1,))  # (C,), as the operator takes it
     others = [array for array in (label, class_weight) if array is not None]
     if call.needs_guard:
         pred = _guarded(F, pred, attributes, others)
     inputs = [F.BlockGrad(array) for array in others]  # the operator would overwrite their gradients
     outputs = getattr(F, NAME)(pred, *inputs, **attributes)
     has_logsumexp, has_uniform = 'logsumexp' in attributes, 'uniform' in attributes
-    if not has_logsumexp and not has_uniform:
-        return ClassTerms(outputs)
+    terms = [*outputs] if has_logsumexp or has_uniform else [outputs]
+    if call.ndim is None:
+        terms = [F.expand_dims(term, axis=call.options.axis) for term in terms]
     return ClassTerms(
-        nll=outputs[0],
-        logsumexp=outputs[1] if has_logsumexp else None,
-        uniform_nll=outputs[1 + has_logsumexp] if has_uniform else None,
+        nll=terms[0],
+        logsumexp=terms[1] if has_logsumexp else None,
+        uniform_nll=terms[1 + has_logsumexp] if has_uniform else None,
     )
 
 

@@ -19,13 +19,13 @@ The layout of the class axis, casts of 16-bit floats and graphs of unknown rank 
 only this kernel needs it.
 """
 
-from typing import Any, NamedTuple, Optional, Tuple
+from typing import Any, NamedTuple, Optional
 
 from .. import array_api, graph_checks
 from ..array_api import Array, F
 from ..call import Call
 from ..class_terms import ClassTerms, is_impossible, weighted
-from ..labels import fill, read_labels
+from ..labels import classes_of_one, fill, read_labels
 
 HALF = ('float16', 'bfloat16')
 T = 64.0  # by which the label's logit is lowered: the NLL is exact down to exp(-T)
@@ -39,68 +39,88 @@ def class_terms(
     if call.dtype in HALF:  # unlike log_softmax's own `dtype`, a cast in front of it reaches the fast kernel
         pred = F.cast(pred, dtype='float32')
     if class_weight is not None:
-        class_weight = _read_class_weight(F, call, pred, class_weight)  # (C,)
+        class_weight = _read_class_weight(F, call, pred, class_weight)  # (C, 1)
     if not call.options.sparse_label:
         return _dense_terms(F, call, pred, label, class_weight)
     labels = read_labels(F, call, label, pred)
     terms = _sparse_terms(F, call, pred, labels.index, class_weight)
     if class_weight is not None:
-        weight = F.take(class_weight, labels.index, mode='clip')  # (positions...)
+        weight = F.squeeze(F.take(class_weight, labels.index, mode='clip'), axis=-1)
         terms = terms._replace(nll=weighted(F, terms.nll, weight))
     return ClassTerms(*(None if term is None else fill(F, call, labels, term) for term in terms))
 
 
 def _read_class_weight(F: F, call: Call, pred: Array, class_weight: Array) -> Array:
-    class_weight = F.BlockGrad(class_weight)
+    class_weight = F.BlockGrad(F.reshape(class_weight, shape=(1, -1)))
     if call.ndim is None:
-        class_weight = graph_checks.require_length(F, class_weight, pred, call.options.axis)
-    if call.dtype is None:
-        return array_api.promoted(F, class_weight, F.contrib.arange_like(pred, axis=call.options.axis))
-    return F.cast(class_weight, dtype=call.compute_dtype)
+        one = classes_of_one(F, pred, call.options.axis)  # (1, C)
+        class_weight = graph_checks.require_equal(F, class_weight, F.cast(one, dtype='float32'))
+        class_weight = array_api.promoted(F, class_weight, one)
+    if call.dtype is not None:
+        class_weight = F.cast(class_weight, dtype=call.compute_dtype)
+    return F.transpose(class_weight)
 
 
 # Sparse labels
 
 
 def _sparse_terms(F: F, call: Call, pred: Array, index: Array, class_weight: Optional[Array]) -> ClassTerms:
-    """Compute the terms of an index, (positions...), not yet weighted by its class."""
-    axis, pred_type = call.options.axis, call.options.pred_type
-    compute = _terms_of_logits if pred_type == 'logits' else _terms_of_log_probs
-    pred = class_axis_last(F, pred, axis, call.ndim)  # (positions..., C)
-    if call.ndim is not None or axis == -1:
-        return compute(F, call, pred, index, class_weight)
-    merged = F.reshape_like(index, class_axis_removed(F, pred, -1))  # as some axes of `pred` are
-    terms = compute(F, call, pred, merged, class_weight)
-    return ClassTerms(*(None if term is None else F.reshape_like(term, index) for term in terms))
+    """Compute the terms of an index, of the shape of `align_label`, not yet weighted by its class."""
+    axis = call.options.axis
+    compute = _terms_of_logits if call.options.pred_type == 'logits' else _terms_of_log_probs
+    pred = class_axis_last(F, pred, axis, call.ndim)  # (..., C)
+    last = class_axis_last(F, index, axis) if call.ndim is None else F.expand_dims(index, axis=-1)
+    return _restored(F, call, compute(F, call, pred, last, class_weight), index)
+
+
+def _restored(F: F, call: Call, terms: ClassTerms, like: Array) -> ClassTerms:
+    """Give terms, (..., 1) each, the shape of the positions; in a graph of symbols, that of `like`."""
+    if call.ndim is None and call.options.axis == -1:
+        return terms
+    return ClassTerms(
+        *(
+            term
+            if term is None
+            else F.squeeze(term, axis=-1)
+            if call.ndim is not None
+            else F.reshape_like(term, like)
+            for term in terms
+        )
+    )
+
+
+def _pick(F: F, array: Array, index: Array) -> Any:
+    return F.pick(array, index, axis=-1, keepdims=True)  # (..., 1)
 
 
 def _terms_of_log_probs(F, call, log_p, index, class_weight):
-    picked: Any = _promoted(F, call, F.pick(log_p, index, axis=-1))
+    picked: Any = _promoted(F, call, _pick(F, log_p, index))
     nll = _clamped(F, -picked, _is_impossible(F, picked))
     if not call.options.label_smoothing:
         return ClassTerms(nll)
     log_p = _promoted(F, call, log_p)
-    is_signed = _dot(F, _is_impossible(F, log_p), _share(F, log_p, class_weight))
-    return ClassTerms(nll, uniform_nll=_clamped(F, _uniform_nll(F, log_p, class_weight), is_signed))
+    is_signed = F.dot(_is_impossible(F, log_p), _share(F, call, log_p, class_weight))
+    return ClassTerms(nll, uniform_nll=_clamped(F, _uniform_nll(F, call, log_p, class_weight), is_signed))
 
 
 def _terms_of_logits(F, call, logits, index, class_weight):
-    """Compute the terms of logits, (positions..., C), by the formula at the head of this file."""
+    """Compute the terms of logits, (..., C), and an index (..., 1), by this file's formula."""
     options = call.options
-    lowered = _lower(F, call, logits, index)  # (positions..., C)
+    lowered = _lower(F, call, logits, index)  # (..., C)
     log_p = F.log_softmax(lowered, axis=-1)
     odds = _odds(F, call, logits, lowered, log_p, index)
     nll = F.where(odds.u <= 0, F.zeros_like(odds.u), odds.above + odds.log1p)  # where u <= 0, p_y is 1
     return ClassTerms(
         nll,
         _logsumexp(F, lowered, log_p, odds) if options.lse_square_scale else None,
-        _uniform_of_lowered(F, log_p, odds, index, class_weight) if options.label_smoothing else None,
+        _uniform_of_lowered(F, call, log_p, odds, index, class_weight) if options.label_smoothing else None,
     )
 
 
 def _lower(F: F, call: Call, logits: Array, index: Array) -> Array:
     """Lower the label's logit by T: by an addition, which has no gradient of what is added."""
     if call.one_hot_depth is not None:
+        index = F.squeeze(index, axis=-1)
         by = F.one_hot(index, depth=call.one_hot_depth, on_value=-T, dtype=call.compute_dtype)
         return logits + F.BlockGrad(by)
     by = F.BlockGrad(_is_label(F, call, logits, index) * -T)
@@ -108,15 +128,15 @@ def _lower(F: F, call: Call, logits: Array, index: Array) -> Array:
 
 
 def _is_label(F: F, call: Call, logits: Array, index: Array) -> Array:
-    """Compute 1 at the label and 0 at other classes, (positions..., C)."""
+    """Compute 1 at the label and 0 at other classes, (..., C)."""
     if call.ndim is not None:  # few classes, which float32 holds as they are
         classes = F.contrib.arange_like(logits, axis=-1)  # (C,)
         index = F.cast(index, dtype=call.compute_dtype)
     else:
-        row = F.slice_axis(logits, axis=0, begin=0, end=1)  # arange_like counts in the dtype of its input
-        classes = _distinct(F, call, F.contrib.arange_like(F.cast(row, dtype='float64'), axis=-1))
+        one = F.cast(classes_of_one(F, logits, -1), dtype='float64')  # in whose dtype arange_like counts
+        classes = _distinct(F, call, F.contrib.arange_like(one))  # (1, C)
         index = _distinct(F, call, index)
-    return F.broadcast_equal(F.expand_dims(index, axis=-1), classes)
+    return F.broadcast_equal(index, classes)
 
 
 def _distinct(F: F, call: Call, index: Any) -> Array:
@@ -126,7 +146,7 @@ def _distinct(F: F, call: Call, index: Any) -> Array:
 
 
 class _Odds(NamedTuple):
-    """What the terms of logits are made of, (positions...) each."""
+    """What the terms of logits are made of, (..., 1) each."""
 
     u: Array  # softplus(L + T)
     by: Array  # T, or what is left of it where logits are so large that the subtraction rounds
@@ -137,11 +157,13 @@ class _Odds(NamedTuple):
 
 
 def _odds(F, call, logits, lowered, log_p, index):
-    z_label = _promoted(F, call, F.pick(logits, index, axis=-1))
-    z_lowered = F.pick(lowered, index, axis=-1)
+    z_label = _pick(F, logits, index)
+    if call.ndim is None:
+        z_label = array_api.float32_or_64(F, z_label)
+    z_lowered = _pick(F, lowered, index)
     by = F.BlockGrad(z_label - z_lowered)
     rest = F.BlockGrad(z_lowered + by - z_label)  # what the subtraction of T rounded off
-    u = -F.pick(log_p, index, axis=-1)
+    u = -_pick(F, log_p, index)
     positive = F.maximum(u, LEAST)
     log_odds = (positive - by) + rest + F.log(-F.expm1(-positive))
     log_odds = F.where(log_odds == log_odds, log_odds, u)  # a label of -inf makes `by` NaN, and u infinite
@@ -153,23 +175,22 @@ def _odds(F, call, logits, lowered, log_p, index):
 
 def _logsumexp(F: F, lowered: Array, log_p: Array, odds: _Odds) -> Array:
     """Log sum_j exp z_j: of the lowered logits, it is that of the others where these have most of the sum."""
-    largest = F.argmax(lowered, axis=-1)  # (positions...), at which it is finite wherever the sum is
-    others = F.pick(lowered, largest, axis=-1) - F.pick(log_p, largest, axis=-1)
+    others = _logsumexp_of(F, lowered, log_p)
     return F.where(odds.is_above, others, odds.z_label) + odds.log1p
 
 
-def _uniform_of_lowered(F, log_p, odds, index, class_weight):
+def _uniform_of_lowered(F, call, log_p, odds, index, class_weight):
     """1/C sum_j w_j (-log p_j), from the lowered logits.
 
     Their logsumexp is smaller by `delta`, and the label's logit by T.
     """
     zero = F.zeros_like(odds.u)
     delta = odds.log1p - F.where(odds.is_above, zero, odds.u - odds.by)
-    share = _share(F, log_p, class_weight)  # (C,), w_j / C
-    all_classes = F.broadcast_mul(delta, F.reshape(F.dot(share, F.ones_like(share)), shape=(1,)))
+    share = _share(F, call, log_p, class_weight)  # (C, 1), w_j / C
+    all_classes = F.broadcast_mul(delta, F.dot(F.transpose(share), F.ones_like(share)))
     by = F.where(odds.by == odds.by, odds.by, F.ones_like(odds.by) * T)
-    label = by * F.take(share, index, mode='clip')
-    return _clamped(F, _uniform_nll(F, log_p, class_weight) + all_classes - label)
+    label = by * F.squeeze(F.take(share, index, mode='clip'), axis=-1)
+    return _clamped(F, _uniform_nll(F, call, log_p, class_weight) + all_classes - label)
 
 
 # Dense labels
@@ -179,77 +200,74 @@ def _dense_terms(F: F, call: Call, pred: Array, target: Array, class_weight: Opt
     """Compute the terms of a target, of `pred`'s shape."""
     options, axis, ndim = call.options, call.options.axis, call.ndim
     pred = _promoted(F, call, pred)
-    if call.ndim is None:  # the graph reads pred first
-        target = array_api.promoted(F, target, F.slice_axis(pred, axis=0, begin=0, end=1))
+    like = pred
+    if ndim is None:  # the graph reads pred first
+        target = array_api.promoted(F, target, array_api.first(F, pred))
     if call.dtype is not None:
         target = F.cast(target, dtype=call.compute_dtype)
     if ndim is None and axis != -1:
-        like = graph_checks.positions_of(F, pred, class_axis_removed(F, target, axis), axis)
-    pred, target = (class_axis_last(F, array, axis, ndim) for array in (pred, target))  # (positions..., C)
+        like, other = (F.BlockGrad(array_api.first(F, array, axis)) for array in (pred, target))
+        like = graph_checks.require_equal(F, like, other)
+    pred, target = (class_axis_last(F, array, axis, ndim) for array in (pred, target))  # (..., C)
     log_p = F.log_softmax(pred, axis=-1) if options.pred_type == 'logits' else pred
     if options.pred_type == 'probs':
         log_p = F.log(pred)
+    ones = F.ones_like(_indices(F, call, log_p))  # (C, 1)
     weighted_target = target if class_weight is None else target * _at_each_position(F, class_weight, log_p)
-    is_signed: Any = _has_negative(F, target)
+    is_signed: Any = F.dot(F.relu(-F.BlockGrad(target)), ones)  # the loss may be below 0, as policy gradients
     is_uniform_signed = None
     if options.pred_type == 'log_probs':
         is_counted = F.BlockGrad(weighted_target) != 0
-        is_signed = is_signed + _dot(F, _is_impossible(F, log_p) * is_counted, _ones_per_class(F, log_p))
-        is_uniform_signed = _dot(F, _is_impossible(F, log_p), _share(F, log_p, class_weight))
+        is_signed = is_signed + F.dot(_is_impossible(F, log_p) * is_counted, ones)
+        is_uniform_signed = F.dot(_is_impossible(F, log_p), _share(F, call, log_p, class_weight))
     uniform_nll = None
     if options.label_smoothing:
-        uniform_nll = _clamped(F, _uniform_nll(F, log_p, class_weight), is_uniform_signed)
-    terms: Tuple[Optional[Array], ...] = (
-        _clamped(F, _expected_nll(F, log_p, weighted_target), is_signed),
+        uniform_nll = _clamped(F, _uniform_nll(F, call, log_p, class_weight), is_uniform_signed)
+    terms = ClassTerms(
+        _clamped(F, _expected_nll(F, log_p, weighted_target, ones), is_signed),
         _logsumexp_of(F, pred, log_p) if options.lse_square_scale else None,
         uniform_nll,
     )
-    if ndim is None and axis != -1:
-        terms = tuple(None if term is None else F.reshape_like(term, like) for term in terms)
-    return ClassTerms(*terms)
+    return _restored(F, call, terms, like)
 
 
-def _expected_nll(F: F, log_p: Array, target: Any) -> Array:
+def _expected_nll(F: F, log_p: Array, target: Any, ones: Array) -> Array:
     """Sum_j target_j (-log p_j). A target of 0 removes its class, also from the gradients."""
     nll = F.where(target == 0, F.zeros_like(log_p), -log_p)
-    return _dot(F, nll * target, _ones_per_class(F, log_p))
-
-
-def _has_negative(F: F, target: Any) -> Array:
-    """Where a target has negative entries, as a policy gradient's have: its loss may be below 0."""
-    # (positions...), 0 where there are none
-    return _dot(F, F.relu(-F.BlockGrad(target)), _ones_per_class(F, target))
-
-
-def _logsumexp_of(F: F, logits: Array, log_p: Array) -> Array:
-    """Log sum_j exp z_j from the class of the largest logit, which is finite wherever the sum is."""
-    index = F.argmax(logits, axis=-1)  # (positions...)
-    return F.pick(logits, index, axis=-1) - F.pick(log_p, index, axis=-1)
+    return F.dot(nll * target, ones)
 
 
 # Both
 
 
-def _uniform_nll(F: F, log_p: Array, class_weight: Optional[Array]) -> Array:
+def _logsumexp_of(F: F, logits: Array, log_p: Array) -> Array:
+    """Log sum_j exp z_j from the class of the largest logit, which is finite wherever the sum is."""
+    index = F.argmax(logits, axis=-1, keepdims=True)
+    return _pick(F, logits, index) - _pick(F, log_p, index)
+
+
+def _uniform_nll(F: F, call: Call, log_p: Array, class_weight: Optional[Array]) -> Array:
     """1/C sum_j w_j (-log p_j)."""
-    share = _share(F, log_p, class_weight)
+    share = _share(F, call, log_p, class_weight)
     if class_weight is None:
-        return -_dot(F, log_p, share)
-    return _expected_nll(F, log_p, _at_each_position(F, share, log_p))
+        return -F.dot(log_p, share)
+    return _expected_nll(F, log_p, _at_each_position(F, share, log_p), F.ones_like(share))
 
 
-def _dot(F: F, array: Any, per_class: Array) -> Any:
-    """Sum an array of (positions..., C) with a weight per class, (C,).
-
-    A matrix product is ten times as fast as MXNet's sum over classes. It is one with (C, 1), as onnxruntime
-    1.16 computes a transposed matrix times a vector wrongly.
-    """
-    return F.squeeze(F.dot(array, F.expand_dims(per_class, axis=1)), axis=-1)
+# Sums over classes are products with (C, 1): a matrix product is ten times as fast as MXNet's sum. It is none
+# with (C,), as onnxruntime 1.16 computes a transposed matrix times a vector wrongly.
 
 
-def _share(F: F, log_p: Array, class_weight: Optional[Array]) -> Array:
-    """(C,), w_j / C."""
-    share: Any = F.softmax(F.zeros_like(F.contrib.arange_like(log_p, axis=-1)))  # 1/C for each class
+def _indices(F: F, call: Call, array: Array) -> Array:
+    """(C, 1) for an array of (..., C)."""
+    if call.ndim is None:
+        return F.transpose(F.contrib.arange_like(classes_of_one(F, array, -1)))
+    return F.expand_dims(F.contrib.arange_like(array, axis=-1), axis=1)
+
+
+def _share(F: F, call: Call, log_p: Array, class_weight: Optional[Array]) -> Array:
+    """(C, 1), w_j / C."""
+    share: Any = F.softmax(F.zeros_like(_indices(F, call, log_p)), axis=0)  # 1/C for each class
     return share if class_weight is None else share * class_weight
 
 
@@ -276,34 +294,16 @@ def _promoted(F: F, call: Call, array: Array) -> Array:
 def class_axis_last(F: F, array: Array, axis: int, ndim: Optional[int] = None) -> Array:
     """Move the class axis to the end, where MXNet's log_softmax is fast.
 
-    If the rank is unknown, the axes on one side of the class axis are merged.
+    If the rank is unknown, all other axes are merged to two.
     """
-    if ndim is not None:
-        axis %= ndim
-        if axis == ndim - 1:
-            return array
-        return F.transpose(array, axes=(*range(axis), *range(axis + 1, ndim), axis))
-    if axis == -1:
+    if axis == -1 or axis + 1 == ndim:
         return array
-    if axis >= 0:
-        array = F.reshape(array, shape=(0,) * (axis + 1) + (-1,))  # (before..., C, A)
-        return F.transpose(array, axes=(*range(axis), axis + 1, axis))  # (before..., A, C)
-    after = -axis - 1
-    array = F.reshape(array, shape=(-1,) + (0,) * (after + 1), reverse=True)  # (B, C, after...)
-    return F.transpose(array, axes=(0, *range(2, after + 2), 1))  # (B, after..., C)
-
-
-def class_axis_removed(F: F, pred: Array, axis: int) -> Array:
-    """Take one class of `pred`, (positions...), for its shape."""
-    return F.BlockGrad(F.squeeze(F.slice_axis(pred, axis=axis, begin=0, end=1), axis=axis))
+    if ndim is None:
+        return F.transpose(array_api.three_axes(F, array, axis), axes=(0, 2, 1))
+    axis %= ndim
+    return F.transpose(array, axes=(*range(axis), *range(axis + 1, ndim), axis))
 
 
 def _at_each_position(F: F, per_class: Array, like: Array) -> Array:
-    """Repeat (C,) over (positions..., C), of whatever rank."""
-    ones = F.ones_like(F.slice_axis(like, axis=-1, begin=0, end=1))  # (positions..., 1)
-    return F.dot(ones, F.expand_dims(per_class, axis=0))
-
-
-def _ones_per_class(F: F, array: Any) -> Array:
-    """(C,) ones for an array of (positions..., C)."""
-    return F.ones_like(F.contrib.arange_like(array, axis=-1))
+    """Repeat (C, 1) over (..., C), of whatever rank."""
+    return F.dot(F.ones_like(array_api.first(F, like, axis=-1)), F.transpose(per_class))
