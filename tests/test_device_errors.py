@@ -277,7 +277,7 @@ def test_errors_that_a_thread_is_being_told_of_are_counted(wait):
             wait(failed)
 
     thread = started(expect_error)
-    while not device_errors._calls():
+    while thread.is_alive() and not device_errors._calls():
         time.sleep(1e-4)
     assert device_errors.count_all() == before + 1
     thread.join(timeout=60)
