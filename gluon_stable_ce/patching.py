@@ -33,6 +33,10 @@ _CROSSED = (
     'sample_weight with fewer axes than pred: each loss is multiplied by the weight of its own sample or '
     'position. gluon broadcasts from the last axis on, (N, 1) * (N,) to (N, N), and takes others, too'
 )
+_NP_BATCH_AXIS = (
+    'batch_axis in np mode: the loss has one number for each index of that axis. gluon does not read this '
+    'option there, and takes the first axis'
+)
 _LOCK = threading.RLock()
 _ACTIVE: List['Patch'] = []  # the innermost comes last
 
@@ -363,6 +367,8 @@ def _replacements(patched):
             call, inputs = super()._plan(pred, label, sample_weight)
             if call.weight_layout and _stock_crosses(call, sample_weight.shape, pred.shape):
                 patched._notify(_CROSSED)
+            if array_api.is_np_array() and call.options.batch_axes != (0,):
+                patched._notify(_NP_BATCH_AXIS)
             return call, inputs
 
     class Metric(_Replacement, StableCrossEntropy):
