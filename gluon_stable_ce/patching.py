@@ -220,6 +220,8 @@ def _changes(replacements):
     block, name = gluon.HybridBlock, '_call_cached_op'
     before = getattr(block, name)
     changes.append((functools.partial(setattr, block), name, before, traced_dtypes.known_to_graphs(before)))
+    base = mx.metric.EvalMetric
+    changes.append((functools.partial(setattr, base), '__str__', base.__str__, _text_or_error(base.__str__)))
     changes += [
         (
             functools.partial(_set_or_delete, stock),
@@ -230,6 +232,19 @@ def _changes(replacements):
         for stock in replacements
     ]
     return changes
+
+
+def _text_or_error(to_text):
+    """Let metrics of several metrics be printed, too, where one of them has no value."""
+
+    @functools.wraps(to_text)
+    def text(metric):
+        try:
+            return to_text(metric)
+        except (ValueError, mx.MXNetError) as error:
+            return f'EvalMetric: {metric.name}: {error}'
+
+    return text
 
 
 def _set_or_delete(kind, name, value):
