@@ -6,6 +6,7 @@ from operator import mul
 from typing import Any, Optional, Sequence, Tuple
 
 import mxnet as mx
+import numpy as np
 
 from . import array_api
 from .array_api import Array
@@ -105,13 +106,22 @@ def weight_layout(got: Shape, shape: Shape, class_axes: Sequence[int], batch_axe
             return layout
     if got in (batch, (1,) * len(batch)):
         return 'batch'
-    hint = ''
+    hint = _gluons_product(keepdims, got)
     if len(classes) == 1 and got == tuple(shape[axis] for axis in classes) and shape[-1:] == got:
-        hint = "; gluon's loss would multiply by their mean; for a weight of each class, use class_weight"
+        hint += '; for a weight of each class, use class_weight'
     raise ValueError(
         f'sample_weight: expected one weight per sample {batch}, one per label {positions}, or a shape that '
         f'broadcasts to {keepdims}, or to {shape} for the mean over the classes, got {got}{hint}'
     )
+
+
+def _gluons_product(losses: Shape, weights: Shape) -> str:
+    """Say what gluon's loss would compute of arrays of these shapes; '' if it would raise an error, too."""
+    try:
+        both = np.broadcast(*(np.broadcast_to(0, shape) for shape in (losses, weights))).shape
+    except ValueError:
+        return ''
+    return f"; gluon's loss would broadcast {losses} * {weights} to {both}"
 
 
 def in_usual_form(

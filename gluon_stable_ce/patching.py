@@ -33,6 +33,10 @@ _CROSSED = (
     'sample_weight with fewer axes than pred: each loss is multiplied by the weight of its own sample or '
     'position. gluon broadcasts from the last axis on, (N, 1) * (N,) to (N, N), and takes others, too'
 )
+_NP_BATCH_AXIS = (
+    'batch_axis in np mode: the loss has one number for each index of that axis. gluon does not read this '
+    'option there, and takes the first axis'
+)
 _LOCK = threading.RLock()
 _ACTIVE: List['Patch'] = []  # the innermost comes last
 
@@ -216,6 +220,8 @@ def _changes(replacements):
     block, name = gluon.HybridBlock, '_call_cached_op'
     before = getattr(block, name)
     changes.append((functools.partial(setattr, block), name, before, traced_dtypes.known_to_graphs(before)))
+    base = mx.metric.EvalMetric
+    changes.append((functools.partial(setattr, base), '__str__', base.__str__, _text_or_error(base.__str__)))
     changes += [
         (
             functools.partial(_set_or_delete, stock),
@@ -226,6 +232,19 @@ def _changes(replacements):
         for stock in replacements
     ]
     return changes
+
+
+def _text_or_error(to_text):
+    """Let metrics of several metrics be printed, too, where one of them has no value."""
+
+    @functools.wraps(to_text)
+    def text(metric):
+        try:
+            return to_text(metric)
+        except (ValueError, mx.MXNetError) as error:
+            return f'EvalMetric: {metric.name}: {error}'
+
+    return text
 
 
 def _set_or_delete(kind, name, value):
@@ -363,6 +382,8 @@ def _replacements(patched):
             call, inputs = super()._plan(pred, label, sample_weight)
             if call.weight_layout and _stock_crosses(call, sample_weight.shape, pred.shape):
                 patched._notify(_CROSSED)
+            if array_api.is_np_array() and call.options.batch_axes != (0,):
+                patched._notify(_NP_BATCH_AXIS)
             return call, inputs
 
     own_forward = SoftmaxCrossEntropyLoss.hybrid_forward  # a script may replace it

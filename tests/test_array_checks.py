@@ -133,11 +133,22 @@ def test_weights_of_classes_are_no_sample_weights(sparse_label):
     if sparse_label:
         with pytest.raises(
             ValueError,
-            match="^sample_weight: .*; gluon's loss would multiply by their mean; .* class_weight$",
+            match=r'would broadcast \(2, 1\) \* \(3,\) to \(2, 3\); for a weight of each class, use class_weight$',
         ):
             loss_fn(pred, label, weight)
     else:
         assert_close(loss_fn(pred, label, weight).asnumpy(), 3 * loss_fn(pred, label).asnumpy())
+
+
+@pytest.mark.parametrize(('pred', 'label', 'weight', 'hint'), [
+    ((4, 3), (4,), (4, 4), r"; gluon's loss would broadcast \(4, 1\) \* \(4, 4\) to \(4, 4\)"),
+    ((2, 5, 3), (2, 5), (5,), r"; gluon's loss would broadcast \(2, 5, 1\) \* \(5,\) to \(2, 5, 5\)"),
+    ((8, 6, 3), (8, 6), (8, 1, 1, 6), r"; gluon's loss would broadcast .* to \(8, 8, 6, 6\)"),
+    ((4, 2, 3), (4, 2), (5, 1), r'got \(5, 1\)'),
+], ids=str)  # fmt: skip
+def test_weights_that_gluon_broadcasts_further(pred, label, weight, hint):
+    with pytest.raises(ValueError, match=f'^sample_weight: expected .*{hint}$'):
+        StableSoftmaxCELoss()(*map(nd.ones, (pred, label, weight)))
 
 
 def test_arrays_on_another_device_are_an_error():

@@ -372,6 +372,23 @@ def test_tells_once_where_gluon_multiplies_samples_by_the_weights_of_others(
     assert err.count('sample_weight') == told
 
 
+NP_MODE = """
+import mxnet as mx
+mx.npx.set_np()
+loss_fn = mx.gluon.loss.SoftmaxCELoss({options})
+for _ in range(2):
+    print(loss_fn(mx.np.ones((4, 2, 3)), mx.np.zeros((4, 2))).shape)
+mx.npx.reset_np()
+"""
+
+
+@pytest.mark.parametrize(('options', 'shape', 'told'), [('', '(4,)', 0), ('batch_axis=1', '(2,)', 1)])
+def test_tells_once_that_gluon_ignores_batch_axis_in_np_mode(run, write, options, shape, told):
+    _, out, err = run(write(NP_MODE.format(options=options)))
+    assert out.splitlines() == [shape] * 2
+    assert err.count('batch_axis') == told
+
+
 @pytest.mark.parametrize(('args', 'message'), [
     (['no-such-file.py'], "script: expected a file, got 'no-such-file.py'"),
     (['--label-smoothing', '2', __file__], 'label_smoothing: expected a number from 0 to 1, got 2'),

@@ -63,6 +63,7 @@ def bindings():
         for name, value in vars(kind).items()
         if callable(value)
     }
+    own['text'] = mx.metric.EvalMetric.__str__
     return places, own, mx.registry.get_registry(mx.metric.EvalMetric)
 
 
@@ -439,6 +440,19 @@ def test_no_warning_without_eps(patched, recwarn):
     assert mx.metric.CrossEntropy(name='ce').eps == 1e-12
     assert mx.metric.create(STOCK['CrossEntropy']().get_config()).eps == 1e-12
     assert not [warning for warning in recwarn if 'eps' in str(warning.message)]
+
+
+@pytest.mark.parametrize('make', [
+    lambda: mx.metric.create('ce'),
+    lambda: mx.metric.create(['acc', 'nll_loss']),
+    lambda: mx.metric.CompositeEvalMetric([mx.metric.create(['ce'])], name='both'),
+], ids=['single', 'several', 'nested'])  # fmt: skip
+def test_metrics_can_be_printed_after_an_invalid_label(patched, make):
+    metric = make()
+    metric.update([mx.nd.array([0, 7])], [mx.nd.array([[0.5, 0.5], [0.5, 0.5]])])
+    assert str(metric).startswith(f'EvalMetric: {metric.name}: 1 of 2 labels are invalid')
+    with pytest.raises(ValueError, match='1 of 2 labels are invalid'):
+        metric.get()
 
 
 # isinstance and subclasses
