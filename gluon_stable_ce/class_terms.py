@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple, Optional
 
+from . import array_api
 from .array_api import Array, F
 
 ROUNDING = 1e-3  # by which probabilities may be above 1, and log-probabilities above 0
@@ -27,4 +28,4 @@ class ClassTerms(NamedTuple):
 
 def weighted(F: F, term: Array, weight: Array) -> Array:
     """Multiply; a weight of 0 removes the term, and both gradients are 0, also if it is infinite or NaN."""
-    return F.where(weight == 0, F.zeros_like(term), term) * weight
+    return array_api.multiply(F, F.where(weight == 0, F.zeros_like(term), term), weight)

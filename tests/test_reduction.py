@@ -5,7 +5,8 @@ import mxnet as mx
 import numpy as np
 import pytest
 import reference
-from tolerances import ROUNDED_FLOAT32, assert_close
+from mxnet import gluon
+from tolerances import NLL, ROUNDED_FLOAT32, assert_close
 
 from gluon_stable_ce import StableSoftmaxCELoss
 from gluon_stable_ce.call import Call
@@ -164,6 +165,22 @@ class TestAlignSampleWeight:
         weight = nd.array([1, 2], dtype=dtype)
         aligned = align_sample_weight(nd, call, weight, nd.zeros((2, 1)), nd.zeros((2, 3)))
         assert aligned.dtype == np.float32
+
+    @pytest.mark.parametrize('mode', [modes.np_mode, modes.np_mode_nested], ids=['array', 'graph'])
+    @pytest.mark.parametrize('dtype', ['int32', 'float16', 'float64'])
+    def test_another_dtype_in_np_mode(self, dtype, mode, rng):
+        if (dtype, mode) == ('float64', modes.np_mode_nested) and modes.VERSION < (1, 8):
+            pytest.skip('broadcast_like takes arrays of one dtype before MXNet 1.8')
+        arrays = (
+            rng.normal(0, 2, (3, 4)).astype('float32'),
+            np.array([1, 0, 3]),
+            np.array([[1], [0], [1]], dtype),
+        )
+        ours, stock = (
+            mode(loss_fn, *arrays) for loss_fn in (StableSoftmaxCELoss(), gluon.loss.SoftmaxCELoss())
+        )
+        for got, expected in zip(ours, stock):
+            assert_close(got, expected, NLL)
 
     def test_batch_layout_of_several_batch_axes(self, rng):
         weight = rng.uniform(0, 2, (3, 4)).astype('float32')
