@@ -103,6 +103,8 @@ def _align_unknown_weight(F: F, call: Call, sample_weight: Array, expanded: Arra
     It has the shape of `expanded` or of `pred`, or one that broadcasts to them. With the classes last and the
     batch first, it may also have the first axes only, such as (batch,).
     """
+    if call.np_style:  # it may be bool, of which MXNet has no transpose
+        sample_weight = array_api.multiply(F, F.np.ones(1, dtype='float32'), sample_weight)
     if call.options.axis == -1 and call.options.batch_axes == (0,):
         # MXNet broadcasts from the last axis on, so the order of the axes is reversed
         ones = F.transpose(F.ones_like(expanded))  # (1, ..., batch); the graph reads pred and label first

@@ -159,7 +159,7 @@ class TestAlignSampleWeight:
         weight = rng.uniform(0, 2, shape).astype('float32')
         self.check(weight, self.aligned(weight, layout))
 
-    @pytest.mark.parametrize('dtype', ['int32', 'float16', 'float64'])
+    @pytest.mark.parametrize('dtype', ['bool', 'int32', 'float16', 'float64'])
     def test_another_dtype(self, dtype):
         call = Call(Options(), dtype='float32', ndim=2, weight_layout='batch')
         weight = nd.array([1, 2], dtype=dtype)
@@ -167,7 +167,7 @@ class TestAlignSampleWeight:
         assert aligned.dtype == np.float32
 
     @pytest.mark.parametrize('mode', [modes.np_mode, modes.np_mode_nested], ids=['array', 'graph'])
-    @pytest.mark.parametrize('dtype', ['int32', 'float16', 'float64'])
+    @pytest.mark.parametrize('dtype', ['bool', 'int32', 'float16', 'float64'])
     def test_another_dtype_in_np_mode(self, dtype, mode, rng):
         if (dtype, mode) == ('float64', modes.np_mode_nested) and modes.VERSION < (1, 8):
             pytest.skip('broadcast_like takes arrays of one dtype before MXNet 1.8')
