@@ -40,7 +40,7 @@ _WAITING = {
     'MXKVStoreBroadcastEx',
 }
 _SUCCESS = 0  # what these functions return, else -1
-_PAUSE, _PAUSES = 2e-4, 5000  # seconds; how often another thread can run before it surely has
+_PAUSE, _PAUSES = 2e-4, 1000  # seconds; how often another thread can run before it surely has
 _reported: List[int] = []
 
 
@@ -58,7 +58,7 @@ def count() -> int:
 def count_all() -> int:
     """Return the same, with the errors that other threads have been told of and could not count yet.
 
-    They do when their calls return to Python. Calls that do not return in a second are still waiting.
+    They do when their calls return to Python. Calls that do not return in 0.2 seconds are still waiting.
     """
     calls = _calls()
     for _ in range(_PAUSES):

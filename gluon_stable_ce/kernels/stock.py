@@ -77,16 +77,11 @@ def _restored(F: F, call: Call, terms: ClassTerms, like: Array) -> ClassTerms:
     """Give terms, (..., 1) each, the shape of the positions; in a graph of symbols, that of `like`."""
     if call.ndim is None and call.options.axis == -1:
         return terms
-    return ClassTerms(
-        *(
-            term
-            if term is None
-            else F.squeeze(term, axis=-1)
-            if call.ndim is not None
-            else F.reshape_like(term, like)
-            for term in terms
-        )
-    )
+
+    def restore(term: Array) -> Array:
+        return F.reshape_like(term, like) if call.ndim is None else F.squeeze(term, axis=-1)
+
+    return ClassTerms(*(None if term is None else restore(term) for term in terms))
 
 
 def _pick(F: F, array: Array, index: Array) -> Any:
