@@ -4,7 +4,7 @@ import copy
 import inspect
 import math
 from threading import RLock
-from typing import Any, Dict, List, NamedTuple, Sequence, Tuple, Type, TypeVar
+from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple, Type, TypeVar
 
 import numpy as np
 
@@ -37,7 +37,7 @@ class Held(NamedTuple):
     # lists and arrays that a subclass set in the place of numbers: ((window, field of ExactSums), value) each
     own: Tuple[Tuple[Tuple[str, str], Any], ...] = ()
     recent: ExactSums = ExactSums()  # of arrays since the last reading, which come into `sums` at the next
-    errors: float = math.inf  # how many devices had reported before the first of these arrays
+    errors: float = math.inf  # how many had been reported before the first of these arrays
 
 
 def _window_property(window: str, field: str, doc: str) -> Any:
@@ -216,7 +216,7 @@ class RunningMean:
     def _push(self, queued: List[Queued], errors: int) -> None:
         """Queue the arrays of an update, once those of `_AHEAD` updates ago are computed.
 
-        `errors` is how many devices had reported when the update began.
+        `errors` is how many errors of devices had been reported when the update began.
         """
         if not queued:
             return
@@ -288,10 +288,7 @@ class RunningMean:
 
     def __str__(self) -> str:
         """Show the value as `EvalMetric` does, or why there is none."""
-        try:
-            return super().__str__()
-        except (ValueError, MXNetError) as error:
-            return f'EvalMetric: {self.name}: {error}'
+        return text_or_error(self.name, super().__str__)
 
     def __getstate__(self) -> Dict[str, Any]:
         """Return what a copy needs: the sums, without arrays on a device and without the lock."""
@@ -303,3 +300,11 @@ class RunningMean:
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=RLock())
+
+
+def text_or_error(name: str, to_text: Callable[[], str]) -> str:
+    """Return the text of a metric, or why it has no value."""
+    try:
+        return to_text()
+    except (ValueError, MXNetError) as error:
+        return f'EvalMetric: {name}: {error}'

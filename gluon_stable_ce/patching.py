@@ -16,6 +16,7 @@ from mxnet import gluon
 from . import array_api, traced_dtypes
 from .loss import StableSoftmaxCrossEntropyLoss
 from .metric import StableCrossEntropy, StableLoss, StablePerplexity
+from .metric_queue import text_or_error
 from .options import METRIC_INVALID_LABELS
 
 # Where each name is found, and the class that takes its place.
@@ -221,7 +222,7 @@ def _changes(replacements):
     before = getattr(block, name)
     changes.append((functools.partial(setattr, block), name, before, traced_dtypes.known_to_graphs(before)))
     base = mx.metric.EvalMetric
-    changes.append((functools.partial(setattr, base), '__str__', base.__str__, _text_or_error(base.__str__)))
+    changes.append((functools.partial(setattr, base), '__str__', base.__str__, _printable(base.__str__)))
     changes += [
         (
             functools.partial(_set_or_delete, stock),
@@ -234,15 +235,12 @@ def _changes(replacements):
     return changes
 
 
-def _text_or_error(to_text):
+def _printable(to_text):
     """Let metrics of several metrics be printed, too, where one of them has no value."""
 
     @functools.wraps(to_text)
     def text(metric):
-        try:
-            return to_text(metric)
-        except (ValueError, mx.MXNetError) as error:
-            return f'EvalMetric: {metric.name}: {error}'
+        return text_or_error(metric.name, functools.partial(to_text, metric))
 
     return text
 

@@ -146,7 +146,7 @@ def _call_of(options: Options, inputs: Inputs, class_weights: Optional[int], fil
         one_hot_depth=one_hot_depth,
         is_empty=is_empty,
         kernel=kernel,
-        # of the stock kernel, it makes no other graph
+        # the stock kernel has no guard: one value for all its calls, and so one graph
         needs_guard=kernel == 'stock' or signature_of(*inputs).needs_guard,
     )
 

@@ -30,8 +30,7 @@ class Signature(NamedTuple):
     """What is known of the arrays of a call."""
 
     facts: Hashable  # types, contexts, dtypes and shapes
-    # whether an operator that can add gradients has to stand in front of the fused one
-    needs_guard: bool
+    needs_guard: bool  # as in `Call`
 
 
 def signature_of(pred: Array, label: Array, sample_weight: Optional[Array] = None) -> Signature:

@@ -60,7 +60,7 @@ std::string operator_of(const Symbol& symbol) {
   return printed.substr(begin, printed.find_first_of(" \n", begin) - begin);
 }
 
-// Whether `pred` needs an operator in front that can add into a gradient, as `fused.guarded` describes: unless it
+// Whether `pred` needs an operator in front that can add into a gradient, as `fused._guarded` describes: unless it
 // is known that another operator reads the gradient of `pred`. MXNet's elemwise_add and add_n hand their
 // gradient array on, also to a variable. They have no attributes but num_args. A compiled graph has no attributes
 // either, but its outputs have names of their own.
