@@ -268,7 +268,7 @@ def bounds_table(results):
         if ours is not None and other:
             verdict = '' if ours <= bound.at_most * other else ', not met'
             rows.append((*bound, f'{ours / other:.3g}{verdict}'))
-    head = ['forward + backward, or what is named', 'contender', 'relative to', 'at most', 'measured']
+    head = ['problem (forward + backward by default)', 'contender', 'relative to', 'at most', 'measured']
     return table(head, rows)
 
 

@@ -32,7 +32,8 @@ STOCK = {name: getattr(module, name) for name, (module, _) in PLACES.items()}
 
 _CROSSED = (
     'sample_weight with fewer axes than pred: each loss is multiplied by the weight of its own sample or '
-    'position. gluon broadcasts from the last axis on, (N, 1) * (N,) to (N, N), and takes others, too'
+    'position. gluon broadcasts from the last axis on, (N, 1) * (N,) to (N, N), and so mixes the weights '
+    'of several'
 )
 _NP_BATCH_AXIS = (
     'batch_axis in np mode: the loss has one number for each index of that axis. gluon does not read this '
