@@ -46,7 +46,7 @@ NETS = [
     Net('Dense 256 to 1000, batch of 128', 128, 256, 1000),
     Net('Dense 128 to 50257, batch of 512', 512, 128, 50257),
 ]
-NET_CONTENDERS = [OURS_STOCK, OURS_FUSED, HYBRIDIZED, STATIC]
+NET_CONTENDERS = [OURS_STOCK, OURS_NESTED, OURS_FUSED, HYBRIDIZED, STATIC]
 
 PROBS, LOSSES = 'cross entropy from probabilities, 512 x 50257', 'loss from 512 values'
 LOGITS = 'cross entropy from logits, 512 x 50257'
@@ -215,17 +215,17 @@ def _ours(case, contender):
     return (_nested(call), _nested(each)) if contender == OURS_NESTED else (call, each)
 
 
-def _nested(loss_fn):
-    """Return a net that has the loss in its graph."""
+def _nested(loss_fn, layer=None):
+    """Return a net that has the loss in its graph, behind a layer if there is one."""
     import mxnet as mx
 
     class Net(mx.gluon.HybridBlock):
         def __init__(self):
             super().__init__()
-            self.loss_fn = loss_fn
+            self.layer, self.loss_fn = layer, loss_fn
 
         def hybrid_forward(self, F, pred, label):
-            return self.loss_fn(pred, label)
+            return self.loss_fn(self.layer(pred) if self.layer else pred, label)
 
     net = Net()
     net.hybridize(static_alloc=True, static_shape=True)
@@ -321,6 +321,8 @@ def make_net(net, contender):
     import mxnet as mx
     from mxnet import autograd, gluon
 
+    from gluon_stable_ce import StableSoftmaxCELoss
+
     functions = _loss_functions(Case(net.name, [(net.batch, net.classes)], -1, 'float32', 0), contender)
     if functions is None:
         return None
@@ -328,6 +330,10 @@ def make_net(net, contender):
     dense = gluon.nn.Dense(net.classes, in_units=net.features)
     dense.initialize()
     dense.hybridize(static_alloc=True)
+    if contender == OURS_NESTED:
+        call = _nested(StableSoftmaxCELoss(kernel='stock'), dense)
+    else:
+        call = lambda data, label: loss_fn(dense(data), label)  # noqa: E731
     trainer = gluon.Trainer(dense.collect_params(), 'sgd', {'learning_rate': 1e-3})
     rng = np.random.RandomState(0)
     data = mx.nd.array(rng.standard_normal((net.batch, net.features)))
@@ -335,7 +341,7 @@ def make_net(net, contender):
 
     def step():
         with autograd.record():
-            loss = loss_fn(dense(data), label)
+            loss = call(data, label)
         loss.backward()
         trainer.step(net.batch)
         mx.nd.waitall()

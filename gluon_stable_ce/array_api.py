@@ -199,6 +199,12 @@ def logits_of_symbol(symbol_: Array) -> Tuple[Array, Optional[str]]:
     return without_bfloat16(symbol_, dtype), 'float32' if dtype == 'bfloat16' else None
 
 
+def units_of_dense(symbol_: Any) -> Optional[int]:
+    """Return the length of the last axis if the symbol is the output of a dense layer; else None: unknown."""
+    units = symbol_.attr('num_hidden') if symbol_.get_children() is not None else None
+    return None if units is None else int(units)
+
+
 @lru_cache(maxsize=None)
 def name_of(dtype: Any) -> Optional[str]:
     """Name a dtype as MXNet does; None for None."""

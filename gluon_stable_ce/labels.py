@@ -40,8 +40,10 @@ def read_labels(F: F, call: Call, label: Array, pred: Array) -> Labels:
     if call.has_few_classes and call.options.invalid_label != 'clip':
         index = F.take(F.contrib.arange_like(pred, axis=call.options.axis), label, mode='clip')
         return Labels(index, index == label, counted)
-    classes = F.slice_axis(F.shape_array(pred), axis=0, begin=axis, end=(axis + 1) or None)
-    classes = F.cast(classes, dtype=call.label_compare_dtype)  # (1,), C
+    classes = call.classes
+    if classes is None:
+        classes = F.slice_axis(F.shape_array(pred), axis=0, begin=axis, end=(axis + 1) or None)
+        classes = F.cast(classes, dtype=call.label_compare_dtype)  # (1,)
     nearest, is_valid = _named(F, call, label, classes)
     if is_valid is None:
         return Labels(nearest, None, counted)
@@ -49,21 +51,27 @@ def read_labels(F: F, call: Call, label: Array, pred: Array) -> Labels:
 
 
 def _named(F: F, call: Call, label: Any, classes: Any) -> Tuple[Array, Optional[Array]]:
-    """Return the classes that labels name, and which are valid: None if all are."""
+    """Return the classes that labels name, and which are valid: None if all are.
+
+    `classes` is their number, or an array of it.
+    """
+    minimum = F.broadcast_minimum if call.classes is None else F.minimum
+    nearest = minimum(F.maximum(F.floor(label), 0), classes - 1)
     if call.options.invalid_label == 'clip':
-        nearest = F.broadcast_minimum(F.floor(F.maximum(label, 0)), classes - 1)
         return F.where(label == label, nearest, F.zeros_like(label)), None
-    return label, F.broadcast_mod(F.floor(label), classes) == label  # neither NaN nor inf is valid
+    return nearest, nearest == label  # neither NaN nor inf is valid
 
 
 def _read_labels_of_symbols(F: F, call: Call, label: Array, pred: Array) -> Labels:
     """Read labels as (B, 1). What they mean, a class or a mark, gets the shape that `align_label` gives."""
     like = graph_checks.positions_of(F, pred, label, call.options.axis)
     label = F.BlockGrad(_comparable(F, call, F.reshape(label, shape=(-1, 1))))
-    index = F.contrib.arange_like(
-        F.cast(classes_of_one(F, pred, call.options.axis), dtype='float64')
-    )  # (1, C)
-    classes = F.cast(F.slice_axis(index, axis=1, begin=-1, end=None) + 1, dtype=call.label_compare_dtype)
+    classes = call.classes
+    if classes is None:
+        index = F.contrib.arange_like(
+            F.cast(classes_of_one(F, pred, call.options.axis), dtype='float64')
+        )  # (1, C)
+        classes = F.cast(F.slice_axis(index, axis=1, begin=-1, end=None) + 1, dtype=call.label_compare_dtype)
     named, is_valid = _named(F, call, label, classes)
     if is_valid is not None:
         named = F.where(is_valid, named, F.ones_like(label) * -1)

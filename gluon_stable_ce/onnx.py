@@ -21,6 +21,7 @@ from .kernels.fused import NAME as FUSED
 __all__ = ['export_model']
 
 _CONVERTERS: Dict[str, Any] = {}
+_ON_OFF = (('off_value', 0), ('on_value', 1))  # of `one_hot`, in ONNX's order
 _OPSETS = (12, 13)  # those that MXNet has converters for
 _LOCK = Lock()  # an export changes globals of the process while it runs
 
@@ -289,12 +290,12 @@ def _pick(at):
         at.make_over([axis], 'Squeeze', picked)
 
 
-@_converts('_equal', '_not_equal_scalar', '_lesser_equal_scalar')
+@_converts('_equal', '_not_equal_scalar')
 def _compare(at):
     """Convert comparisons, for which MXNet has no converter: 1 or 0 in the dtype of the inputs."""
     if at.op != '_equal':
         at.inputs.append(at.constant(float(at.attrs['scalar']), at.dtypes[0]))
-    is_true = at.make('LessOrEqual' if at.op == '_lesser_equal_scalar' else 'Equal', *at.inputs)
+    is_true = at.make('Equal', *at.inputs)
     at.cast(at.make('Not', is_true) if at.op == '_not_equal_scalar' else is_true, at.dtypes[0])
 
 
@@ -312,18 +313,6 @@ def _log1p(at):
     # inf / inf is NaN, and log(1 + inf) is inf
     is_infinite = at.make('IsInf', at.cast(x, 'float32'))
     at.make('Where', at.make('Or', is_0, is_infinite), x, at.make('Mul', x, ratio))
-
-
-@_converts('expm1')
-def _expm1(at):
-    """Convert `expm1`, which ONNX lacks, in the same way: (exp(x) - 1) x / log(exp(x))."""
-    (x,), one = at.inputs, at.constant(1, at.dtypes[0])
-    exp = at.make('Exp', x)
-    less = at.make('Sub', exp, one)
-    is_0 = at.make('Equal', less, at.constant(0, at.dtypes[0]))
-    is_minus_1 = at.make('Equal', less, at.constant(-1, at.dtypes[0]))
-    exact = at.make('Div', at.make('Mul', less, x), at.make('Log', exp))
-    at.make('Where', is_0, x, at.make('Where', is_minus_1, less, exact))
 
 
 @_converts('_rpower_scalar')
@@ -354,6 +343,17 @@ def _promote(at):
 def _maximum(at):
     """Convert `broadcast_maximum`, for which MXNet has no converter."""
     at.make('Max', *at.inputs)
+
+
+@_converts('one_hot')
+def _one_hot(at):
+    """Convert `one_hot`, for which MXNet has no converter."""
+    dtype = np.dtype(at.attrs.get('dtype', 'float32'))
+    depth = at.constant(int(at.attrs['depth']))
+    values = at.constant([float(at.attrs.get(name, default)) for name, default in _ON_OFF], dtype)
+    at.make('OneHot', at.cast(at.inputs[0], 'int64'), depth, values)
+    at.made[-1].output[0] = at.name
+    return at.made, (dtype,)
 
 
 @_converts('where')

@@ -10,7 +10,8 @@ from .kernels.signature import signature_of
 from .options import Options
 
 FEW = 2048  # classes
-ONE_HOT_ABOVE = 256  # classes: the stock kernel then has a graph for each number of them, which is faster
+MANY = 256  # classes: the stock kernel then has a graph for each number of them, which is faster
+WIDE = 65536  # classes, whose exponentials MXNet adds up well in float32
 FLOAT32_INTEGERS = 2**24  # float32 holds all integers up to this one
 NARROW = ('int8', 'uint8', 'float16', 'float32')  # labels that float32 holds as they are
 
@@ -60,6 +61,7 @@ def plan(
 
 
 def _plan_symbols(options, pred, label, sample_weight, class_weights, fill):
+    classes = array_api.units_of_dense(pred) if options.axis == -1 else None
     pred, dtype = array_api.logits_of_symbol(pred)
     label, sample_weight = (
         array if array is None else array_api.without_bfloat16(array, array_api.dtype_name(array))
@@ -71,6 +73,7 @@ def _plan_symbols(options, pred, label, sample_weight, class_weights, fill):
         _names(sample_weight, class_weights),
         np_style=array_api.is_np_style(pred),
         dtype=dtype,
+        classes=classes,
         kernel=choice.resolve(options, is_symbol=True),
     )
     return call, (array_api.apart(pred), label, sample_weight)
@@ -131,7 +134,7 @@ def _call_of(options: Options, inputs: Inputs, class_weights: Optional[int], fil
     kernel = choice.resolve(
         options, pred.context.device_type, is_main_thread=choice.is_main_thread(), is_empty=is_empty
     )
-    one_hot_depth = shape[options.axis] if kernel == 'stock' and shape[options.axis] > ONE_HOT_ABOVE else None
+    classes = shape[options.axis] if kernel == 'stock' and shape[options.axis] > MANY else None
     return Call(
         options,
         fill,
@@ -143,7 +146,9 @@ def _call_of(options: Options, inputs: Inputs, class_weights: Optional[int], fil
         label_ndim=len(label.shape),
         weight_layout=layout,
         has_few_classes=_has_few_classes(options, dtype, label_dtype, shape),
-        one_hot_depth=one_hot_depth,
+        classes=classes,
+        # on a GPU, MXNet adds up in a tree
+        is_wide=(classes or 0) > WIDE and dtype != 'float64' and pred.context.device_type != 'gpu',
         is_empty=is_empty,
         kernel=kernel,
         # the stock kernel has no guard: one value for all its calls, and so one graph

@@ -497,6 +497,29 @@ def test_equal_nets_have_equal_graphs(kernel):
     assert texts[0] == texts[1]
 
 
+@pytest.mark.parametrize('classes', [3, 3000])
+@pytest.mark.parametrize('invalid_label', ['nan', 'clip'])
+def test_a_graph_knows_the_classes_of_a_dense_layer(classes, invalid_label, rng):
+    """Then a one-hot array lowers the label's logit, and nothing else changes."""
+    loss_fn, label = StableSoftmaxCELoss(invalid_label=invalid_label, kernel='stock'), mx.sym.var('label')
+    dense, data = gluon.nn.Dense(classes, in_units=classes, use_bias=False), mx.sym.var('data')
+    logits = nd.array(rng.normal(0, 3, (6, classes)))
+    inputs = {
+        'data': logits,
+        dense.weight.name: nd.array(np.eye(classes)),
+        'label': nd.array([0, 1, classes - 1, classes, -0.5, np.nan]),
+    }
+    losses, is_known = [], []
+    for pred in (dense(data), mx.sym.Dropout(dense(data))):
+        graph = loss_fn(pred, label)
+        is_known.append('one_hot' in graph.tojson())
+        losses.append(graph.eval(**inputs)[0].asnumpy())
+    assert is_known == [True, False]
+    np.testing.assert_array_equal(*losses)
+    expected = loss_fn(logits, inputs['label']).asnumpy()
+    assert_close(losses[0], expected, tolerances.stated('stock', 'float32', classes))
+
+
 def test_a_graph_infers_the_shape_of_the_label():
     data, label = mx.sym.var('data'), mx.sym.var('label')
     graph = StableSoftmaxCELoss(kernel='stock')(mx.sym.FullyConnected(data, num_hidden=3), label)

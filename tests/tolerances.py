@@ -30,11 +30,9 @@ class Tolerance(NamedTuple):
 # One logarithm, computed by a kernel
 
 # What the stock kernel states for sparse labels and logits: log_softmax of logits that are lowered by 64 rounds to
-# 4e-6, and oneDNN's sums are off by up to 5e-6. That is the error of the log-odds, so it is relative to the loss. The
-# absolute part is the smallest exact loss.
+# 4e-6, and oneDNN's sums are off by up to 5e-6. That is the error of the log-odds, so it is relative to the loss and to
+# each entry of the gradient. The absolute part is the smallest exact loss.
 STOCK = Tolerance(absolute=1e-27, relative=1e-5)
-# An entry of the gradient has the error of its own logarithm too.
-STOCK_ENTRY = Tolerance(absolute=1e-27, relative=1.5e-5)
 # Dense labels, log-probabilities, label smoothing and z-loss have log_softmax's error of 5e-6 as it is. The rest is
 # float32's rounding of logits, differences and sums of up to a hundred terms, each 6e-8 of what is rounded.
 PLAIN = Tolerance(absolute=1e-5, relative=1.2e-5)
@@ -53,7 +51,7 @@ def of(kernel, dtype, options):
     if is_fused(kernel, options):
         return FUSED_SMOOTHING if options.get('label_smoothing') else FUSED
     is_exact = options.get('sparse_label', True) and not any(map(options.get, NOT_EXACT))
-    return STOCK_ENTRY if is_exact and modes.ONEDNN else PLAIN  # of float16 too, which is computed in float32
+    return STOCK if is_exact and modes.ONEDNN else PLAIN  # of float16 too, which is computed in float32
 
 
 NOT_EXACT = ('from_logits', 'label_smoothing', 'lse_square_scale')
@@ -92,23 +90,25 @@ def fused_gradient_bound(dtype, expected):
     return bound + FLOAT16_GRADIENT.bound(expected) if dtype == 'float16' else bound
 
 
-def stated(kernel, dtype, classes):
-    """The tolerances of a plain loss, and of each entry of its gradient, that the documentation states.
+def stated(kernel, dtype, classes, is_symbol=False):
+    """The tolerance of a plain loss, and of each entry of its gradient, that the documentation states.
 
-    Without oneDNN's log_softmax, which MXNet has from 1.8 on, and in float64, MXNet adds up the classes one by one.
+    Without oneDNN's log_softmax, which MXNet has from 1.8 on, and in float64, MXNet adds up the classes one by one. So
+    more than 65,536 are added up in float64, but not in a graph of symbols, which does not know their number.
     """
+    if str(dtype) == 'float64' and kernel == 'fused':
+        return FUSED_FLOAT64
     if str(dtype) == 'float64':
-        value = Tolerance(absolute=1e-27, relative=1e-13 if classes <= 10_000 else 2e-11)
-        return (FUSED_FLOAT64, value) if kernel == 'fused' else (value, value)
+        return Tolerance(absolute=1e-27, relative=1e-13 if classes <= 10_000 else 2e-11)
     if kernel == 'fused':
-        return FUSED_VALUE, FUSED_VALUE
-    if modes.ONEDNN and classes <= 50_257:
-        return STOCK, STOCK_ENTRY
+        return FUSED_VALUE
     if modes.ONEDNN:
-        relative = 5e-4
+        relative = 5e-4 if classes > 65_536 and is_symbol else STOCK.relative
+    elif classes > 65_536:
+        relative = 2e-2 if is_symbol else STOCK.relative
     else:
-        relative = 2e-5 if classes <= 1000 else 2e-4 if classes < 100_000 else 2e-2
-    return (Tolerance(absolute=1e-27, relative=relative),) * 2
+        relative = 2e-5 if classes <= 1000 else 2e-4
+    return Tolerance(absolute=1e-27, relative=relative)
 
 
 # A smoothed loss adds up two terms, each off by FUSED_UNIFORM, with roundings of 6e-8 of factors, products and the sum.

@@ -145,9 +145,7 @@ def _run(kernel: ModuleType, logits: np.ndarray, label: np.ndarray) -> Tuple[np.
     """Return the NLL of (positions, C, inner) logits and its gradient; the label -1 is ignored."""
     pred = mx.nd.array(logits, dtype=logits.dtype)
     pred.attach_grad()
-    call = Call(
-        Options(axis=1, ignore_label=-1), dtype=str(logits.dtype), ndim=3, one_hot_depth=logits.shape[1]
-    )
+    call = Call(Options(axis=1, ignore_label=-1), dtype=str(logits.dtype), ndim=3, classes=logits.shape[1])
     with mx.autograd.record():
         nll = kernel.class_terms(mx.nd, call, pred, mx.nd.array(label, dtype='int32'), None).nll
     nll.backward()
