@@ -6,7 +6,7 @@ from typing import Any, Dict, Hashable, Optional, Sequence, Tuple
 from . import array_api, array_checks
 from .call import INPUTS, LOSS_FILL, Call, Fill
 from .kernels import choice
-from .kernels.signature import signature_of
+from .kernels.signature import needs_guard, signature_of
 from .options import Options
 
 FEW = 2048  # classes
@@ -49,8 +49,11 @@ def plan(
     if array_api.is_symbol(pred):
         return _plan_symbols(options, pred, label, sample_weight, class_weights, fill)
     inputs: Inputs = (pred, label, sample_weight)
-    key = _key(options, inputs, class_weights, fill)
-    call = _CALLS.get(key)
+    key = call = None
+    is_array = array_api.is_array
+    if is_array(pred) and is_array(label) and (sample_weight is None or is_array(sample_weight)):
+        key = options, fill, class_weights, signature_of(pred, label, sample_weight)
+        call = _CALLS.get(key)
     if call is None:
         call, inputs = _plan_arrays(options, inputs, class_weights, fill)
         if inputs[0] is pred and inputs[1] is label and inputs[2] is sample_weight:
@@ -77,13 +80,6 @@ def _plan_symbols(options, pred, label, sample_weight, class_weights, fill):
         kernel=choice.resolve(options, is_symbol=True),
     )
     return call, (array_api.apart(pred), label, sample_weight)
-
-
-def _key(options: Options, inputs: Inputs, class_weights: Optional[int], fill: Fill) -> Hashable:
-    """Return all that a plan depends on; None for inputs that are no arrays."""
-    if not all(array is None or array_api.is_array(array) for array in inputs):
-        return None
-    return options, fill, class_weights, choice.is_main_thread(), signature_of(*inputs)
 
 
 def _remember(key: Hashable, call: Call) -> None:
@@ -152,7 +148,7 @@ def _call_of(options: Options, inputs: Inputs, class_weights: Optional[int], fil
         is_empty=is_empty,
         kernel=kernel,
         # the stock kernel has no guard: one value for all its calls, and so one graph
-        needs_guard=kernel == 'stock' or signature_of(*inputs).needs_guard,
+        needs_guard=kernel == 'stock' or needs_guard(signature_of(*inputs)),
     )
 
 

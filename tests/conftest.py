@@ -1,5 +1,6 @@
 """What all tests share: contexts to run on, one seed, the examples as modules, and the order in parallel."""
 
+import gc
 import os
 import sys
 
@@ -45,6 +46,11 @@ def pytest_collection_modifyitems(items):
     yield
     if 'PYTEST_XDIST_WORKER' in os.environ:
         items.sort(key=lambda item: item.get_closest_marker('slow') is None)
+
+
+def pytest_collection_finish():
+    """Let no garbage collection of a test look at what thousands of tests consist of."""
+    gc.freeze()
 
 
 @pytest.fixture(params=CONTEXTS, ids=str)

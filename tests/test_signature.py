@@ -5,7 +5,7 @@ import pytest
 from mxnet import autograd, gluon
 
 from gluon_stable_ce.kernels import library
-from gluon_stable_ce.kernels.signature import signature_of
+from gluon_stable_ce.kernels.signature import needs_guard, signature_of
 
 
 @pytest.fixture(params=['compiled', 'by Python'])
@@ -64,7 +64,7 @@ def test_needs_guard_of_operators_and_compiled_graphs():
     dense.initialize()
     static.hybridize(static_alloc=True)
     with autograd.record():
-        needs_guard = {
+        cases = {
             'in no graph': (mx.nd.ones(3), False),
             'leaf': (x, True),
             'identity': (mx.nd.identity(x), False),
@@ -77,6 +77,6 @@ def test_needs_guard_of_operators_and_compiled_graphs():
             'reshape': (x.reshape((3, 2)), False),
             'compiled graph': (static(x), False),
         }
-        for name, (pred, expected) in needs_guard.items():
-            assert signature_of(pred, label).needs_guard == expected, name
-    assert not signature_of(x, label).needs_guard  # nothing is recorded
+        for name, (pred, expected) in cases.items():
+            assert needs_guard(signature_of(pred, label)) == expected, name
+    assert not needs_guard(signature_of(x, label))  # nothing is recorded

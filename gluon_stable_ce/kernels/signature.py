@@ -2,7 +2,7 @@
 
 import ctypes
 from functools import lru_cache
-from typing import Callable, Hashable, NamedTuple, Optional
+from typing import Any, Callable, Optional, Tuple
 
 from mxnet.base import _LIB
 
@@ -23,31 +23,31 @@ _FUNCTIONS = (
     'MXSymbolPrint',
     'MXSymbolFree',
 )
+Signature = Tuple[Any, ...]
 _Numbers = ctypes.c_int * (1 + 3 * (4 + 32))  # of three arrays of 32 axes
 
 
-class Signature(NamedTuple):
-    """What is known of the arrays of a call."""
-
-    facts: Hashable  # types, contexts, dtypes and shapes
-    needs_guard: bool  # as in `Call`
-
-
 def signature_of(pred: Array, label: Array, sample_weight: Optional[Array] = None) -> Signature:
-    """Describe the arrays of a call.
+    """Describe the arrays of a call, and whether the main thread calls.
 
     The compiled library does it where the fused kernel may be used: MXNet's Python takes longer than the loss
     of a small batch.
     """
-    arrays = (pred, label) if sample_weight is None else (pred, label, sample_weight)
-    kinds = tuple(map(type, arrays))
-    if library.compiled is not None and choice.is_main_thread():
+    kinds, is_main = (type(pred), type(label), type(sample_weight)), choice.is_main_thread()
+    if library.compiled is not None and is_main:
         numbers = _Numbers()
         weight = None if sample_weight is None else sample_weight.handle
         size = _compiled_function()(pred.handle, label.handle, weight, numbers)
         if size:
-            return Signature((kinds, ctypes.string_at(numbers, size)), bool(numbers[0]))
-    return Signature((kinds, *((array.context, array.dtype, array.shape) for array in arrays)), True)
+            return (*kinds, ctypes.string_at(numbers, size))
+    arrays = (pred, label) if sample_weight is None else (pred, label, sample_weight)
+    return (*kinds, is_main, *((array.context, array.dtype, array.shape) for array in arrays))
+
+
+def needs_guard(signature: Signature) -> bool:
+    """Whether the arrays need what `Call.needs_guard` describes."""
+    numbers = signature[-1]
+    return not isinstance(numbers, bytes) or ctypes.c_int.from_buffer_copy(numbers).value == 1
 
 
 @lru_cache(maxsize=None)
