@@ -6,7 +6,6 @@ time as others. So it goes with the losses and metrics that use it, as gluon's g
 
 import ctypes
 import sys
-from operator import itemgetter
 from threading import RLock
 from typing import Any, Callable, Dict, Optional, Tuple
 from weakref import WeakValueDictionary, finalize
@@ -37,14 +36,14 @@ class Graph:
         symbol = trace(step, call, {name: variable(name, call.np_style) for name in call.inputs})
         self.cached_op = mx.nd.CachedOp(symbol, flags)
         self.calls = 0
-        self._in_order = itemgetter(*(INPUTS.index(name) for name in symbol.list_inputs()))
+        self._order = [INPUTS.index(name) for name in symbol.list_inputs()]
         self._lock = RLock()  # without it, threads that call at the same time were seen to wait for ever
 
     def __call__(self, *inputs: Optional[Array]) -> Array:
         """Compute; `inputs` in the order of INPUTS."""
         with self._lock:
             self.calls += 1
-            return self.cached_op(*self._in_order(inputs))
+            return self.cached_op(*[inputs[i] for i in self._order])
 
 
 Key = Tuple[Step, Call, Flags]
