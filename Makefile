@@ -8,7 +8,7 @@ MATRIX := 1.8.0.post0 1.7.0.post2 1.6.0
 # `make test` runs on one Python, and `make test-matrix` on the others.
 PYTHONS := $(filter-out $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])'),3.8 3.9 3.10 3.11)
 
-.PHONY: help demo test quick fuzz mutation bench docs kernel wheel test-clients test-matrix \
+.PHONY: help demo test quick fuzz mutation bench docs kernel wheel test-build test-clients test-matrix \
     $(PYTHONS:%=test-python%) test-horovod clean
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo 'make bench        measure speed, memory and accuracy (WITH=torch adds PyTorch)'
 	@echo 'make wheel        a wheel for this MXNet and this kind of processor, with the fused kernel in it'
 	@echo 'make docs         the documentation as HTML'
+	@echo 'make test-build   the tests that compile the fused kernel, for each instruction set and with defects'
 	@echo 'make test-clients the losses, metrics and loops of other packages, patched and beside stock'
 	@echo 'make test-matrix  the tests on every supported MXNet, and make quick on every supported Python'
 	@echo 'make test-horovod the tests of all_reduce over Horovod, which it compiles first'
@@ -32,7 +33,10 @@ test: $(VENV)/.cpu-docs-onnx-test kernel
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/$(PYTEST) $(ARGS)
+	$(BIN)/$(PYTEST) -m 'not build' $(ARGS)
+
+test-build: $(VENV)/.cpu-docs-onnx-test kernel
+	$(BIN)/$(PYTEST) -m build $(ARGS)
 
 # Without a compiler, all goes on with the stock kernel. An environment comes first.
 kernel:

@@ -83,6 +83,7 @@ def test_the_command_prints_the_path_of_the_library(capsys):
 
 
 @needs_operator
+@pytest.mark.build
 @pytest.mark.slow
 def test_a_killed_build_leaves_no_library_and_two_at_once_leave_one(tmp_path):
     """The compiler only copies what has been compiled: it is where the result is put that matters."""
@@ -135,6 +136,7 @@ def version_of_gcc():
 
 
 @needs_operator
+@pytest.mark.build
 @pytest.mark.slow
 @pytest.mark.skipif(
     not shutil.which('g++') or version_of_gcc() < 12 or platform.machine() != 'x86_64',
@@ -156,6 +158,7 @@ def test_each_loop_becomes_vector_code_for_float_and_double(tmp_path, monkeypatc
 
 
 @needs_operator
+@pytest.mark.build
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ('file', 'right', 'wrong'),

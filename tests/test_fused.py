@@ -158,6 +158,7 @@ def test_the_same_bits_in_any_batch_and_at_any_position(shape, axis, positions, 
 INSTRUCTION_SETS = ['x86-64', 'x86-64-v3', 'x86-64-v4']  # for each of which the loops are compiled
 
 
+@pytest.mark.build
 @pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != 'x86_64', reason='there is one instruction set')
 @pytest.mark.parametrize('arch', INSTRUCTION_SETS)

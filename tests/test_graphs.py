@@ -32,7 +32,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 CLASS_WEIGHT = pytest.mark.parametrize('class_weight', [None, [1, 2, 3]], ids=['plain', 'class-weight'])
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def no_graphs_of_other_tests():
     gc.collect()
     graphs._KEPT.clear()
@@ -112,7 +112,7 @@ def count_graphs():
     return sum(type(item) is graphs.Graph for item in gc.get_objects())
 
 
-def test_graphs_go_with_the_losses_that_use_them(batch):
+def test_graphs_go_with_the_losses_that_use_them(batch, no_graphs_of_other_tests):
     first, second = StableSoftmaxCELoss(ignore_label=7), StableSoftmaxCELoss(ignore_label=7)
     for loss_fn in (first, second):
         for _ in range(graphs.FEW + 1):
@@ -145,7 +145,7 @@ def test_children_of_a_loss_have_names_of_their_own():
     assert not gluon.nn.Dense(1).prefix.startswith('loss_')
 
 
-def test_number_of_graphs_of_deleted_losses_is_bounded(batch):
+def test_number_of_graphs_of_deleted_losses_is_bounded(batch, no_graphs_of_other_tests):
     before = count_graphs() - len(graphs._KEPT)
     for ignore_label in range(10, 30):
         StableSoftmaxCELoss(ignore_label=ignore_label)(*batch)
