@@ -174,7 +174,13 @@ def interrupted(function, opcode):
 class TestInterrupts:
     """Ctrl-C may come before any opcode, also while MXNet waits: it is raised when MXNet returns."""
 
-    @pytest.mark.parametrize('updates', [_AHEAD, _AT_ONCE + _AHEAD], ids=['waits', 'adds-up'])
+    @pytest.mark.parametrize(
+        'updates',
+        [
+            pytest.param(_AHEAD, id='waits'),
+            pytest.param(_AT_ONCE + _AHEAD, id='adds-up', marks=pytest.mark.slow),
+        ],
+    )
     def test_an_interrupted_update_is_taken_in_as_a_whole_or_not_at_all(self, updates):
         for opcode in range(10**5):
             metric = filled(*[[1, 10]] * updates)
@@ -188,7 +194,7 @@ class TestInterrupts:
         assert is_taken_in
         assert opcode > 100
 
-    @pytest.mark.parametrize('updates', [1, _AT_ONCE + 1])
+    @pytest.mark.parametrize('updates', [1, pytest.param(_AT_ONCE + 1, marks=pytest.mark.slow)])
     def test_an_interrupted_get_loses_nothing(self, updates):
         for opcode in range(10**5):
             metric = filled(*[[1, 10]] * updates)
