@@ -5,7 +5,7 @@ from contextlib import nullcontext
 from functools import cached_property
 from itertools import groupby
 from operator import itemgetter
-from typing import Any, List, Optional, Sequence, Tuple, Union
+from typing import Any, ContextManager, List, Optional, Sequence, Tuple, Union
 
 import mxnet as mx
 import numpy as np
@@ -210,7 +210,7 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric, is_kind=True):
     def _compute(self, label: Any, pred: Any) -> Optional[Queued]:
         """Compute the values of each position; `label` is moved to the context of `pred`."""
         options = self._options
-        with autograd.pause() if autograd.is_recording() else nullcontext():
+        with _unrecorded():
             pred, label = array_api.as_classic(pred), array_api.as_classic(label).as_in_context(pred.context)
             shape = pred.shape
             if options.sparse_label and len(shape) == 2 and len(label.shape) > 1 and label.size == shape[0]:
@@ -336,10 +336,15 @@ class StableBitsPerToken(StableCrossEntropy, is_kind=True):
         return super()._value_of(sums) / math.log(2)
 
 
+def _unrecorded() -> ContextManager[Any]:
+    """Record nothing for gradients."""
+    return autograd.pause() if autograd.is_recording() else nullcontext()
+
+
 def _copied(array: Array) -> Queued:
     """Copy values, in a dtype that NumPy has."""
     array = array_api.as_classic(array)
-    with autograd.pause():
+    with _unrecorded():
         is_bfloat16 = array_api.dtype_name(array) == 'bfloat16'
         return Queued(array.astype('float32') if is_bfloat16 else mx.nd.identity(array))
 

@@ -40,7 +40,7 @@ TESTS = {
     'pipeline.py': [['test_array_checks.py', '-k', 'keep_the_class_axis'], *SHARED],
     'formula.py': [['test_reduction.py'], *SHARED],
     'reduction.py': [['test_reduction.py'], *SHARED],
-    'kernels/stock.py': SHARED,
+    'kernels/stock.py': [[*STOCK, '-m', 'not slow', 'test_exactness.py'], *SHARED],
     'metric_values.py': [['test_metric.py']],
     'plan.py': [*PLAN, *SHARED],
     'array_checks.py': [['test_array_checks.py', 'test_plan.py'], *SHARED],
