@@ -10,8 +10,8 @@ from .kernels.signature import needs_guard, signature_of
 from .options import Options
 
 FEW = 2048  # classes
-MANY = 256  # classes: the stock kernel then has a graph for each number of them, which is faster
-WIDE = 65536  # classes, whose exponentials MXNet adds up well in float32
+OWN_GRAPH_ABOVE = 256  # classes: the stock kernel then has a graph for each number of them, which is faster
+FLOAT64_ABOVE = 65536  # classes: on a CPU, MXNet adds up more exponentials badly in float32
 FLOAT32_INTEGERS = 2**24  # float32 holds all integers up to this one
 NARROW = ('int8', 'uint8', 'float16', 'float32')  # labels that float32 holds as they are
 
@@ -130,7 +130,7 @@ def _call_of(options: Options, inputs: Inputs, class_weights: Optional[int], fil
     kernel = choice.resolve(
         options, pred.context.device_type, is_main_thread=choice.is_main_thread(), is_empty=is_empty
     )
-    classes = shape[options.axis] if kernel == 'stock' and shape[options.axis] > MANY else None
+    classes = shape[options.axis] if kernel == 'stock' and shape[options.axis] > OWN_GRAPH_ABOVE else None
     return Call(
         options,
         fill,
@@ -144,7 +144,9 @@ def _call_of(options: Options, inputs: Inputs, class_weights: Optional[int], fil
         has_few_classes=_has_few_classes(options, dtype, label_dtype, shape),
         classes=classes,
         # on a GPU, MXNet adds up in a tree
-        is_wide=(classes or 0) > WIDE and dtype != 'float64' and pred.context.device_type != 'gpu',
+        needs_float64=(classes or 0) > FLOAT64_ABOVE
+        and dtype != 'float64'
+        and pred.context.device_type != 'gpu',
         is_empty=is_empty,
         kernel=kernel,
         # the stock kernel has no guard: one value for all its calls, and so one graph
