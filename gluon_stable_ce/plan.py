@@ -143,15 +143,18 @@ def _call_of(options: Options, inputs: Inputs, class_weights: Optional[int], fil
         weight_layout=layout,
         has_few_classes=_has_few_classes(options, dtype, label_dtype, shape),
         classes=classes,
-        # on a GPU, MXNet adds up in a tree
-        needs_float64=(classes or 0) > FLOAT64_ABOVE
-        and dtype != 'float64'
-        and pred.context.device_type != 'gpu',
+        needs_float64=_needs_float64(options, dtype, classes, pred.context),
         is_empty=is_empty,
         kernel=kernel,
         # the stock kernel has no guard: one value for all its calls, and so one graph
         needs_guard=kernel == 'stock' or needs_guard(signature_of(*inputs)),
     )
+
+
+def _needs_float64(options, dtype, classes, context):
+    adds_up_float32 = options.pred_type == 'logits' and dtype != 'float64'
+    # on a GPU, MXNet adds up in a tree
+    return adds_up_float32 and (classes or 0) > FLOAT64_ABOVE and context.device_type != 'gpu'
 
 
 def _has_few_classes(options, dtype, label_dtype, shape):
