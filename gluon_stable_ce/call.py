@@ -39,9 +39,9 @@ class Call(NamedTuple):
     weight_layout: Optional[str] = None  # of sample_weight: 'keepdims', 'pred', 'positions' or 'batch'
     # so few that an array of them is cheap, and that `dtype` holds every label exactly
     has_few_classes: bool = False
-    classes: Optional[int] = None  # their number, if the graph serves no other
-    # whether they are so many that the stock kernel adds up their exponentials in float64
-    is_wide: bool = False
+    classes: Optional[int] = None  # their number, where the graph serves no other
+    # whether there are so many that the stock kernel adds up their exponentials in float64
+    needs_float64: bool = False
     is_empty: bool = False  # whether there are no positions, for which MXNet's static memory fails
     kernel: str = 'stock'
     # whether an operator that can add gradients has to stand in front of the fused one
@@ -51,11 +51,6 @@ class Call(NamedTuple):
     def compute_dtype(self) -> str:
         """In what the class axis is reduced."""
         return 'float64' if self.dtype == 'float64' else 'float32'
-
-    @property
-    def in_float64(self) -> 'Call':
-        """The call after `pred` was cast to float64."""
-        return self._replace(dtype='float64', is_wide=False)
 
     @property
     def label_compare_dtype(self) -> str:

@@ -68,9 +68,8 @@ def _read_labels_of_symbols(F: F, call: Call, label: Array, pred: Array) -> Labe
     label = F.BlockGrad(_comparable(F, call, F.reshape(label, shape=(-1, 1))))
     classes = call.classes
     if classes is None:
-        index = F.contrib.arange_like(
-            F.cast(classes_of_one(F, pred, call.options.axis), dtype='float64')
-        )  # (1, C)
+        one = F.cast(classes_of_one(F, pred, call.options.axis), dtype='float64')
+        index = F.contrib.arange_like(one)  # (1, C)
         classes = F.cast(F.slice_axis(index, axis=1, begin=-1, end=None) + 1, dtype=call.label_compare_dtype)
     named, is_valid = _named(F, call, label, classes)
     if is_valid is not None:

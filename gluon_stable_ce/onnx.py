@@ -21,7 +21,6 @@ from .kernels.fused import NAME as FUSED
 __all__ = ['export_model']
 
 _CONVERTERS: Dict[str, Any] = {}
-_ON_OFF = (('off_value', 0), ('on_value', 1))  # of `one_hot`, in ONNX's order
 _OPSETS = (12, 13)  # those that MXNet has converters for
 _LOCK = Lock()  # an export changes globals of the process while it runs
 
@@ -339,21 +338,10 @@ def _promote(at):
     return at.made, (dtype,)
 
 
-@_converts('broadcast_maximum')
-def _maximum(at):
-    """Convert `broadcast_maximum`, for which MXNet has no converter."""
-    at.make('Max', *at.inputs)
-
-
 @_converts('one_hot')
 def _one_hot(at):
-    """Convert `one_hot`, for which MXNet has no converter."""
-    dtype = np.dtype(at.attrs.get('dtype', 'float32'))
-    depth = at.constant(int(at.attrs['depth']))
-    values = at.constant([float(at.attrs.get(name, default)) for name, default in _ON_OFF], dtype)
-    at.make('OneHot', at.cast(at.inputs[0], 'int64'), depth, values)
-    at.made[-1].output[0] = at.name
-    return at.made, (dtype,)
+    """Convert `one_hot`: MXNet's converter says that the result has the index's dtype."""
+    return at.stock(), (np.dtype(at.attrs.get('dtype', 'float32')),)
 
 
 @_converts('where')

@@ -10,8 +10,8 @@ from .kernels.signature import needs_guard, signature_of
 from .options import Options
 
 FEW = 2048  # classes
-MANY = 256  # classes: the stock kernel then has a graph for each number of them, which is faster
-WIDE = 65536  # classes, whose exponentials MXNet adds up well in float32
+OWN_GRAPH_ABOVE = 256  # classes: the stock kernel then has a graph for each number of them, which is faster
+FLOAT64_ABOVE = 65536  # classes: on a CPU, MXNet adds up more exponentials badly in float32
 FLOAT32_INTEGERS = 2**24  # float32 holds all integers up to this one
 NARROW = ('int8', 'uint8', 'float16', 'float32')  # labels that float32 holds as they are
 
@@ -130,7 +130,7 @@ def _call_of(options: Options, inputs: Inputs, class_weights: Optional[int], fil
     kernel = choice.resolve(
         options, pred.context.device_type, is_main_thread=choice.is_main_thread(), is_empty=is_empty
     )
-    classes = shape[options.axis] if kernel == 'stock' and shape[options.axis] > MANY else None
+    classes = shape[options.axis] if kernel == 'stock' and shape[options.axis] > OWN_GRAPH_ABOVE else None
     return Call(
         options,
         fill,
@@ -143,13 +143,18 @@ def _call_of(options: Options, inputs: Inputs, class_weights: Optional[int], fil
         weight_layout=layout,
         has_few_classes=_has_few_classes(options, dtype, label_dtype, shape),
         classes=classes,
-        # on a GPU, MXNet adds up in a tree
-        is_wide=(classes or 0) > WIDE and dtype != 'float64' and pred.context.device_type != 'gpu',
+        needs_float64=_needs_float64(options, dtype, classes, pred.context),
         is_empty=is_empty,
         kernel=kernel,
         # the stock kernel has no guard: one value for all its calls, and so one graph
         needs_guard=kernel == 'stock' or needs_guard(signature_of(*inputs)),
     )
+
+
+def _needs_float64(options, dtype, classes, context):
+    adds_up_float32 = options.pred_type == 'logits' and dtype != 'float64'
+    # on a GPU, MXNet adds up in a tree
+    return adds_up_float32 and (classes or 0) > FLOAT64_ABOVE and context.device_type != 'gpu'
 
 
 def _has_few_classes(options, dtype, label_dtype, shape):

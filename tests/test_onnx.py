@@ -341,6 +341,7 @@ def test_the_label_of_an_output_layer_is_no_input_by_name(tmp_path):
     mx.sym.contrib.arange_like(X),
     mx.sym.where(mx.sym.contrib.arange_like(X, axis=0), X, -X),
     mx.sym.where(X == X, 2 * X, X),
+    mx.sym.one_hot(mx.sym.cast(INDEX, 'float64'), 3, on_value=-64) * 2,
     X != 1,
 ], ids=lambda symbol: f'{symbol.name} {symbol.list_attr()}')  # fmt: skip
 def test_operators_as_a_net_may_use_them(symbol, opset, rng, tmp_path):

@@ -44,6 +44,20 @@ def test_plan_of_arrays():
 
 
 @pytest.mark.parametrize(
+    ('classes', 'dtype', 'options', 'expected'),
+    [
+        (65537, 'float32', {}, True),
+        (65537, 'float16', {}, True),
+        (65536, 'float32', {}, False),
+        (65537, 'float64', {}, False),
+        (65537, 'float32', {'pred_type': 'log_probs'}, False),  # without a sum of exponentials
+    ],
+)
+def test_many_logits_are_computed_in_float64(classes, dtype, options, expected):
+    assert call_of(nd.zeros((1, classes), dtype=dtype), nd.zeros(1), **options).needs_float64 == expected
+
+
+@pytest.mark.parametrize(
     ('facts', 'expected'),
     [
         ({}, 'float64'),

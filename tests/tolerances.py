@@ -93,8 +93,9 @@ def fused_gradient_bound(dtype, expected):
 def stated(kernel, dtype, classes, is_symbol=False):
     """The tolerance of a plain loss, and of each entry of its gradient, that the documentation states.
 
-    Without oneDNN's log_softmax, which MXNet has from 1.8 on, and in float64, MXNet adds up the classes one by one. So
-    more than 65,536 are added up in float64, but not in a graph of symbols, which does not know their number.
+    Without oneDNN's log_softmax, which MXNet has from 1.8 on, and in float64, MXNet adds up the classes one by one.
+    Its sums of more than 65,536 float32 numbers are bad with oneDNN, too. So the stock kernel computes so many classes in
+    float64, but not in a graph of symbols.
     """
     if str(dtype) == 'float64' and kernel == 'fused':
         return FUSED_FLOAT64

@@ -37,8 +37,9 @@ def class_terms(
     F: F, call: Call, pred: Array, label: Array, class_weight: Optional[Array] = None
 ) -> ClassTerms:
     """Reduce the class axis as `kernels.class_terms` describes."""
-    if call.is_wide:
-        terms = class_terms(F, call.in_float64, F.cast(pred, dtype='float64'), label, class_weight)
+    if call.needs_float64:
+        call = call._replace(dtype='float64', needs_float64=False)
+        terms = class_terms(F, call, F.cast(pred, dtype='float64'), label, class_weight)
         return ClassTerms(*(None if term is None else F.cast(term, dtype='float32') for term in terms))
     if call.dtype in HALF:  # unlike log_softmax's own `dtype`, a cast in front of it reaches the fast kernel
         pred = F.cast(pred, dtype='float32')
@@ -119,12 +120,12 @@ def _lower(F: F, call: Call, logits: Array, index: Array) -> Array:
     """Lower the label's logit by T: by an addition, which has no gradient of what is added."""
     if call.classes is not None:
         index = F.squeeze(index, axis=-1) if call.ndim is None else index
-        by = F.one_hot(index, depth=call.classes, on_value=-T, dtype=call.compute_dtype)
+        shift = F.one_hot(index, depth=call.classes, on_value=-T, dtype=call.compute_dtype)
     else:
-        by = _is_label(F, call, logits, index) * -T
-    by = F.BlockGrad(by)
-    # by first: MXNet adds to the first array in place
-    return by + logits if call.dtype is not None else array_api.add_float32(F, logits, by)
+        shift = _is_label(F, call, logits, index) * -T
+    shift = F.BlockGrad(shift)
+    # the shift comes first: MXNet adds to the first array in place
+    return shift + logits if call.dtype is not None else array_api.add_float32(F, logits, shift)
 
 
 def _is_label(F: F, call: Call, logits: Array, index: Array) -> Any:
@@ -149,9 +150,9 @@ def _distinct(F: F, call: Call, index: Any) -> Array:
 class _Odds(NamedTuple):
     """What the terms of logits are made of, (..., 1) each."""
 
-    v: Array  # u - T, or MOST if that is less
-    by: Array  # -T, or what is left of it where logits are so large that the subtraction rounds
-    log1p: Array  # log(1 + exp(L)), of v
+    u_less_t: Array  # u - T, or MOST if that is less
+    shift: Array  # -T, or what is left of it where logits are so large that the subtraction rounds
+    log1p: Array  # log(1 + exp(L)) of `u_less_t`
     beyond: Array  # by how much u - T is above MOST, or 0
     z_label: Array
 
@@ -162,18 +163,18 @@ def _odds(F, call, logits, log_p, index):
         z_label = array_api.float32_or_64(F, z_label)
     z = F.maximum(F.BlockGrad(z_label), LEAST)
     z_lowered = z - T
-    by = z_lowered - z
-    by = by + (z_lowered - (z + by))  # what this subtraction rounded off
-    v = by - _pick(F, log_p, index)
-    most = F.minimum(v, MOST)
-    log1p = F.log1p(F.relu(F.exp(most) - F.exp(by)))
-    return _Odds(most, by, log1p, F.relu(v - MOST), z_label)
+    shift = z_lowered - z
+    shift = shift + (z_lowered - (z + shift))  # what this subtraction rounded off
+    u_less_t = shift - _pick(F, log_p, index)
+    beyond = F.relu(u_less_t - MOST)
+    u_less_t = F.minimum(u_less_t, MOST)
+    return _Odds(u_less_t, shift, F.log1p(F.relu(F.exp(u_less_t) - F.exp(shift))), beyond, z_label)
 
 
 def _logsumexp(F: F, lowered: Array, log_p: Array, odds: _Odds) -> Array:
-    """Log sum_j exp z_j: of the lowered logits, it is that of the others where these have most of the sum."""
-    others = _logsumexp_of(F, lowered, log_p) - odds.v
-    return F.where(odds.v > 0, others, odds.z_label) + odds.log1p
+    """Log sum_j exp z_j: that of the lowered logits and what it lacks, where L > 0; else z_y plus the NLL."""
+    others = _logsumexp_of(F, lowered, log_p) - odds.u_less_t
+    return F.where(odds.u_less_t > 0, others, odds.z_label) + odds.log1p
 
 
 def _uniform_of_lowered(F, call, log_p, odds, index, class_weight):
@@ -181,13 +182,13 @@ def _uniform_of_lowered(F, call, log_p, odds, index, class_weight):
 
     Their logsumexp is smaller by `delta`, and the label's logit by T.
     """
-    delta = odds.log1p - odds.v
+    delta = odds.log1p - odds.u_less_t
     share = _share(F, call, log_p, class_weight)  # (C, 1), w_j / C
     all_classes = F.broadcast_mul(delta, F.dot(F.transpose(share), F.ones_like(share)))
     share_of_label = F.take(share, index, mode='clip')
     if call.ndim is None:
         share_of_label = F.squeeze(share_of_label, axis=-1)
-    return _clamped(F, _uniform_nll(F, call, log_p, class_weight) + all_classes + odds.by * share_of_label)
+    return _clamped(F, _uniform_nll(F, call, log_p, class_weight) + all_classes + odds.shift * share_of_label)
 
 
 # Dense labels
