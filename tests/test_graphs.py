@@ -498,16 +498,17 @@ def test_equal_nets_have_equal_graphs(kernel):
 
 
 @pytest.mark.parametrize('classes', [3, 3000])
+@pytest.mark.parametrize('positions', [(6,), (2, 3)])
 @pytest.mark.parametrize('invalid_label', ['nan', 'clip'])
-def test_a_graph_knows_the_classes_of_a_dense_layer(classes, invalid_label, rng):
+def test_a_graph_knows_the_classes_of_a_dense_layer(classes, positions, invalid_label, rng):
     """Then a one-hot array lowers the label's logit, and nothing else changes."""
     loss_fn, label = StableSoftmaxCELoss(invalid_label=invalid_label, kernel='stock'), mx.sym.var('label')
-    dense, data = gluon.nn.Dense(classes, in_units=classes, use_bias=False), mx.sym.var('data')
-    logits = nd.array(rng.normal(0, 3, (6, classes)))
+    dense = gluon.nn.Dense(classes, in_units=classes, use_bias=False, flatten=False)
+    data, logits = mx.sym.var('data'), nd.array(rng.normal(0, 3, (*positions, classes)))
     inputs = {
         'data': logits,
         dense.weight.name: nd.array(np.eye(classes)),
-        'label': nd.array([0, 1, classes - 1, classes, -0.5, np.nan]),
+        'label': nd.array([0, 1, classes - 1, classes, -0.5, np.nan]).reshape(positions),
     }
     losses, is_known = [], []
     for pred in (dense(data), mx.sym.Dropout(dense(data))):

@@ -111,7 +111,7 @@ def _terms_of_logits(F, call, logits, index, class_weight):
     odds = _odds(F, call, logits, log_p, index)
     return ClassTerms(
         odds.log1p + odds.beyond,
-        _logsumexp(F, lowered, log_p, odds) if options.lse_square_scale else None,
+        _logsumexp_of(F, lowered, log_p) + odds.rise if options.lse_square_scale else None,
         _uniform_of_lowered(F, call, log_p, odds, index, class_weight) if options.label_smoothing else None,
     )
 
@@ -154,37 +154,30 @@ class _Odds(NamedTuple):
     shift: Array  # -T, or what is left of it where logits are so large that the subtraction rounds
     log1p: Array  # log(1 + exp(L)) of `u_less_t`
     beyond: Array  # by how much u - T is above MOST, or 0
-    z_label: Array
+
+    @property
+    def rise(self) -> Any:
+        """How much greater the logsumexp of the logits is than that of the lowered ones."""
+        log1p: Any = self.log1p
+        return log1p - self.u_less_t
 
 
 def _odds(F, call, logits, log_p, index):
-    z_label = _pick(F, logits, index)
-    if call.ndim is None:
-        z_label = array_api.float32_or_64(F, z_label)
-    z = F.maximum(F.BlockGrad(z_label), LEAST)
+    z = F.BlockGrad(_pick(F, logits, index))
+    z = F.maximum(array_api.float32_or_64(F, z) if call.ndim is None else z, LEAST)
     z_lowered = z - T
     shift = z_lowered - z
     shift = shift + (z_lowered - (z + shift))  # what this subtraction rounded off
     u_less_t = shift - _pick(F, log_p, index)
     beyond = F.relu(u_less_t - MOST)
     u_less_t = F.minimum(u_less_t, MOST)
-    return _Odds(u_less_t, shift, F.log1p(F.relu(F.exp(u_less_t) - F.exp(shift))), beyond, z_label)
-
-
-def _logsumexp(F: F, lowered: Array, log_p: Array, odds: _Odds) -> Array:
-    """Log sum_j exp z_j: that of the lowered logits and what it lacks, where L > 0; else z_y plus the NLL."""
-    others = _logsumexp_of(F, lowered, log_p) - odds.u_less_t
-    return F.where(odds.u_less_t > 0, others, odds.z_label) + odds.log1p
+    return _Odds(u_less_t, shift, F.log1p(F.relu(F.exp(u_less_t) - F.exp(shift))), beyond)
 
 
 def _uniform_of_lowered(F, call, log_p, odds, index, class_weight):
-    """1/C sum_j w_j (-log p_j), from the lowered logits.
-
-    Their logsumexp is smaller by `delta`, and the label's logit by T.
-    """
-    delta = odds.log1p - odds.u_less_t
+    """1/C sum_j w_j (-log p_j): each `log_p` is too large by the rise, and the label's too small by T."""
     share = _share(F, call, log_p, class_weight)  # (C, 1), w_j / C
-    all_classes = F.broadcast_mul(delta, F.dot(F.transpose(share), F.ones_like(share)))
+    all_classes = F.broadcast_mul(odds.rise, F.dot(F.transpose(share), F.ones_like(share)))
     share_of_label = F.take(share, index, mode='clip')
     if call.ndim is None:
         share_of_label = F.squeeze(share_of_label, axis=-1)
