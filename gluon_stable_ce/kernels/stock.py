@@ -163,8 +163,8 @@ def _odds(F, call, logits, log_p, index):
     z = F.maximum(F.BlockGrad(z_label), LEAST)
     z_lowered = z - T
     by = z_lowered - z
-    by = by + (z_lowered - (z + by))  # what this subtraction rounded off
-    v = by - _pick(F, log_p, index)
+    rounded_off = (z_lowered - by) - z  # by this subtraction: too little for numbers near 64
+    v = by - _pick(F, log_p, index) + rounded_off
     most = F.minimum(v, MOST)
     log1p = F.log1p(F.relu(F.exp(most) - F.exp(by)))
     return _Odds(most, by, log1p, F.relu(v - MOST), z_label)
