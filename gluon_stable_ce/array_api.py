@@ -5,6 +5,7 @@ in np mode as well: a NumPy-style array or symbol is viewed as a classic one (no
 the way in, and the result is viewed back on the way out.
 """
 
+import json
 from functools import lru_cache, wraps
 from string import ascii_lowercase
 from types import ModuleType
@@ -202,7 +203,10 @@ def logits_of_symbol(symbol_: Array) -> Tuple[Array, Optional[str]]:
 def units_of_dense(symbol_: Any) -> Optional[int]:
     """Return the length of the last axis if the symbol is the output of a dense layer; else None: unknown."""
     units = symbol_.attr('num_hidden') if symbol_.get_children() is not None else None
-    return None if units is None else int(units)
+    if units is None:
+        return None
+    graph = json.loads(symbol_.tojson())  # other operators may have an attribute of that name, as Custom has
+    return int(units) if graph['nodes'][graph['heads'][0][0]]['op'] == 'FullyConnected' else None
 
 
 @lru_cache(maxsize=None)

@@ -132,6 +132,12 @@ def test_special_logits(kernel, mode, dtype, pred, nll, gradient):
     assert_close(got, [gradient], tolerance)
 
 
+@modes.parametrize([modes.default, modes.nested])
+def test_logits_where_the_roundings_near_64_add_up(kernel, mode):
+    pred = [[-28.769105911254883, -17.677043914794922, -31.650794982910156]]
+    assert_exact(kernel, mode, np.array(pred, 'float32'), np.array([1]))
+
+
 @pytest.mark.parametrize('mode', [modes.default, modes.nested], ids=['default', 'nested'])
 def test_float16_logits_are_those_of_their_rounded_values(kernel, mode, rng):
     label = rng.randint(0, 3000, 8)

@@ -521,6 +521,15 @@ def test_a_graph_knows_the_classes_of_a_dense_layer(classes, positions, invalid_
     assert_close(losses[0], expected, tolerances.stated('stock', 'float32', classes))
 
 
+@pytest.mark.parametrize('num_hidden', ['1', '2', 'many'])
+def test_only_a_dense_layer_tells_its_classes(num_hidden):
+    pred = mx.sym.relu(mx.sym.var('data'), attr={'num_hidden': num_hidden})
+    loss_fn = StableSoftmaxCELoss(kernel='stock')
+    logits, label = nd.array([[3, 0, 40]]), nd.array([2])
+    loss = loss_fn(pred, mx.sym.var('label')).eval(data=logits, label=label)[0].asnumpy()
+    assert_close(loss, loss_fn(logits, label).asnumpy(), tolerances.stated('stock', 'float32', 3))
+
+
 def test_a_graph_infers_the_shape_of_the_label():
     data, label = mx.sym.var('data'), mx.sym.var('label')
     graph = StableSoftmaxCELoss(kernel='stock')(mx.sym.FullyConnected(data, num_hidden=3), label)

@@ -167,10 +167,11 @@ def _odds(F, call, logits, log_p, index):
     z = F.maximum(array_api.float32_or_64(F, z) if call.ndim is None else z, LEAST)
     z_lowered = z - T
     shift = z_lowered - z
-    shift = shift + (z_lowered - (z + shift))  # what this subtraction rounded off
-    u_less_t = shift - _pick(F, log_p, index)
+    rounded_off = (z_lowered - shift) - z  # by this subtraction: too little to be added to a number near 64
+    u_less_t = shift - _pick(F, log_p, index) + rounded_off
     beyond = F.relu(u_less_t - MOST)
-    u_less_t = F.minimum(u_less_t, MOST)
+    u_less_t, shift = F.minimum(u_less_t, MOST), shift + rounded_off
+    # where p_y is 1, both exponentials are equal
     return _Odds(u_less_t, shift, F.log1p(F.relu(F.exp(u_less_t) - F.exp(shift))), beyond)
 
 
