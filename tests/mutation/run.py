@@ -34,13 +34,14 @@ OPERATOR = [
     ['-k', 'fused', 'test_values.py', 'test_kernels.py', 'test_labels.py'],
 ]
 THREADS = [['-m', 'slow', '-k', 'thread or processors or affinity or forked', 'test_fused.py']]
+DENSE = ['-k', 'dense_layer', 'test_graphs.py']
 TESTS = {
     'call.py': [*PLAN, *SHARED],
     'labels.py': [[*STOCK, 'test_labels.py'], *SHARED],
     'pipeline.py': [['test_array_checks.py', '-k', 'keep_the_class_axis'], *SHARED],
     'formula.py': [['test_reduction.py'], *SHARED],
     'reduction.py': [['test_reduction.py'], *SHARED],
-    'kernels/stock.py': [[*STOCK, '-m', 'not slow', 'test_exactness.py'], *SHARED],
+    'kernels/stock.py': [[*STOCK, '-m', 'not slow', 'test_exactness.py'], DENSE, *SHARED],
     'metric_values.py': [['test_metric.py']],
     'plan.py': [*PLAN, *SHARED],
     'array_checks.py': [['test_array_checks.py', 'test_plan.py'], *SHARED],
