@@ -1,15 +1,18 @@
 """What is decided of a call before anything is computed."""
 
+import json
 import threading
+from contextlib import contextmanager
 
 import modes
 import mxnet as mx
+import numpy as np
 import pytest
 from mxnet import autograd
 
 from gluon_stable_ce import StableSoftmaxCELoss
 from gluon_stable_ce import plan as plan_module
-from gluon_stable_ce.call import LOSS_FILL, Call
+from gluon_stable_ce.call import INPUTS, LOSS_FILL, Call
 from gluon_stable_ce.options import Options
 from gluon_stable_ce.plan import plan
 
@@ -76,6 +79,14 @@ def test_plan_of_symbols_knows_little():
     assert call_of(mx.sym.var('pred', dtype='float16'), label) == Call(STOCK)
 
 
+@pytest.mark.skipif(modes.VERSION < (1, 7), reason='MXNet has bfloat16 since 1.7')
+def test_symbols_of_bfloat16_are_cast():
+    """NumPy and some operators lack it; MXNet names it by a record."""
+    dtype = np.dtype([('bfloat16', np.uint16)])
+    _, inputs = plan(STOCK, *(mx.sym.var(name, dtype=dtype) for name in INPUTS[:3]))
+    assert all(json.loads(symbol.tojson())['nodes'][1]['op'] == 'Cast' for symbol in inputs)
+
+
 def test_plan_of_np_arrays():
     with modes.numpy_semantics():
         assert call_of(mx.np.zeros((4, 3)), mx.np.zeros(4)).np_style
@@ -94,6 +105,19 @@ def test_calls_that_look_like_one_before_are_planned_once(monkeypatch):
         assert call_of(nd.ones((size, 3)), nd.ones(size)) is first
         assert call_of(nd.ones((size, 3)), nd.ones(size), ignore_label=1) is not first
         assert len(plan_module._CALLS) <= 2
+
+
+def test_inputs_in_another_form_are_converted_at_each_call():
+    """A dense label whose axes are merged."""
+    pred, label = nd.zeros((2, 3, 4)), nd.ones((6, 4))
+    for _ in range(2):
+        _, inputs = plan(STOCK._replace(sparse_label=False), pred, label)
+        assert inputs[1].shape == pred.shape
+
+
+def test_class_axes_are_different():
+    with pytest.raises(ValueError, match='^axis: expected different axes of pred, of shape .* got 1, -2$'):
+        call_of(nd.zeros((2, 3, 4)), nd.zeros((2, 3, 4)), axis=1, summed_axes=(-2,), sparse_label=False)
 
 
 @pytest.mark.parametrize(
@@ -142,16 +166,30 @@ def test_plan_weight_layout_of_several_batch_axes():
 
 def test_gradient_of_a_label_is_written_beside_other_threads():
     """A progress bar or a DataLoader has threads, too."""
-    end, label = threading.Event(), mx.nd.array([0, 1])
+    label = mx.nd.array([0, 1])
     label.attach_grad()
     label.grad[:] = 7
-    other = threading.Thread(target=end.wait)
-    other.start()
+    with another_thread(), autograd.record():
+        StableSoftmaxCELoss()(mx.nd.zeros((2, 3)), label).backward()
+    assert (label.grad.asnumpy() == 0).all()
+
+
+def test_threads_share_no_handle_of_a_label():
+    """Autograd marks the handles of what it records."""
+    pred, label = nd.zeros((2, 3)), nd.zeros(2)
+    assert plan(STOCK, pred, label)[1][1] is label
+    with another_thread():
+        assert plan(STOCK, pred, label)[1][1] is not label
+
+
+@contextmanager
+def another_thread():
+    """A thread that does nothing."""
+    end = threading.Event()
+    thread = threading.Thread(target=end.wait)
+    thread.start()
     try:
-        with autograd.record():
-            loss = StableSoftmaxCELoss()(mx.nd.zeros((2, 3)), label)
-        loss.backward()
+        yield
     finally:
         end.set()
-        other.join()
-    assert (label.grad.asnumpy() == 0).all()
+        thread.join()
