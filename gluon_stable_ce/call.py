@@ -40,8 +40,8 @@ class Call(NamedTuple):
     # so few that an array of them is cheap, and that `dtype` holds every label exactly
     has_few_classes: bool = False
     classes: Optional[int] = None  # their number, where the graph serves no other
-    # whether there are so many that the stock kernel adds up their exponentials in float64
-    needs_float64: bool = False
+    # so many that `log_softmax` adds up their exponentials badly, which the stock kernel mends
+    has_many_classes: bool = False
     is_empty: bool = False  # whether there are no positions, for which MXNet's static memory fails
     kernel: str = 'stock'
     # whether an operator that can add gradients has to stand in front of the fused one

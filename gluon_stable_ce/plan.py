@@ -11,7 +11,8 @@ from .options import Options
 
 FEW = 2048  # classes
 OWN_GRAPH_ABOVE = 256  # classes: the stock kernel then has a graph for each number of them, which is faster
-FLOAT64_ABOVE = 65536  # classes: on a CPU, MXNet adds up more exponentials badly in float32
+# Classes: on a CPU, MXNet adds up more exponentials badly.
+MANY_ABOVE = {'float16': 65536, 'bfloat16': 65536, 'float32': 65536, 'float64': 500}
 FLOAT32_INTEGERS = 2**24  # float32 holds all integers up to this one
 NARROW = ('int8', 'uint8', 'float16', 'float32')  # labels that float32 holds as they are
 
@@ -143,7 +144,7 @@ def _call_of(options: Options, inputs: Inputs, class_weights: Optional[int], fil
         weight_layout=layout,
         has_few_classes=_has_few_classes(options, dtype, label_dtype, shape),
         classes=classes,
-        needs_float64=_needs_float64(options, dtype, classes, pred.context),
+        has_many_classes=_has_many_classes(dtype, classes, pred.context),
         is_empty=is_empty,
         kernel=kernel,
         # the stock kernel has no guard: one value for all its calls, and so one graph
@@ -151,10 +152,9 @@ def _call_of(options: Options, inputs: Inputs, class_weights: Optional[int], fil
     )
 
 
-def _needs_float64(options, dtype, classes, context):
-    adds_up_float32 = options.pred_type == 'logits' and dtype != 'float64'
+def _has_many_classes(dtype, classes, context):
     # on a GPU, MXNet adds up in a tree
-    return adds_up_float32 and (classes or 0) > FLOAT64_ABOVE and context.device_type != 'gpu'
+    return (classes or 0) > MANY_ABOVE[dtype] and context.device_type != 'gpu'
 
 
 def _has_few_classes(options, dtype, label_dtype, shape):

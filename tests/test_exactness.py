@@ -96,8 +96,8 @@ def test_many_equal_logits(kernel, dtype, first, last, largest):
     expected = exact(pred, label)[0]
     assert (expected > 1e-27).all()
     relative = tolerances.stated(kernel, dtype, classes).relative
-    if kernel == 'stock':
-        relative += classes * tolerances.EQUAL_LOGITS[dtype]
+    if kernel == 'stock' and dtype == 'float32':  # float64 numbers are added up once more
+        relative += classes * tolerances.EQUAL_LOGITS
     elif dtype == 'float32':
         relative = tolerances.FUSED_EQUAL_LOGITS.relative
     assert_close(loss, expected, tolerances.Tolerance(relative=relative))

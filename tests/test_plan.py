@@ -47,17 +47,22 @@ def test_plan_of_arrays():
 
 
 @pytest.mark.parametrize(
-    ('classes', 'dtype', 'options', 'expected'),
+    ('classes', 'dtype', 'expected'),
     [
-        (65537, 'float32', {}, True),
-        (65537, 'float16', {}, True),
-        (65536, 'float32', {}, False),
-        (65537, 'float64', {}, False),
-        (65537, 'float32', {'pred_type': 'log_probs'}, False),  # without a sum of exponentials
+        (65536, 'float32', False),
+        (65537, 'float32', True),
+        (65537, 'float16', True),
+        (500, 'float64', False),
+        (501, 'float64', True),
     ],
 )
-def test_many_logits_are_computed_in_float64(classes, dtype, options, expected):
-    assert call_of(nd.zeros((1, classes), dtype=dtype), nd.zeros(1), **options).needs_float64 == expected
+def test_plan_has_many_classes(classes, dtype, expected):
+    assert call_of(nd.zeros((1, classes), dtype=dtype), nd.zeros(1)).has_many_classes is expected
+
+
+def test_plan_of_a_dense_layer_has_its_classes():
+    pred = mx.sym.FullyConnected(mx.sym.var('x'), num_hidden=5)
+    assert call_of(pred, mx.sym.var('label')) == Call(STOCK, classes=5)
 
 
 @pytest.mark.parametrize(

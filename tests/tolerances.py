@@ -93,18 +93,16 @@ def fused_gradient_bound(dtype, expected):
 def stated(kernel, dtype, classes, is_symbol=False):
     """The tolerance of a plain loss, and of each entry of its gradient, that the documentation states.
 
-    Without oneDNN's log_softmax, which MXNet has from 1.8 on, and in float64, MXNet adds up the classes one by one.
-    Its sums of more than 65,536 float32 numbers are bad with oneDNN, too. So the stock kernel computes so many classes in
-    float64, but not in a graph of symbols.
+    Without oneDNN's log_softmax, which MXNet has from 1.8 on, and in float64, MXNet adds up the classes one by one. The
+    stock kernel mends that for arrays of many classes, but not in a graph of symbols.
     """
-    if str(dtype) == 'float64' and kernel == 'fused':
-        return FUSED_FLOAT64
-    if str(dtype) == 'float64':
-        return Tolerance(absolute=1e-27, relative=1e-13 if classes <= 10_000 else 2e-11)
+    is_float64 = str(dtype) == 'float64'
     if kernel == 'fused':
-        return FUSED_VALUE
-    if modes.ONEDNN:
-        relative = 5e-4 if classes > 65_536 and is_symbol else STOCK.relative
+        return FUSED_FLOAT64 if is_float64 else FUSED_VALUE
+    if is_float64:
+        relative = 2e-11 if is_symbol and classes > 10_000 else 1e-13
+    elif modes.ONEDNN:
+        relative = 5e-4 if is_symbol and classes > 65_536 else STOCK.relative
     elif classes > 65_536:
         relative = 2e-2 if is_symbol else STOCK.relative
     else:
@@ -117,9 +115,9 @@ STATED_SMOOTHING = Tolerance(absolute=1e-8, relative=6e-7)
 # A gradient's entry is p - target; the error is relative to the sum of both.
 STATED_SMOOTHING_ENTRY = Tolerance(absolute=1e-30, relative=1e-6)
 
-# What each class adds to the stock kernel's error if hundreds of logits are equal: all additions round to one side.
-# That is at most the rounding of one addition; oneDNN adds up 8 or 16 sums, which are shorter.
-EQUAL_LOGITS = {'float32': 8e-9 if modes.ONEDNN else 2**-24, 'float64': 1.2e-16}
+# What each class adds to the stock kernel's error in float32 if hundreds of logits are equal: all additions round to one
+# side. That is at most the rounding of one addition; oneDNN adds up 8 or 16 sums, which are shorter.
+EQUAL_LOGITS = 8e-9 if modes.ONEDNN else 2**-24
 FUSED_EQUAL_LOGITS = Tolerance(absolute=1e-27, relative=1e-6)
 
 

@@ -10,10 +10,10 @@ what is below 1e-7. So the label's logit is lowered by T = 64 first. Then
 .. math:: u = -\log \mathrm{softmax}(z - T e_y)_y = \log(1 + e^{L + T}), \qquad e^L = e^{u - T} - e^{-T}
 
 and the gradient that autograd makes of this is as exact, in each entry. An error in u is the relative error
-of e^L, and so of the NLL: 1e-5 in float32, most of it the rounding of numbers near 64; 1e-13 in float64, up
-to 10,000 classes (``test_exactness.py``). Where hundreds of logits are equal, `log_softmax` rounds each
-addition to the same side: that adds up to 8e-9 per class, and 1.2e-16 in float64. The page on accuracy
-derives the formula.
+of e^L, and so of the NLL: 1e-5 in float32, most of it the rounding of numbers near 64; 1e-13 in float64
+(``test_exactness.py``). Where hundreds of logits are equal, `log_softmax` rounds each addition to the same
+side: that adds up to 8e-9 per class, and 1.2e-16 in float64, unless the classes are added up once more. The
+page on accuracy derives the formulas.
 
 The layout of the class axis, casts of 16-bit floats and graphs of unknown rank are dealt with here, because
 only this kernel needs it.
@@ -37,10 +37,6 @@ def class_terms(
     F: F, call: Call, pred: Array, label: Array, class_weight: Optional[Array] = None
 ) -> ClassTerms:
     """Reduce the class axis as `kernels.class_terms` describes."""
-    if call.needs_float64:
-        call = call._replace(dtype='float64', needs_float64=False)
-        terms = class_terms(F, call, F.cast(pred, dtype='float64'), label, class_weight)
-        return ClassTerms(*(None if term is None else F.cast(term, dtype='float32') for term in terms))
     if call.dtype in HALF:  # unlike log_softmax's own `dtype`, a cast in front of it reaches the fast kernel
         pred = F.cast(pred, dtype='float32')
     if class_weight is not None:
@@ -154,25 +150,40 @@ class _Odds(NamedTuple):
     shift: Array  # -T, or what is left of it where logits are so large that the subtraction rounds
     log1p: Array  # log(1 + exp(L)) of `u_less_t`
     beyond: Array  # by how much u - T is above MOST, or 0
-
-    @property
-    def rise(self) -> Any:
-        """How much greater the logsumexp of the logits is than that of the lowered ones."""
-        log1p: Any = self.log1p
-        return log1p - self.u_less_t
+    rise: Array  # by how much the logsumexp that `log_softmax` has of the lowered logits is too small
 
 
 def _odds(F, call, logits, log_p, index):
-    z = F.BlockGrad(_pick(F, logits, index))
-    z = F.maximum(array_api.float32_or_64(F, z) if call.ndim is None else z, LEAST)
+    z_label = _pick(F, logits, index)
+    z_label = F.maximum(array_api.float32_or_64(F, z_label) if call.ndim is None else z_label, LEAST)
+    z, log_p_label, error = F.BlockGrad(z_label), _pick(F, log_p, index), None
     z_lowered = z - T
     shift = z_lowered - z
     rounded_off = (z_lowered - shift) - z  # by this subtraction: too little to be added to a number near 64
-    u_less_t = shift - _pick(F, log_p, index) + rounded_off
+    if call.has_many_classes:
+        log_p_label, error = _mended(F, call, log_p, log_p_label, z_label)
+        rounded_off = rounded_off + error
+    u_less_t = shift - log_p_label + rounded_off
     beyond = F.relu(u_less_t - MOST)
-    u_less_t, shift = F.minimum(u_less_t, MOST), shift + rounded_off
     # where p_y is 1, both exponentials are equal
-    return _Odds(u_less_t, shift, F.log1p(F.relu(F.exp(u_less_t) - F.exp(shift))), beyond)
+    u_less_t, shift = F.minimum(u_less_t, MOST), shift + rounded_off
+    log1p = F.log1p(F.relu(F.exp(u_less_t) - F.exp(shift)))
+    rise = log1p - u_less_t
+    return _Odds(u_less_t, shift, log1p, beyond, rise if error is None else rise + error)
+
+
+def _mended(F, call, log_p, log_p_label, z_label):
+    """Return log p_y with its true gradient, and by how much all `log_p` of many classes are too large.
+
+    The gradient of `log_softmax` has its probabilities, which are too large by a factor, their sum. So that
+    gradient is divided by the sum, and what the label's entry then lacks goes to its logit.
+    """
+    p = F.cast(F.exp(F.BlockGrad(log_p)), dtype='float64')
+    total = F.BlockGrad(F.dot(p, F.cast(F.ones_like(_indices(F, call, log_p)), dtype='float64')))  # (..., 1)
+    share, error = (F.cast(array, dtype=call.compute_dtype) for array in (1 / total, F.log(total)))
+    value = F.BlockGrad(log_p_label)
+    mended = value + share * (log_p_label - value) + (1 - share) * (z_label - F.BlockGrad(z_label))
+    return F.where(value - value == 0, mended, log_p_label), error
 
 
 def _uniform_of_lowered(F, call, log_p, odds, index, class_weight):
