@@ -11,8 +11,8 @@ from .options import Options
 
 FEW = 2048  # classes
 OWN_GRAPH_ABOVE = 256  # classes: the stock kernel then has a graph for each number of them, which is faster
-# Classes: on a CPU, MXNet adds up more exponentials badly.
-MANY_ABOVE = {'float16': 65536, 'bfloat16': 65536, 'float32': 65536, 'float64': 500}
+# Classes: on a CPU, the roundings of a sum of more exponentials exceed the bounds of the stock kernel.
+MANY_ABOVE, MANY_ABOVE_IN_FLOAT64 = 65536, 500
 FLOAT32_INTEGERS = 2**24  # float32 holds all integers up to this one
 NARROW = ('int8', 'uint8', 'float16', 'float32')  # labels that float32 holds as they are
 
@@ -153,8 +153,8 @@ def _call_of(options: Options, inputs: Inputs, class_weights: Optional[int], fil
 
 
 def _has_many_classes(dtype, classes, context):
-    # on a GPU, MXNet adds up in a tree
-    return (classes or 0) > MANY_ABOVE[dtype] and context.device_type != 'gpu'
+    many_above = MANY_ABOVE_IN_FLOAT64 if dtype == 'float64' else MANY_ABOVE
+    return (classes or 0) > many_above and context.device_type != 'gpu'  # which adds up in a tree
 
 
 def _has_few_classes(options, dtype, label_dtype, shape):

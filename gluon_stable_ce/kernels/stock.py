@@ -19,7 +19,7 @@ The layout of the class axis, casts of 16-bit floats and graphs of unknown rank 
 only this kernel needs it.
 """
 
-from typing import Any, NamedTuple, Optional
+from typing import Any, Optional
 
 from .. import array_api, graph_checks
 from ..array_api import Array, F
@@ -104,12 +104,12 @@ def _terms_of_logits(F, call, logits, index, class_weight):
     options = call.options
     lowered = _lower(F, call, logits, index)  # (..., C)
     log_p = F.log_softmax(lowered, axis=-1)
-    odds = _odds(F, call, logits, log_p, index)
-    return ClassTerms(
-        odds.log1p + odds.beyond,
-        _logsumexp_of(F, lowered, log_p) + odds.rise if options.lse_square_scale else None,
-        _uniform_of_lowered(F, call, log_p, odds, index, class_weight) if options.label_smoothing else None,
-    )
+    nll, shift, rise = _nll_of_lowered(F, call, logits, log_p, index)
+    logsumexp = _logsumexp_of(F, lowered, log_p) + rise if options.lse_square_scale else None
+    uniform_nll = None
+    if options.label_smoothing:
+        uniform_nll = _uniform_of_lowered(F, call, log_p, index, class_weight, shift, rise)
+    return ClassTerms(nll, logsumexp, uniform_nll)
 
 
 def _lower(F: F, call: Call, logits: Array, index: Array) -> Array:
@@ -133,7 +133,7 @@ def _is_label(F: F, call: Call, logits: Array, index: Array) -> Any:
         one = F.cast(classes_of_one(F, logits, -1), dtype='float64')  # in whose dtype arange_like counts
         classes = _distinct(F, call, F.contrib.arange_like(one))  # (1, C)
         index = _distinct(F, call, index)
-    difference: Any = F.broadcast_sub(index, classes)  # twice as fast as broadcast_equal
+    difference: Any = F.broadcast_sub(index, classes)  # this and == take less time than broadcast_equal
     return difference == 0
 
 
@@ -143,20 +143,17 @@ def _distinct(F: F, call: Call, index: Any) -> Array:
     return F.cast((1 + (index / 2**23 - high)) * 2**high, dtype=call.compute_dtype)
 
 
-class _Odds(NamedTuple):
-    """What the terms of logits are made of, (..., 1) each."""
+def _nll_of_lowered(F, call, logits, log_p, index):
+    """Return three arrays, (..., 1) each.
 
-    u_less_t: Array  # u - T, or MOST if that is less
-    shift: Array  # -T, or what is left of it where logits are so large that the subtraction rounds
-    log1p: Array  # log(1 + exp(L)) of `u_less_t`
-    beyond: Array  # by how much u - T is above MOST, or 0
-    rise: Array  # by how much the logsumexp that `log_softmax` has of the lowered logits is too small
-
-
-def _odds(F, call, logits, log_p, index):
+    - the NLL
+    - by how much the label's logit was lowered: -T, or less where logits are so large that this rounds
+    - by how much the logsumexp of the logits is above that of the lowered ones, as `log_softmax` has it
+    """
     z_label = _pick(F, logits, index)
     z_label = F.maximum(array_api.float32_or_64(F, z_label) if call.ndim is None else z_label, LEAST)
-    z, log_p_label, error = F.BlockGrad(z_label), _pick(F, log_p, index), None
+    log_p_label, error = _pick(F, log_p, index), None
+    z = F.BlockGrad(z_label)
     z_lowered = z - T
     shift = z_lowered - z
     rounded_off = (z_lowered - shift) - z  # by this subtraction: too little to be added to a number near 64
@@ -164,12 +161,11 @@ def _odds(F, call, logits, log_p, index):
         log_p_label, error = _mended(F, call, log_p, log_p_label, z_label)
         rounded_off = rounded_off + error
     u_less_t = shift - log_p_label + rounded_off
-    beyond = F.relu(u_less_t - MOST)
+    most = F.minimum(u_less_t, MOST)
     # where p_y is 1, both exponentials are equal
-    u_less_t, shift = F.minimum(u_less_t, MOST), shift + rounded_off
-    log1p = F.log1p(F.relu(F.exp(u_less_t) - F.exp(shift)))
-    rise = log1p - u_less_t
-    return _Odds(u_less_t, shift, log1p, beyond, rise if error is None else rise + error)
+    log1p = F.log1p(F.relu(F.exp(most) - F.exp(shift + rounded_off)))
+    rise = log1p - most
+    return log1p + F.relu(u_less_t - MOST), shift, rise if error is None else rise + error
 
 
 def _mended(F, call, log_p, log_p_label, z_label):
@@ -186,14 +182,14 @@ def _mended(F, call, log_p, log_p_label, z_label):
     return F.where(value - value == 0, mended, log_p_label), error
 
 
-def _uniform_of_lowered(F, call, log_p, odds, index, class_weight):
+def _uniform_of_lowered(F, call, log_p, index, class_weight, shift, rise):
     """1/C sum_j w_j (-log p_j): each `log_p` is too large by the rise, and the label's too small by T."""
     share = _share(F, call, log_p, class_weight)  # (C, 1), w_j / C
-    all_classes = F.broadcast_mul(odds.rise, F.dot(F.transpose(share), F.ones_like(share)))
+    all_classes = F.broadcast_mul(rise, F.dot(F.transpose(share), F.ones_like(share)))
     share_of_label = F.take(share, index, mode='clip')
     if call.ndim is None:
         share_of_label = F.squeeze(share_of_label, axis=-1)
-    return _clamped(F, _uniform_nll(F, call, log_p, class_weight) + all_classes + odds.shift * share_of_label)
+    return _clamped(F, _uniform_nll(F, call, log_p, class_weight) + all_classes + shift * share_of_label)
 
 
 # Dense labels
