@@ -175,6 +175,17 @@ def test_float16_is_cast(kernel, facts, rng, ctx):
         assert_close(term.ravel(), truth, tolerances.SUM_OF_CLASSES)
 
 
+@pytest.mark.slow
+def test_terms_of_a_million_classes(rng):
+    """All three are mended: `log_softmax` alone is off by 3e-4."""
+    pred, label = rng.randint(-3, 3, (2, 1_000_000)).astype('float32'), np.array([0, 999_999])
+    call = call_of('stock', 'all', dtype='float32', ndim=2)._replace(classes=1_000_000, has_many_classes=True)
+    logsumexp = np.log(np.exp(pred.astype('float64')).sum(-1))
+    expected = logsumexp - pred[[0, 1], label], logsumexp, logsumexp - pred.mean(-1, dtype='float64')
+    for term, truth in zip(compute(call, pred, label)[0], expected):
+        assert_close(term.ravel(), truth, tolerances.PLAIN)
+
+
 @every_kernel
 @pytest.mark.parametrize('gap', [10.0, 20.0, 50.0])
 def test_nll_is_never_negative_and_its_gradient_goes_on(kernel, gap, ctx):
