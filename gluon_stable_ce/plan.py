@@ -154,7 +154,8 @@ def _call_of(options: Options, inputs: Inputs, class_weights: Optional[int], fil
 
 def _has_many_classes(dtype, classes, context):
     many_above = MANY_ABOVE_IN_FLOAT64 if dtype == 'float64' else MANY_ABOVE
-    return (classes or 0) > many_above and context.device_type != 'gpu'  # which adds up in a tree
+    is_gpu = context.device_type == 'gpu'  # a GPU adds up in a tree, with less rounding
+    return (classes or 0) > many_above and not is_gpu
 
 
 def _has_few_classes(options, dtype, label_dtype, shape):
