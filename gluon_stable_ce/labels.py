@@ -68,9 +68,8 @@ def _read_labels_of_symbols(F: F, call: Call, label: Array, pred: Array) -> Labe
     label = F.BlockGrad(_comparable(F, call, F.reshape(label, shape=(-1, 1))))
     classes = call.classes
     if classes is None:
-        one = F.cast(classes_of_one(F, pred, call.options.axis), dtype='float64')
-        index = F.contrib.arange_like(one)  # (1, C)
-        classes = F.cast(F.slice_axis(index, axis=1, begin=-1, end=None) + 1, dtype=call.label_compare_dtype)
+        last = F.slice_axis(class_indices(F, pred, call.options.axis), axis=1, begin=-1, end=None)
+        classes = F.cast(last + 1, dtype=call.label_compare_dtype)  # (1, 1)
     named, is_valid = _named(F, call, label, classes)
     if is_valid is not None:
         named = F.where(is_valid, named, F.ones_like(label) * -1)
@@ -105,13 +104,15 @@ def _reshaped(F: F, call: Call, column: Array, like: Array) -> Array:
     return F.ones_like(F.cast(like, dtype=dtype)) * F.cast(column, dtype=dtype)
 
 
-def classes_of_one(F: F, pred: Array, axis: int) -> Array:
-    """Return `pred` at one position, (1, C), whatever its rank is."""
-    if axis == -1:
-        rows = F.reshape(pred, shape=(-1, 0), reverse=True)
-    else:
-        rows = array_api.first(F, array_api.three_axes(F, pred, axis), axis=2)
-    return F.reshape(array_api.first(F, rows), shape=(1, 0))
+def class_indices(F: F, pred: Array, axis: int) -> Array:
+    """Return the indices of the classes, (1, C) in float64, whatever `pred`'s rank is."""
+    return F.contrib.arange_like(F.cast(one_per_class(F, pred, axis), dtype='float64'))
+
+
+def one_per_class(F: F, pred: Array, axis: int) -> Array:
+    """Return an array with an entry for each class, (1, C) in `pred`'s dtype, whatever its rank is."""
+    one = array_api.first(F, F.reshape(F.BlockGrad(array_api.first(F, pred, axis)), shape=(-1, 1)))
+    return F.broadcast_like(one, pred, lhs_axes=(1,), rhs_axes=(axis,))
 
 
 def is_counted(F: F, call: Call, label: Array) -> Optional[Array]:

@@ -314,12 +314,6 @@ def _log1p(at):
     at.make('Where', at.make('Or', is_0, is_infinite), x, at.make('Mul', x, ratio))
 
 
-@_converts('_rpower_scalar')
-def _rpower(at):
-    """Convert a scalar to the power of an array, for which MXNet has no converter."""
-    at.make('Pow', at.constant(float(at.attrs['scalar']), at.dtypes[0]), *at.inputs)
-
-
 @_converts('_npi_ones')
 def _ones(at):
     """Convert the ones of the NumPy-style API, for which MXNet has no converter."""
@@ -340,8 +334,25 @@ def _promote(at):
 
 @_converts('one_hot')
 def _one_hot(at):
-    """Convert `one_hot`: MXNet's converter says that the result has the index's dtype."""
-    return at.stock(), (np.dtype(at.attrs.get('dtype', 'float32')),)
+    """Convert `one_hot`, which has no 1 for a negative index. That of ONNX counts it from the end."""
+    dtype = np.dtype(at.attrs.get('dtype', 'float32'))
+    on = at.constant(float(at.attrs.get('on_value', 1)), dtype)
+    off = at.constant(float(at.attrs.get('off_value', 0)), dtype)
+    index = at.make_over([-1], 'Unsqueeze', at.cast(at.inputs[0], 'int64'))
+    is_on = at.make('Equal', index, at.constant(np.arange(int(at.attrs['depth']))))
+    at.make('Where', is_on, on, off)
+    at.made[-1].output[0] = at.name
+    return at.made, (dtype,)
+
+
+@_converts('Reshape')
+def _reshape(at):
+    """Convert the reshape that merges the last two axes, for which MXNet has no converter."""
+    if (literal_eval(at.attrs['shape']), at.is_true('reverse')) != ((-2, -3), True):
+        return at.stock()
+    sizes = at.make('Slice', at.make('Shape', at.inputs[0]), at.constant([0]), at.constant([-2]))
+    at.make('Reshape', at.inputs[0], at.make('Concat', sizes, at.constant([-1]), axis=0))
+    return None
 
 
 @_converts('where')

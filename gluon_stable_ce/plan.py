@@ -78,6 +78,7 @@ def _plan_symbols(options, pred, label, sample_weight, class_weights, fill):
         np_style=array_api.is_np_style(pred),
         dtype=dtype,
         classes=classes,
+        has_many_classes=_has_many_classes(dtype, classes or 0),
         kernel=choice.resolve(options, is_symbol=True),
     )
     return call, (array_api.apart(pred), label, sample_weight)
@@ -127,11 +128,15 @@ def _call_of(options: Options, inputs: Inputs, class_weights: Optional[int], fil
         layout = array_checks.weight_layout(
             sample_weight.shape, shape, options.class_axes, options.batch_axes
         )
-    is_empty = 0 in shape
+    is_empty, is_gpu = (
+        0 in shape,
+        pred.context.device_type == 'gpu',
+    )  # which adds up in a tree, with less rounding
     kernel = choice.resolve(
         options, pred.context.device_type, is_main_thread=choice.is_main_thread(), is_empty=is_empty
     )
-    classes = shape[options.axis] if kernel == 'stock' and shape[options.axis] > OWN_GRAPH_ABOVE else None
+    classes = shape[options.axis]
+    has_own_graph = is_empty or (kernel == 'stock' and classes > OWN_GRAPH_ABOVE)
     return Call(
         options,
         fill,
@@ -143,8 +148,8 @@ def _call_of(options: Options, inputs: Inputs, class_weights: Optional[int], fil
         label_ndim=len(label.shape),
         weight_layout=layout,
         has_few_classes=_has_few_classes(options, dtype, label_dtype, shape),
-        classes=classes,
-        has_many_classes=_has_many_classes(dtype, classes, pred.context),
+        classes=classes if has_own_graph else None,
+        has_many_classes=kernel == 'stock' and not is_gpu and _has_many_classes(dtype, classes),
         is_empty=is_empty,
         kernel=kernel,
         # the stock kernel has no guard: one value for all its calls, and so one graph
@@ -152,10 +157,8 @@ def _call_of(options: Options, inputs: Inputs, class_weights: Optional[int], fil
     )
 
 
-def _has_many_classes(dtype, classes, context):
-    many_above = MANY_ABOVE_IN_FLOAT64 if dtype == 'float64' else MANY_ABOVE
-    is_gpu = context.device_type == 'gpu'  # a GPU adds up in a tree, with less rounding
-    return (classes or 0) > many_above and not is_gpu
+def _has_many_classes(dtype: Optional[str], classes: int) -> bool:
+    return classes > (MANY_ABOVE_IN_FLOAT64 if dtype == 'float64' else MANY_ABOVE)
 
 
 def _has_few_classes(options, dtype, label_dtype, shape):

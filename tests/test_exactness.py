@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tolerances
 from checks import every_mode
+from mxnet import autograd, gluon, nd
 from tolerances import assert_close
 
 from gluon_stable_ce import StableCrossEntropy, StableSoftmaxCELoss
@@ -75,12 +76,27 @@ def test_one_logit_above_or_below_equal_ones(kernel, mode, dtype, classes, gap):
     assert_close(gradient[0, [label, 0]], [float(at_label), float(other)], tolerance)
 
 
+def behind_dense(loss_fn, pred, label):
+    """A layer that computes `pred`, in one graph with the loss. Its weight has the gradient of the logits."""
+    dense = gluon.nn.Dense(pred.shape[1], in_units=len(pred), use_bias=False, weight_initializer='zeros')
+    dense.cast(pred.dtype)
+    dense.initialize()
+    dense.weight.set_data(nd.array(pred.T, dtype=pred.dtype))
+    net = modes.WithLoss(dense, loss_fn)
+    net.hybridize()
+    with autograd.record():
+        loss = net(nd.array(np.eye(len(pred)), dtype=pred.dtype), nd.array(label))
+    loss.backward()
+    return loss.asnumpy(), dense.weight.grad().asnumpy().T
+
+
 @DTYPES
 @pytest.mark.parametrize('classes', [70_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
-def test_so_many_classes_that_float32_does_not_add_them_up(kernel, dtype, classes, rng):
+@modes.parametrize([modes.default, behind_dense])
+def test_so_many_classes_that_float32_does_not_add_them_up(kernel, mode, dtype, classes, rng):
     pred, label = rng.normal(0, 3, (4, classes)).astype(dtype).round(), np.arange(4)
     pred[np.arange(4), label] += np.array([-30, 0, 20, 45], dtype)
-    assert_exact(kernel, modes.default, pred, label)
+    assert_exact(kernel, mode, pred, label)
 
 
 @DTYPES

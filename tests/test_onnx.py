@@ -342,6 +342,9 @@ def test_the_label_of_an_output_layer_is_no_input_by_name(tmp_path):
     mx.sym.where(mx.sym.contrib.arange_like(X, axis=0), X, -X),
     mx.sym.where(X == X, 2 * X, X),
     mx.sym.one_hot(mx.sym.cast(INDEX, 'float64'), 3, on_value=-64) * 2,
+    mx.sym.one_hot(INDEX - 1, 3, off_value=7, dtype='float64') * 2,
+    mx.sym.reshape(X, shape=(-2, -3), reverse=True),
+    mx.sym.reshape(X, shape=(0, -1)),
     X != 1,
 ], ids=lambda symbol: f'{symbol.name} {symbol.list_attr()}')  # fmt: skip
 def test_operators_as_a_net_may_use_them(symbol, opset, rng, tmp_path):

@@ -58,9 +58,10 @@ def test_plan_has_many_classes(classes, dtype, expected):
     assert call_of(nd.zeros((1, classes), dtype=dtype), nd.zeros(1)).has_many_classes is expected
 
 
-def test_plan_of_a_dense_layer_has_its_classes():
-    pred = mx.sym.FullyConnected(mx.sym.var('x'), num_hidden=5)
-    assert call_of(pred, mx.sym.var('label')) == Call(STOCK, classes=5)
+@pytest.mark.parametrize(('classes', 'are_many'), [(5, False), (65536, False), (65537, True)])
+def test_plan_of_a_dense_layer_has_its_classes(classes, are_many):
+    pred = mx.sym.FullyConnected(mx.sym.var('x'), num_hidden=classes)
+    assert call_of(pred, mx.sym.var('label')) == Call(STOCK, classes=classes, has_many_classes=are_many)
 
 
 @pytest.mark.parametrize(

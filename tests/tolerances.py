@@ -94,7 +94,7 @@ def stated(kernel, dtype, classes, is_symbol=False):
     """The tolerance of a plain loss, and of each entry of its gradient, that the documentation states.
 
     Without oneDNN's log_softmax, which MXNet has from 1.8 on, and in float64, MXNet adds up the classes one by one. The
-    stock kernel mends that for arrays of many classes, but not in a graph of symbols.
+    stock kernel mends that for many classes, but in a graph of symbols only behind a Dense layer.
     """
     is_float64 = str(dtype) == 'float64'
     if kernel == 'fused':

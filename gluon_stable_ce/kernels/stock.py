@@ -19,15 +19,16 @@ The layout of the class axis, casts of 16-bit floats and graphs of unknown rank 
 only this kernel needs it.
 """
 
-from typing import Any, Optional
+from typing import Any, Dict, Optional
 
 from .. import array_api, graph_checks
 from ..array_api import Array, F
 from ..call import Call
 from ..class_terms import ClassTerms, is_impossible, weighted
-from ..labels import classes_of_one, fill, read_labels
+from ..labels import class_indices, fill, one_per_class, read_labels
 
 HALF = ('float16', 'bfloat16')
+BLOCK = 32 if array_api.HAS_LATE_SLICE_LIKE else 1  # classes
 T = 64.0  # by which the label's logit is lowered: the NLL is exact down to exp(-T)
 MOST = 36.0  # of u - T: above it, the NLL is u - T in all digits
 LEAST = -3e38  # in the place of logits of -inf
@@ -54,7 +55,7 @@ def class_terms(
 def _read_class_weight(F: F, call: Call, pred: Array, class_weight: Array) -> Array:
     class_weight = F.BlockGrad(F.reshape(class_weight, shape=(1, -1)))
     if call.ndim is None:
-        one = classes_of_one(F, pred, call.options.axis)  # (1, C)
+        one = one_per_class(F, pred, call.options.axis)  # (1, C)
         class_weight = graph_checks.require_equal(F, class_weight, F.cast(one, dtype='float32'))
         class_weight = array_api.promoted(F, class_weight, one)
     if call.dtype is not None:
@@ -114,33 +115,31 @@ def _terms_of_logits(F, call, logits, index, class_weight):
 
 def _lower(F: F, call: Call, logits: Array, index: Array) -> Array:
     """Lower the label's logit by T: by an addition, which has no gradient of what is added."""
+    options = {'on_value': -T, 'dtype': call.compute_dtype}
     if call.classes is not None:
         index = F.squeeze(index, axis=-1) if call.ndim is None else index
-        shift = F.one_hot(index, depth=call.classes, on_value=-T, dtype=call.compute_dtype)
+        shift = F.one_hot(index, depth=call.classes, **options)
     else:
-        shift = _is_label(F, call, logits, index) * -T
+        shift = _one_hot_in_blocks(F, call, logits, index, options)
     shift = F.BlockGrad(shift)
     # the shift comes first: MXNet adds to the first array in place
     return shift + logits if call.dtype is not None else array_api.add_float32(F, logits, shift)
 
 
-def _is_label(F: F, call: Call, logits: Array, index: Array) -> Any:
-    """Compute 1 at the label and 0 at other classes, (..., C)."""
-    if call.ndim is not None:  # few classes, which float32 holds as they are
-        classes = F.contrib.arange_like(logits, axis=-1)  # (C,)
-        index = F.cast(F.expand_dims(index, axis=-1), dtype=call.compute_dtype)
+def _one_hot_in_blocks(F: F, call: Call, logits: Array, index: Array, options: Dict[str, Any]) -> Array:
+    """Make a `one_hot` of unknown depth: in blocks of classes, where it has no 1 for an index outside."""
+    if call.ndim is None:
+        classes = class_indices(F, logits, -1)  # (1, C)
     else:
-        one = F.cast(classes_of_one(F, logits, -1), dtype='float64')  # in whose dtype arange_like counts
-        classes = _distinct(F, call, F.contrib.arange_like(one))  # (1, C)
-        index = _distinct(F, call, index)
-    difference: Any = F.broadcast_sub(index, classes)  # this and == take less time than broadcast_equal
-    return difference == 0
-
-
-def _distinct(F: F, call: Call, index: Any) -> Array:
-    """Return another float32 for each class: float32 has as many numbers, but no integers beyond 2**24."""
-    high = F.floor(index / 2**23)
-    return F.cast((1 + (index / 2**23 - high)) * 2**high, dtype=call.compute_dtype)
+        index = F.expand_dims(index, axis=-1)  # (..., 1)
+        classes = F.expand_dims(F.contrib.arange_like(logits, axis=-1), axis=0)
+    index, classes = (F.cast(array, dtype=call.label_compare_dtype) for array in (index, classes))
+    firsts = F.slice(classes, begin=(None, None), end=(None, None), step=(1, BLOCK))  # (1, K)
+    in_block = F.broadcast_sub(F.expand_dims(index, axis=-1), firsts)  # (..., 1, K)
+    one_hot = F.one_hot(in_block, depth=BLOCK, **options)  # (..., 1, K, BLOCK)
+    for _ in range(2):
+        one_hot = F.reshape(one_hot, shape=(-2, -3), reverse=True)  # merges the last two axes
+    return one_hot if BLOCK == 1 else F.slice_like(one_hot, logits)  # (..., C)
 
 
 def _nll_of_lowered(F, call, logits, log_p, index):
@@ -150,15 +149,16 @@ def _nll_of_lowered(F, call, logits, log_p, index):
     - by how much the label's logit was lowered: -T, or less where logits are so large that this rounds
     - by how much the logsumexp of the logits is above that of the lowered ones, as `log_softmax` has it
     """
-    z_label = _pick(F, logits, index)
-    z_label = F.maximum(array_api.float32_or_64(F, z_label) if call.ndim is None else z_label, LEAST)
-    log_p_label, error = _pick(F, log_p, index), None
+    z_label, log_p_label, error = _pick(F, logits, index), _pick(F, log_p, index), None
+    if call.dtype is None:
+        z_label = array_api.multiply(F, F.ones_like(log_p_label), z_label)  # in log_p's dtype
+    z_label = F.maximum(z_label, LEAST)
     z = F.BlockGrad(z_label)
     z_lowered = z - T
     shift = z_lowered - z
     rounded_off = (z_lowered - shift) - z  # by this subtraction: too little to be added to a number near 64
     if call.has_many_classes:
-        log_p_label, error = _mended(F, call, log_p, log_p_label, z_label)
+        log_p_label, error = _mended(F, log_p, log_p_label, z_label)
         rounded_off = rounded_off + error
     u_less_t = shift - log_p_label + rounded_off
     most = F.minimum(u_less_t, MOST)
@@ -168,18 +168,18 @@ def _nll_of_lowered(F, call, logits, log_p, index):
     return log1p + F.relu(u_less_t - MOST), shift, rise if error is None else rise + error
 
 
-def _mended(F, call, log_p, log_p_label, z_label):
+def _mended(F, log_p, log_p_label, z_label):
     """Return log p_y with its true gradient, and by how much all `log_p` of many classes are too large.
 
     The gradient of `log_softmax` has its probabilities, which are too large by a factor, their sum. So that
     gradient is divided by the sum, and what the label's entry then lacks goes to its logit.
     """
-    p = F.cast(F.exp(F.BlockGrad(log_p)), dtype='float64')
-    total = F.BlockGrad(F.dot(p, F.cast(F.ones_like(_indices(F, call, log_p)), dtype='float64')))  # (..., 1)
-    share, error = (F.cast(array, dtype=call.compute_dtype) for array in (1 / total, F.log(total)))
+    # MXNet's `sum` carries the roundings along (Kahan), which a matrix product does not
+    total: Any = F.sum(F.exp(F.BlockGrad(log_p)), axis=-1, keepdims=True)  # (..., 1)
+    excess = 1 - 1 / total
     value = F.BlockGrad(log_p_label)
-    mended = value + share * (log_p_label - value) + (1 - share) * (z_label - F.BlockGrad(z_label))
-    return F.where(value - value == 0, mended, log_p_label), error
+    mended = value + (1 - excess) * (log_p_label - value) + excess * (z_label - F.BlockGrad(z_label))
+    return F.where(value - value == 0, mended, log_p_label), F.log(total)
 
 
 def _uniform_of_lowered(F, call, log_p, index, class_weight, shift, rise):
@@ -260,7 +260,7 @@ def _uniform_nll(F: F, call: Call, log_p: Array, class_weight: Optional[Array]) 
 def _indices(F: F, call: Call, array: Array) -> Array:
     """(C, 1) for an array of (..., C)."""
     if call.ndim is None:
-        return F.transpose(F.contrib.arange_like(classes_of_one(F, array, -1)))
+        return F.transpose(F.contrib.arange_like(one_per_class(F, array, -1)))
     return F.expand_dims(F.contrib.arange_like(array, axis=-1), axis=1)
 
 
