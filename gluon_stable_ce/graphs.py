@@ -7,7 +7,7 @@ time as others. So it goes with the losses and metrics that use it, as gluon's g
 import ctypes
 import sys
 from threading import RLock
-from typing import Any, Callable, Dict, Optional, Tuple
+from typing import Any, Callable, Dict, Hashable, Optional, Tuple
 from weakref import WeakValueDictionary, finalize
 
 import mxnet as mx
@@ -16,6 +16,7 @@ from .array_api import Array, variable
 from .call import INPUTS, Call
 
 MAX_GRAPHS = 16  # of one loss or metric, the oldest of which goes first
+MAX_SIGNATURES = 1024  # that are noted: there may be one for each length of a batch
 MAX_KEPT = 4
 FEW = 4  # calls, after which a loss is not one of those that are made anew at each step
 Step = Callable[..., Array]  # step(F, call, *inputs), with None for the inputs that are not given
@@ -34,7 +35,7 @@ class Graph:
 
     def __init__(self, step: Step, call: Call, flags: Flags) -> None:
         symbol = trace(step, call, {name: variable(name, call.np_style) for name in call.inputs})
-        self.cached_op = mx.nd.CachedOp(symbol, flags)
+        self.call, self.cached_op = call, mx.nd.CachedOp(symbol, flags)
         self.calls = 0
         self._order = [INPUTS.index(name) for name in symbol.list_inputs()]
         self._lock = RLock()  # without it, threads that call at the same time were seen to wait for ever
@@ -54,11 +55,15 @@ _KEPT: Dict[Key, Graph] = {}
 
 
 class Graphs(dict):
-    """The graphs of one loss or metric, its owner, by `Call`. Each is compiled at the first of such calls."""
+    """The graphs of one loss or metric, its owner, by `Call`. Each is compiled at the first of such calls.
+
+    `of_signature` has those that serve arrays of a signature: the owner need not plan such a call again.
+    """
 
     def __init__(self, step: Step, owner: Any = None, flags: Flags = STATIC) -> None:
         super().__init__()
         self._step, self._flags = step, flags
+        self.of_signature: Dict[Hashable, Graph] = {}
         self._calls_before: Dict[Call, int] = {}
         if owner is not None:
             # holds this until the owner is deleted: what the garbage collector finds can't be kept
@@ -72,10 +77,17 @@ class Graphs(dict):
                 graph = _ALIVE[key] = Graph(*key)
             if len(self) >= MAX_GRAPHS:
                 del self[next(iter(self))]
+                self.of_signature.clear()
                 _trim()
             self._calls_before[call] = graph.calls
             self[call] = graph
         return graph
+
+    def note(self, signature: Hashable, graph: Graph) -> None:
+        """Note that a graph serves arrays of a signature."""
+        if len(self.of_signature) >= MAX_SIGNATURES:
+            self.of_signature.clear()
+        self.of_signature[signature] = graph
 
     def __reduce__(self) -> Any:
         """Leave the graphs out of pickles and copies."""
@@ -85,6 +97,7 @@ class Graphs(dict):
         """Free all graphs that no other loss uses, those that are kept for new losses included."""
         if self or _KEPT:
             self.clear()
+            self.of_signature.clear()
             _KEPT.clear()
             mx.nd.waitall()  # they are in use until then
             _trim()
@@ -101,6 +114,7 @@ class Graphs(dict):
         _KEPT.update(few)
         few.clear()
         self.clear()
+        self.of_signature.clear()
         for key in list(_KEPT)[:-MAX_KEPT]:
             _KEPT.pop(key, None)
         if is_any_freed:

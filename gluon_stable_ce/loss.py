@@ -16,6 +16,7 @@ from .array_checks import check_array_type, check_pred_dtype
 from .call import INPUTS, Call
 from .class_weight import ClassWeight, Unused, file_in_loading
 from .kernels import choice
+from .kernels.signature import signature_of
 from .metric import StableCrossEntropy
 from .options import (
     InvalidLabel,
@@ -27,7 +28,7 @@ from .options import (
     checks_names,
 )
 from .pipeline import loss_of
-from .plan import plan
+from .plan import plan, thread_safe_label
 
 _GLUON_DEFAULTS = {'axis': -1, 'sparse_label': True, 'from_logits': False, 'weight': None, 'batch_axis': 0}
 _GLUON_OPTIONS = tuple(f'_{name}' for name in _GLUON_DEFAULTS)  # attributes, which may be set later
@@ -222,6 +223,8 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         super().__setattr__(name, value)
         if name in _GLUON_OPTIONS:
             self.__dict__.pop('_options', None)
+            if '_graphs' in self.__dict__:
+                self._graphs.of_signature.clear()
 
     @property
     def _given_options(self) -> Dict[str, Any]:
@@ -237,6 +240,12 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         self, pred: Array, label: Array, sample_weight: Optional[Array] = None, *others: Array
     ) -> Array:
         """Compute the loss of arrays in a compiled graph; a symbol becomes part of the caller's graph."""
+        signature = None if others else signature_of(pred, label, sample_weight)
+        graph = self._graphs.of_signature.get(signature)
+        if graph is not None:
+            weights = self.class_weight
+            label = thread_safe_label(graph.call, label)
+            return graph(pred, label, sample_weight, weights and weights.beside(pred))
         if array_api.is_symbol(pred) or self._has_own_graph:
             weight = () if sample_weight is None and not others else (sample_weight,)
             return super().forward(pred, label, *weight, *others)
@@ -245,7 +254,11 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         call, inputs = self._plan(pred, label, sample_weight)
         if call.is_empty or not self._is_compiled:
             return loss_of(mx.nd, call, *inputs)
-        return self._graph(call)(*inputs)
+        graph = self._graph(call)
+        is_usual = self._op_hook is None and call.options.invalid_label != 'raise'
+        if is_usual and signature_of(*inputs[:3]) == signature:  # nothing was cast, moved or reshaped
+            self._graphs.note(signature, graph)
+        return graph(*inputs)
 
     def hybrid_forward(self, F: F, pred: Array, label: Array, sample_weight: Optional[Array] = None) -> Array:
         """Build the loss from symbols. After ``hybridize(False)``, run it on arrays by single operators."""
@@ -310,6 +323,7 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         """Call `callback` with the name and output of each operator, as in gluon. Each call compiles then."""
         super().register_op_hook(callback, monitor_all)
         self._op_hook = (callback, monitor_all) if callback else None
+        self._graphs.of_signature.clear()
 
     def export(
         self,

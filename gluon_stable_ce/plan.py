@@ -50,18 +50,15 @@ def plan(
     if array_api.is_symbol(pred):
         return _plan_symbols(options, pred, label, sample_weight, class_weights, fill)
     inputs: Inputs = (pred, label, sample_weight)
-    key = call = None
-    is_array = array_api.is_array
-    if is_array(pred) and is_array(label) and (sample_weight is None or is_array(sample_weight)):
-        key = options, fill, class_weights, signature_of(pred, label, sample_weight)
-        call = _CALLS.get(key)
+    key = options, fill, class_weights, signature_of(*inputs)
+    call = _CALLS.get(key)
     if call is None:
         call, inputs = _plan_arrays(options, inputs, class_weights, fill)
         if inputs[0] is pred and inputs[1] is label and inputs[2] is sample_weight:
             _remember(key, call)
     if options.invalid_label == 'raise':
         array_checks.check_labels(call, *inputs[:2])
-    return call, (inputs[0], _prepared(call, inputs[1]), inputs[2])
+    return call, (inputs[0], thread_safe_label(call, inputs[1]), inputs[2])
 
 
 def _plan_symbols(options, pred, label, sample_weight, class_weights, fill):
@@ -171,7 +168,7 @@ def _names(sample_weight: Any, class_weights: Optional[int]) -> Tuple[str, ...]:
     return tuple(name for name, is_given in zip(INPUTS, given) if is_given)
 
 
-def _prepared(call: Call, label: Any) -> Any:
+def thread_safe_label(call: Call, label: Any) -> Any:
     """Return a sparse label that other threads may read at the same time.
 
     Autograd marks the inputs of what it records, and crashes if another thread reads a handle meanwhile.

@@ -86,9 +86,9 @@ extern "C" {
 
 void stable_ce_use(const MXNet* functions) { mxnet = *functions; }
 
-// Writes whether `pred` needs a guard, and for each array its context, dtype, rank and sizes. Returns the number
-// of bytes, or 0 if MXNet does not tell. `sample_weight` may be null.
-int stable_ce_signature(Handle pred, Handle label, Handle sample_weight, int* out) {
+// Writes whether `pred` needs a guard, and for each array its context, dtype, rank and sizes. Returns whether
+// MXNet tells them. `sample_weight` may be null.
+bool stable_ce_signature(Handle pred, Handle label, Handle sample_weight, int* out) {
   int* next = out + 1;
   for (Handle array : {pred, label, sample_weight}) {
     if (!array) continue;
@@ -96,12 +96,12 @@ int stable_ce_signature(Handle pred, Handle label, Handle sample_weight, int* ou
     const int* sizes;
     if (mxnet.context(array, next, next + 1) || mxnet.dtype(array, next + 2) ||
         mxnet.shape(array, &rank, &sizes) || rank < 0 || rank > 32) {
-      return 0;
+      return false;
     }
     next[3] = rank;
     next = std::copy_n(sizes, rank, next + 4);
   }
   *out = needs_guard(pred);
-  return int((next - out) * sizeof(int));
+  return true;
 }
 }
