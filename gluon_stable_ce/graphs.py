@@ -16,7 +16,7 @@ from .array_api import Array, variable
 from .call import INPUTS, Call
 
 MAX_GRAPHS = 16  # of one loss or metric, the oldest of which goes first
-MAX_SIGNATURES = 1024  # that are noted: there may be one for each length of a batch
+MAX_FACTS = 1024  # there may be others for each length of a batch
 MAX_KEPT = 4
 FEW = 4  # calls, after which a loss is not one of those that are made anew at each step
 Step = Callable[..., Array]  # step(F, call, *inputs), with None for the inputs that are not given
@@ -57,13 +57,13 @@ _KEPT: Dict[Key, Graph] = {}
 class Graphs(dict):
     """The graphs of one loss or metric, its owner, by `Call`. Each is compiled at the first of such calls.
 
-    `of_signature` has those that serve arrays of a signature: the owner need not plan such a call again.
+    `of_facts` has those that serve calls of which the same is known: the owner need not plan these again.
     """
 
     def __init__(self, step: Step, owner: Any = None, flags: Flags = STATIC) -> None:
         super().__init__()
         self._step, self._flags = step, flags
-        self.of_signature: Dict[Hashable, Graph] = {}
+        self.of_facts: Dict[Hashable, Graph] = {}
         self._calls_before: Dict[Call, int] = {}
         if owner is not None:
             # holds this until the owner is deleted: what the garbage collector finds can't be kept
@@ -77,17 +77,18 @@ class Graphs(dict):
                 graph = _ALIVE[key] = Graph(*key)
             if len(self) >= MAX_GRAPHS:
                 del self[next(iter(self))]
-                self.of_signature.clear()
+                self.of_facts.clear()
                 _trim()
             self._calls_before[call] = graph.calls
             self[call] = graph
         return graph
 
-    def note(self, signature: Hashable, graph: Graph) -> None:
-        """Note that a graph serves arrays of a signature."""
-        if len(self.of_signature) >= MAX_SIGNATURES:
-            self.of_signature.clear()
-        self.of_signature[signature] = graph
+    def note(self, facts: Hashable, graph: Graph) -> None:
+        """Note that a graph serves all calls of which this is known."""
+        if len(self.of_facts) >= MAX_FACTS:
+            self.of_facts.clear()
+        if self.get(graph.call) is graph:  # another thread may have freed it
+            self.of_facts[facts] = graph
 
     def __reduce__(self) -> Any:
         """Leave the graphs out of pickles and copies."""
@@ -97,7 +98,7 @@ class Graphs(dict):
         """Free all graphs that no other loss uses, those that are kept for new losses included."""
         if self or _KEPT:
             self.clear()
-            self.of_signature.clear()
+            self.of_facts.clear()
             _KEPT.clear()
             mx.nd.waitall()  # they are in use until then
             _trim()
@@ -114,7 +115,7 @@ class Graphs(dict):
         _KEPT.update(few)
         few.clear()
         self.clear()
-        self.of_signature.clear()
+        self.of_facts.clear()
         for key in list(_KEPT)[:-MAX_KEPT]:
             _KEPT.pop(key, None)
         if is_any_freed:

@@ -110,7 +110,10 @@ def class_indices(F: F, pred: Array, axis: int) -> Array:
 
 
 def one_per_class(F: F, pred: Array, axis: int) -> Array:
-    """Return an array with an entry for each class, (1, C) in `pred`'s dtype, whatever its rank is."""
+    """Return an array with an entry for each class, (1, C) in `pred`'s dtype, whatever its rank is.
+
+    Only its shape and its dtype mean something.
+    """
     one = array_api.first(F, F.reshape(F.BlockGrad(array_api.first(F, pred, axis)), shape=(-1, 1)))
     return F.broadcast_like(one, pred, lhs_axes=(1,), rhs_axes=(axis,))
 

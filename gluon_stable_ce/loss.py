@@ -223,8 +223,6 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         super().__setattr__(name, value)
         if name in _GLUON_OPTIONS:
             self.__dict__.pop('_options', None)
-            if '_graphs' in self.__dict__:
-                self._graphs.of_signature.clear()
 
     @property
     def _given_options(self) -> Dict[str, Any]:
@@ -240,24 +238,24 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         self, pred: Array, label: Array, sample_weight: Optional[Array] = None, *others: Array
     ) -> Array:
         """Compute the loss of arrays in a compiled graph; a symbol becomes part of the caller's graph."""
-        signature = None if others else signature_of(pred, label, sample_weight)
-        graph = self._graphs.of_signature.get(signature)
-        if graph is not None:
-            weights = self.class_weight
-            label = thread_safe_label(graph.call, label)
-            return graph(pred, label, sample_weight, weights and weights.beside(pred))
         if array_api.is_symbol(pred) or self._has_own_graph:
             weight = () if sample_weight is None and not others else (sample_weight,)
             return super().forward(pred, label, *weight, *others)
         if others:
             raise TypeError(f'expected pred, label and sample_weight, got {3 + len(others)} inputs')
+        weights, signature = self.class_weight, signature_of(pred, label, sample_weight)
+        facts = self._options, weights and weights.classes, signature
+        graph = self._graphs.of_facts.get(facts)
+        if graph is not None and self._op_hook is None:
+            label = thread_safe_label(graph.call, label)
+            return graph(pred, label, sample_weight, weights and weights.beside(pred))
         call, inputs = self._plan(pred, label, sample_weight)
         if call.is_empty or not self._is_compiled:
             return loss_of(mx.nd, call, *inputs)
         graph = self._graph(call)
-        is_usual = self._op_hook is None and call.options.invalid_label != 'raise'
-        if is_usual and signature_of(*inputs[:3]) == signature:  # nothing was cast, moved or reshaped
-            self._graphs.note(signature, graph)
+        # if nothing was cast, moved or reshaped, and no label has to be checked at each call
+        if signature_of(*inputs[:3]) == signature and call.options.invalid_label != 'raise':
+            self._graphs.note(facts, graph)
         return graph(*inputs)
 
     def hybrid_forward(self, F: F, pred: Array, label: Array, sample_weight: Optional[Array] = None) -> Array:
@@ -323,7 +321,6 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         """Call `callback` with the name and output of each operator, as in gluon. Each call compiles then."""
         super().register_op_hook(callback, monitor_all)
         self._op_hook = (callback, monitor_all) if callback else None
-        self._graphs.of_signature.clear()
 
     def export(
         self,

@@ -11,7 +11,8 @@ from .options import Options
 
 FEW = 2048  # classes
 OWN_GRAPH_ABOVE = 256  # classes: the stock kernel then has a graph for each number of them, which is faster
-# Classes: on a CPU, the roundings of a sum of more exponentials exceed the bounds of the stock kernel.
+# Classes: on a CPU, the roundings of a sum of more exponentials exceed the bounds of the stock kernel. A
+# graph of symbols does not know its device.
 MANY_ABOVE, MANY_ABOVE_IN_FLOAT64 = 65536, 500
 FLOAT32_INTEGERS = 2**24  # float32 holds all integers up to this one
 NARROW = ('int8', 'uint8', 'float16', 'float32')  # labels that float32 holds as they are
@@ -125,15 +126,14 @@ def _call_of(options: Options, inputs: Inputs, class_weights: Optional[int], fil
         layout = array_checks.weight_layout(
             sample_weight.shape, shape, options.class_axes, options.batch_axes
         )
-    is_empty, is_gpu = (
-        0 in shape,
-        pred.context.device_type == 'gpu',
-    )  # which adds up in a tree, with less rounding
+    is_empty = 0 in shape
     kernel = choice.resolve(
         options, pred.context.device_type, is_main_thread=choice.is_main_thread(), is_empty=is_empty
     )
     classes = shape[options.axis]
-    has_own_graph = is_empty or (kernel == 'stock' and classes > OWN_GRAPH_ABOVE)
+    # an empty array does not tell MXNet its number of classes
+    needs_classes = is_empty or (kernel == 'stock' and classes > OWN_GRAPH_ABOVE)
+    is_gpu = pred.context.device_type == 'gpu'  # a GPU adds up in a tree, with less rounding
     return Call(
         options,
         fill,
@@ -145,7 +145,7 @@ def _call_of(options: Options, inputs: Inputs, class_weights: Optional[int], fil
         label_ndim=len(label.shape),
         weight_layout=layout,
         has_few_classes=_has_few_classes(options, dtype, label_dtype, shape),
-        classes=classes if has_own_graph else None,
+        classes=classes if needs_classes else None,
         has_many_classes=kernel == 'stock' and not is_gpu and _has_many_classes(dtype, classes),
         is_empty=is_empty,
         kernel=kernel,

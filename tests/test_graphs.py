@@ -162,7 +162,7 @@ def test_number_of_graphs_of_one_loss_is_bounded(rng):
         expected, _ = reference.loss_and_gradient(pred, label)
         assert_close(loss_fn(nd.array(pred), nd.array(label)).asnumpy(), expected)
     assert len(loss_fn._graphs) == graphs.MAX_GRAPHS
-    assert set(loss_fn._graphs.of_signature.values()) <= set(loss_fn._graphs.values())
+    assert set(loss_fn._graphs.of_facts.values()) <= set(loss_fn._graphs.values())
 
 
 def test_recorded_calls_outlive_their_losses_and_graphs(rng):
@@ -563,35 +563,68 @@ def test_four_threads_with_four_kinds_of_call(kernel, engine):
     assert result['count'] == result['expected_count']
 
 
-def test_arrays_that_look_like_earlier_ones_need_no_plan(kernel, monkeypatch):
-    """Until the options change, or a graph of them all is freed; a check of labels is made at each call."""
-    loss_fn, pred, label = StableSoftmaxCELoss(kernel=kernel), nd.zeros((2, 3)), nd.array([0, 5])
-    planned = []
-    monkeypatch.setattr(loss_module, 'plan', lambda *args: planned.append(1) or plan(*args))
+@pytest.fixture
+def planned(monkeypatch):
+    """The calls of losses that were planned, as a list that grows."""
+    calls = []
+    monkeypatch.setattr(loss_module, 'plan', lambda *args: calls.append(args) or plan(*args))
+    return calls
 
-    def calls(count=1):
+
+def test_arrays_that_look_like_earlier_ones_need_no_plan(kernel, planned):
+    loss_fn, pred, label = StableSoftmaxCELoss(kernel=kernel), nd.zeros((2, 3)), nd.array([0, 2])
+
+    def plans_of(calls, expected):
         planned.clear()
-        for _ in range(count):
-            loss_fn(pred, label)
+        for _ in range(calls):
+            np.testing.assert_allclose(loss_fn(pred, label).asnumpy(), expected * np.log(3), rtol=1e-5)
         return len(planned)
 
-    calls(2)  # the first may load the compiled library, which tells signatures in another form
-    assert calls(3) == 0
+    plans_of(2, 1)  # the first may load the compiled library, which tells signatures in another form
+    assert plans_of(3, 1) == 0
     loss_fn._weight = 2
-    assert calls(3) == 1
+    assert plans_of(3, 2) == 1
     loss_fn.hybridize()
-    assert calls(3) == 1
+    assert plans_of(3, 2) == 1
     with pytest.raises(TypeError, match='got 4 inputs'):
         loss_fn(pred, label, None, label)
     loss_fn.hybridize(False)
-    assert calls(3) == 3
+    assert plans_of(3, 2) == 3
+    pred = pred.as_in_context(mx.cpu(1))  # the label is moved
+    loss_fn.hybridize()
+    assert plans_of(3, 2) == 3
+
+
+def test_labels_are_checked_at_each_call(kernel):
     loss_fn = StableSoftmaxCELoss(kernel=kernel, invalid_label='raise')
-    for _ in range(3):
+    loss_fn(nd.zeros((2, 3)), nd.array([0, 2]))
+    for _ in range(2):
         with pytest.raises(ValueError, match='label'):
-            loss_fn(pred, label)
-    pred.attach_grad()
-    loss_fn, names = StableSoftmaxCELoss(kernel=kernel), []
-    calls(2)
-    loss_fn.register_op_hook(lambda *args: names.append(args))
-    assert calls(2) == 2
-    assert names
+            loss_fn(nd.zeros((2, 3)), nd.array([0, 5]))
+
+
+@pytest.mark.parametrize('changed', [0, 1])
+def test_what_is_set_on_a_copy_or_its_original_is_not_set_on_the_other(changed, kernel):
+    """They share their graphs."""
+    loss_fn, pred, label = StableSoftmaxCELoss(kernel=kernel), nd.zeros((2, 3)), nd.array([0, 2])
+    loss = loss_fn(pred, label).asnumpy()
+    both, names = [loss_fn, copy.copy(loss_fn)], []
+    both[changed]._weight = 2
+    for _ in range(2):
+        assert_close(both[changed](pred, label).asnumpy(), 2 * loss)
+        assert_close(both[1 - changed](pred, label).asnumpy(), loss)
+    both[changed].register_op_hook(lambda *args: names.append(args))
+    for _ in range(2):
+        names.clear()
+        both[1 - changed](pred, label).wait_to_read()
+        assert not names
+        both[changed](pred, label).wait_to_read()
+        assert names
+
+
+def test_number_of_noted_signatures_is_bounded(kernel, monkeypatch):
+    monkeypatch.setattr(graphs, 'MAX_FACTS', 2)
+    loss_fn = StableSoftmaxCELoss(kernel=kernel)
+    for size in range(2, 9):
+        loss_fn(nd.zeros((size, 3)), nd.zeros(size))
+    assert 0 < len(loss_fn._graphs.of_facts) <= 2

@@ -45,9 +45,9 @@ def signature_of(pred: Any, label: Any, sample_weight: Any = None) -> Optional[S
     return (*kinds, is_main, *((array.context, array.dtype, array.shape) for array in arrays))
 
 
-def needs_guard(signature: Optional[Signature]) -> bool:
+def needs_guard(signature: Any) -> bool:
     """Whether the arrays need what `Call.needs_guard` describes."""
-    numbers = signature and signature[-1]
+    numbers = signature[-1]
     return not isinstance(numbers, bytes) or ctypes.c_int.from_buffer_copy(numbers).value == 1
 
 

@@ -28,7 +28,8 @@ from ..class_terms import ClassTerms, is_impossible, weighted
 from ..labels import class_indices, fill, one_per_class, read_labels
 
 HALF = ('float16', 'bfloat16')
-BLOCK = 32 if array_api.HAS_LATE_SLICE_LIKE else 1  # classes
+# Classes of unknown number. Larger blocks take little less time, and more memory where there are few classes.
+BLOCK = 8 if array_api.HAS_LATE_SLICE_LIKE else 1
 T = 64.0  # by which the label's logit is lowered: the NLL is exact down to exp(-T)
 MOST = 36.0  # of u - T: above it, the NLL is u - T in all digits
 LEAST = -3e38  # in the place of logits of -inf
@@ -115,31 +116,35 @@ def _terms_of_logits(F, call, logits, index, class_weight):
 
 def _lower(F: F, call: Call, logits: Array, index: Array) -> Array:
     """Lower the label's logit by T: by an addition, which has no gradient of what is added."""
-    options = {'on_value': -T, 'dtype': call.compute_dtype}
+    arguments = {'on_value': -T, 'dtype': call.compute_dtype}
     if call.classes is not None:
         index = F.squeeze(index, axis=-1) if call.ndim is None else index
-        shift = F.one_hot(index, depth=call.classes, **options)
+        shift = F.one_hot(index, depth=call.classes, **arguments)
     else:
-        shift = _one_hot_in_blocks(F, call, logits, index, options)
+        shift = _one_hot_in_blocks(F, call, logits, index, arguments)
     shift = F.BlockGrad(shift)
     # the shift comes first: MXNet adds to the first array in place
     return shift + logits if call.dtype is not None else array_api.add_float32(F, logits, shift)
 
 
-def _one_hot_in_blocks(F: F, call: Call, logits: Array, index: Array, options: Dict[str, Any]) -> Array:
-    """Make a `one_hot` of unknown depth: in blocks of classes, where it has no 1 for an index outside."""
+def _one_hot_in_blocks(F: F, call: Call, logits: Array, index: Array, arguments: Dict[str, Any]) -> Array:
+    """Make a `one_hot` of unknown depth: one for each block of classes. The index of another block has no 1.
+
+    Arrays that have no graph for their number of classes have few: there, a block has one class.
+    """
+    block = BLOCK if call.ndim is None else 1
     if call.ndim is None:
         classes = class_indices(F, logits, -1)  # (1, C)
     else:
         index = F.expand_dims(index, axis=-1)  # (..., 1)
         classes = F.expand_dims(F.contrib.arange_like(logits, axis=-1), axis=0)
     index, classes = (F.cast(array, dtype=call.label_compare_dtype) for array in (index, classes))
-    firsts = F.slice(classes, begin=(None, None), end=(None, None), step=(1, BLOCK))  # (1, K)
+    firsts = F.slice(classes, begin=(None, None), end=(None, None), step=(1, block))  # (1, K)
     in_block = F.broadcast_sub(F.expand_dims(index, axis=-1), firsts)  # (..., 1, K)
-    one_hot = F.one_hot(in_block, depth=BLOCK, **options)  # (..., 1, K, BLOCK)
+    one_hot = F.one_hot(in_block, depth=block, **arguments)  # (..., 1, K, block)
     for _ in range(2):
         one_hot = F.reshape(one_hot, shape=(-2, -3), reverse=True)  # merges the last two axes
-    return one_hot if BLOCK == 1 else F.slice_like(one_hot, logits)  # (..., C)
+    return one_hot if block == 1 else F.slice_like(one_hot, logits)  # (..., C)
 
 
 def _nll_of_lowered(F, call, logits, log_p, index):
@@ -253,8 +258,8 @@ def _uniform_nll(F: F, call: Call, log_p: Array, class_weight: Optional[Array]) 
     return _expected_nll(F, log_p, _at_each_position(F, share, log_p), F.ones_like(share))
 
 
-# Sums over classes are products with (C, 1): a matrix product is ten times as fast as MXNet's sum. It is none
-# with (C,), as onnxruntime 1.16 computes a transposed matrix times a vector wrongly.
+# Sums over classes are products with (C, 1), but for that of `_mended`: a matrix product is ten times as fast
+# as MXNet's sum. (C,) does not do, as onnxruntime 1.16 computes a transposed matrix times a vector wrongly.
 
 
 def _indices(F: F, call: Call, array: Array) -> Array:
