@@ -6,8 +6,9 @@ time as others. So it goes with the losses and metrics that use it, as gluon's g
 
 import ctypes
 import sys
+from collections import deque
 from threading import RLock
-from typing import Any, Callable, Dict, Hashable, Optional, Tuple
+from typing import Any, Callable, Deque, Dict, Hashable, Optional, Tuple
 from weakref import WeakValueDictionary, finalize
 
 import mxnet as mx
@@ -30,12 +31,21 @@ def trace(step: Step, call: Call, inputs: Dict[str, Array]) -> Array:
         return step(mx.sym, call, *map(inputs.get, INPUTS))
 
 
+# The newest of op hooks. MXNet calls them in backward, too, when the `Graph` may be gone.
+_CALLBACKS: Deque[Any] = deque(maxlen=1024)
+
+
 class Graph:
     """A compiled graph, for any number of threads. Its outputs are fresh arrays."""
 
-    def __init__(self, step: Step, call: Call, flags: Flags) -> None:
+    def __init__(
+        self, step: Step, call: Call, flags: Flags, op_hook: Optional[Tuple[Any, bool]] = None
+    ) -> None:
         symbol = trace(step, call, {name: variable(name, call.np_style) for name in call.inputs})
         self.call, self.cached_op = call, mx.nd.CachedOp(symbol, flags)
+        if op_hook:
+            self.cached_op._register_op_hook(*op_hook)
+            _CALLBACKS.append(self.cached_op._monitor_callback)
         self.calls = 0
         self._order = [INPUTS.index(name) for name in symbol.list_inputs()]
         self._lock = RLock()  # without it, threads that call at the same time were seen to wait for ever

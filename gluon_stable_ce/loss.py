@@ -276,9 +276,7 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
     def _graph(self, call):
         if self._op_hook is None:
             return self._graphs[call]
-        graph = graphs.Graph(loss_of, call, ())
-        graph.cached_op._register_op_hook(*self._op_hook)
-        return graph
+        return graphs.Graph(loss_of, call, (), self._op_hook)
 
     def __repr__(self) -> str:
         """Show the options that differ from their defaults, and the kernel of float32 arrays on the CPU."""
