@@ -26,8 +26,8 @@ ARRAY = ndarray.NDArray
 NP_STYLE = (numpy.ndarray, NumpySymbol)
 SPARSE = ndarray.sparse.BaseSparseNDArray
 BFLOAT16 = np.dtype([('bfloat16', 'uint16')])
-# slice_like in a graph whose ranks are not all known yet; before, it is an error
-HAS_LATE_SLICE_LIKE = not mx.__version__.startswith(('1.6', '1.7'))
+# else slice_like is an error in a graph whose ranks are not all known yet
+HAS_SLICE_LIKE_OF_UNKNOWN_RANK = not mx.__version__.startswith(('1.6', '1.7'))
 HAS_MIXED_ADD = not mx.__version__.startswith(('1.6', '1.7', '1.8'))  # np.add of two dtypes
 
 

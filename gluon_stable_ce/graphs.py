@@ -17,7 +17,7 @@ from .array_api import Array, variable
 from .call import INPUTS, Call
 
 MAX_GRAPHS = 16  # of one loss or metric, the oldest of which goes first
-MAX_FACTS = 1024  # there may be others for each length of a batch
+MAX_FACTS = 1024  # they name the shapes, which may be new in each batch
 MAX_KEPT = 4
 FEW = 4  # calls, after which a loss is not one of those that are made anew at each step
 Step = Callable[..., Array]  # step(F, call, *inputs), with None for the inputs that are not given
@@ -29,10 +29,6 @@ def trace(step: Step, call: Call, inputs: Dict[str, Array]) -> Array:
     """Trace the graph of a step; `inputs` are symbols by their names in INPUTS."""
     with mx.name.NameManager():  # the names in a graph do not depend on what was traced before
         return step(mx.sym, call, *map(inputs.get, INPUTS))
-
-
-# The newest of op hooks. MXNet calls them in backward, too, when the `Graph` may be gone.
-_CALLBACKS: Deque[Any] = deque(maxlen=1024)
 
 
 class Graph:
@@ -64,10 +60,14 @@ _ALIVE: 'WeakValueDictionary[Key, Graph]' = WeakValueDictionary()
 _KEPT: Dict[Key, Graph] = {}
 
 
+# Op hooks of the newest graphs. MXNet calls them in backward, too, when the `Graph` may be gone.
+_CALLBACKS: Deque[Any] = deque(maxlen=1024)
+
+
 class Graphs(dict):
     """The graphs of one loss or metric, its owner, by `Call`. Each is compiled at the first of such calls.
 
-    `of_facts` has those that serve calls of which the same is known: the owner need not plan these again.
+    `of_facts` has them by what the owner knows before it plans: options and signature. It skips `plan` then.
     """
 
     def __init__(self, step: Step, owner: Any = None, flags: Flags = STATIC) -> None:
@@ -94,7 +94,7 @@ class Graphs(dict):
         return graph
 
     def note(self, facts: Hashable, graph: Graph) -> None:
-        """Note that a graph serves all calls of which this is known."""
+        """Note which graph serves calls of these facts."""
         if len(self.of_facts) >= MAX_FACTS:
             self.of_facts.clear()
         if self.get(graph.call) is graph:  # another thread may have freed it

@@ -29,7 +29,7 @@ from ..labels import class_indices, fill, one_per_class, read_labels
 
 HALF = ('float16', 'bfloat16')
 # Classes of unknown number. Larger blocks take little less time, and more memory where there are few classes.
-BLOCK = 8 if array_api.HAS_LATE_SLICE_LIKE else 1
+BLOCK = 8 if array_api.HAS_SLICE_LIKE_OF_UNKNOWN_RANK else 1
 T = 64.0  # by which the label's logit is lowered: the NLL is exact down to exp(-T)
 MOST = 36.0  # of u - T: above it, the NLL is u - T in all digits
 LEAST = -3e38  # in the place of logits of -inf
