@@ -216,7 +216,7 @@ def _dense_terms(F: F, call: Call, pred: Array, target: Array, class_weight: Opt
     log_p = F.log_softmax(pred, axis=-1) if options.pred_type == 'logits' else pred
     if options.pred_type == 'probs':
         log_p = F.log(pred)
-    ones = F.ones_like(_indices(F, call, log_p))  # (C, 1)
+    ones = F.ones_like(_column(F, call, log_p))  # (C, 1)
     weighted_target = target if class_weight is None else target * _at_each_position(F, class_weight, log_p)
     is_signed: Any = F.dot(F.relu(-F.BlockGrad(target)), ones)  # the loss may be below 0, as policy gradients
     is_uniform_signed = None
@@ -262,16 +262,16 @@ def _uniform_nll(F: F, call: Call, log_p: Array, class_weight: Optional[Array]) 
 # as MXNet's sum. (C,) does not do, as onnxruntime 1.16 computes a transposed matrix times a vector wrongly.
 
 
-def _indices(F: F, call: Call, array: Array) -> Array:
-    """(C, 1) for an array of (..., C)."""
+def _column(F: F, call: Call, array: Array) -> Array:
+    """(C, 1) in the dtype of an array of (..., C). Its values mean nothing."""
     if call.ndim is None:
-        return F.transpose(F.contrib.arange_like(one_per_class(F, array, -1)))
+        return F.transpose(one_per_class(F, array, -1))
     return F.expand_dims(F.contrib.arange_like(array, axis=-1), axis=1)
 
 
 def _share(F: F, call: Call, log_p: Array, class_weight: Optional[Array]) -> Array:
     """(C, 1), w_j / C."""
-    share: Any = F.softmax(F.zeros_like(_indices(F, call, log_p)), axis=0)  # 1/C for each class
+    share: Any = F.softmax(F.zeros_like(_column(F, call, log_p)), axis=0)  # 1/C for each class
     return share if class_weight is None else share * class_weight
 
 
