@@ -8,6 +8,7 @@ the way in, and the result is viewed back on the way out.
 import json
 from functools import lru_cache, wraps
 from string import ascii_lowercase
+from threading import active_count
 from types import ModuleType
 from typing import Any, Callable, Dict, Optional, Sequence, Tuple, Union
 
@@ -76,6 +77,15 @@ def promoted(F: F, array: Array, like: Array) -> Array:
 def multiply(F: F, array: Array, other: Array) -> Array:
     """Multiply with broadcasting, in the wider one of the two dtypes."""
     return F.np.multiply(array.as_np_ndarray(), other.as_np_ndarray()).as_nd_ndarray()
+
+
+def unshared(array: Array) -> Array:
+    """Return an array that has no gradient in a form that other threads may read at the same time.
+
+    Autograd marks the inputs of what it records, and crashes if another thread reads a handle meanwhile. An
+    array whose gradient is asked for is recorded all the same.
+    """
+    return array.detach() if active_count() > 1 and array.grad is None else array
 
 
 def first(F: F, array: Array, axis: int = 0) -> Array:

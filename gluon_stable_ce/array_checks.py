@@ -124,32 +124,63 @@ def _gluons_product(losses: Shape, weights: Shape) -> str:
     return f"; gluon's loss would broadcast {losses} * {weights} to {both}"
 
 
-def in_usual_form(
-    options: Options, pred: Any, label: Any, sample_weight: Any
-) -> Optional[Tuple[Options, Any, Any, Any]]:
-    """Return what gluon's loss also accepts in the form that `plan` accepts; None if that is no other one.
+def checked(
+    options: Options, pred: Any, label: Any, sample_weight: Any, class_weights: Optional[int]
+) -> Tuple[Options, Optional[str], Tuple[Array, Array, Optional[Array]]]:
+    """Check the arrays of a call, and give them the form and the context in which a graph takes them.
 
-    - Sparse storage becomes dense.
-    - Logits of one axis are one sample.
-    - A dense label gets the shape of `pred`, if one shape is the other with axes merged.
-    - A sample_weight with too few axes is that of the last axes, as in broadcasting.
+    Gluon's loss accepts more forms than one. So of those that it accepts, too,
+
+    - sparse storage becomes dense;
+    - logits of one axis become one sample;
+    - a dense label gets the shape of `pred`, if one shape is the other with axes merged;
+    - a sample_weight with too few axes becomes that of the last axes, as in broadcasting.
+
+    Parameters
+    ----------
+    class_weights : int, optional
+        How many class weights there are.
+
+    Returns
+    -------
+    options, weight_layout, (pred, label, sample_weight)
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the inputs are no arrays, or do not fit each other.
     """
-    given = (pred, label) if sample_weight is None else (pred, label, sample_weight)
-    if not all(map(array_api.is_array, given)):
-        return None
-    arrays = [array if array.stype == 'default' else array.tostype('default') for array in given]
-    if arrays[0].ndim == 1 and arrays[1].size == (1 if options.sparse_label else arrays[0].size):
-        if options.class_axes not in ((0,), (-1,)):
-            return None
+    pred, label = _dense('pred', pred), _dense('label', label)
+    sample_weight = None if sample_weight is None else _dense('sample_weight', sample_weight)
+    pred = array_api.without_bfloat16(pred, array_api.dtype_name(pred))
+    dtype, label_dtype = array_api.dtype_name(pred), array_api.dtype_name(label)
+    check_pred_dtype('pred', dtype)
+    is_one_sample = pred.ndim == 1 and label.size == (1 if options.sparse_label else pred.size)
+    if is_one_sample and options.class_axes in ((0,), (-1,)):
         options = options._replace(axis=-1, batch_axes=(0,))
-        arrays = [array.reshape((1, -1)) for array in arrays]
-    shape = arrays[0].shape
-    if not options.sparse_label and _is_merged(arrays[1].shape, shape):
-        arrays[1] = arrays[1].reshape(shape)
-    arrays[2:] = [_with_all_axes(options, weight, shape) for weight in arrays[2:]]
-    if all(array is before for array, before in zip(arrays, given)):
-        return None
-    return (options, arrays[0], arrays[1], arrays[2] if arrays[2:] else None)
+        pred, label, sample_weight = (
+            array if array is None else array.reshape((1, -1)) for array in (pred, label, sample_weight)
+        )
+    if not options.sparse_label and _is_merged(label.shape, pred.shape):
+        label = label.reshape(pred.shape)
+    shape = pred.shape
+    check_shapes(shape, label.shape, label_dtype, options.axis, options.sparse_label)
+    check_axes('axis', options.class_axes, shape)
+    check_axes('batch_axis', options.batch_axes, shape)
+    if class_weights is not None:
+        check_class_weights(class_weights, shape[options.axis])
+    layout = None
+    if sample_weight is not None:
+        sample_weight, layout = _with_layout(options, sample_weight, shape)
+        sample_weight = on_context('sample_weight', sample_weight, pred.context)
+    return options, layout, (pred, on_context('label', label, pred.context), sample_weight)
+
+
+def _dense(name: str, array: Any) -> Array:
+    if isinstance(array, array_api.SPARSE):
+        return array.tostype('default')
+    check_array_type(name, type(array))
+    return array
 
 
 def _is_merged(shape: Shape, other: Shape) -> bool:
@@ -159,17 +190,19 @@ def _is_merged(shape: Shape, other: Shape) -> bool:
     return shape != other and is_same_size and (ends <= other_ends or other_ends <= ends)
 
 
-def _with_all_axes(options: Options, weight: Array, shape: Shape) -> Array:
-    """Add axes in front of a sample_weight, if it then broadcasts to `shape`, pred's.
-
-    With sparse labels, it must have one weight for all classes: weights of classes are no sample weights.
-    """
-    full = (1,) * (len(shape) - weight.ndim) + weight.shape
-    if len(weight.shape) >= len(shape) or not all(size in (1, whole) for size, whole in zip(full, shape)):
-        return weight
-    if options.sparse_label and any(full[axis] != 1 for axis in options.class_axes):
-        return weight
-    return weight.reshape(full)
+def _with_layout(options: Options, weight: Array, shape: Shape) -> Tuple[Array, str]:
+    """Return a sample_weight, and its layout for `shape`, pred's. It may get axes in front."""
+    axes = options.class_axes, options.batch_axes
+    try:
+        return weight, weight_layout(weight.shape, shape, *axes)
+    except ValueError:
+        full = (1,) * (len(shape) - weight.ndim) + weight.shape
+        does_broadcast = all(size in (1, whole) for size, whole in zip(full, shape))
+        # weights of classes are no sample weights
+        are_of_classes = options.sparse_label and any(full[axis] != 1 for axis in options.class_axes)
+        if full == weight.shape or not does_broadcast or are_of_classes:
+            raise
+        return weight.reshape(full), weight_layout(full, shape, *axes)
 
 
 def check_labels(call: Call, pred: Array, label: Array) -> None:

@@ -4,11 +4,16 @@
 A field is None where a symbol does not tell.
 """
 
-from typing import NamedTuple, Optional, Tuple
+from typing import Any, NamedTuple, Optional, Sequence, Tuple
 
 from .options import Options
 
 INPUTS = ('pred', 'label', 'sample_weight', 'class_weight')  # of a graph, in this order
+
+
+def given(inputs: Sequence[Any]) -> Tuple[str, ...]:
+    """Name the inputs that are given, of those in the order of INPUTS."""
+    return tuple(name for name, array in zip(INPUTS, inputs) if array is not None)
 
 
 class Fill(NamedTuple):

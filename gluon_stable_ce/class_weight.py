@@ -3,7 +3,7 @@
 import json
 import sys
 import warnings
-from threading import RLock, active_count
+from threading import RLock
 from types import FrameType
 from typing import Any, List, Optional
 
@@ -39,7 +39,7 @@ class ClassWeight(gluon.HybridBlock):
         if array_api.is_symbol(pred):
             return self.value.var()
         weights = self.value.data(pred.context)
-        return weights.detach() if active_count() > 1 else weights  # threads may share no recorded handle
+        return array_api.unshared(weights)
 
 
 def as_weights(weights: Any) -> np.ndarray:

@@ -8,20 +8,22 @@ import ctypes
 import sys
 from collections import deque
 from threading import RLock
-from typing import Any, Callable, Deque, Dict, Hashable, Optional, Tuple
+from typing import Any, Callable, Deque, Dict, Optional, Tuple
 from weakref import WeakValueDictionary, finalize
 
 import mxnet as mx
 
 from .array_api import Array, variable
-from .call import INPUTS, Call
+from .call import INPUTS, Call, Fill
+from .class_weight import ClassWeight
+from .options import Options
+from .plan import plan
 
 MAX_GRAPHS = 16  # of one loss or metric, the oldest of which goes first
-MAX_FACTS = 1024  # they name the shapes, which may be new in each batch
 MAX_KEPT = 4
 FEW = 4  # calls, after which a loss is not one of those that are made anew at each step
 Step = Callable[..., Array]  # step(F, call, *inputs), with None for the inputs that are not given
-Flags = Tuple[Tuple[str, Any], ...]
+Flags = Optional[Tuple[Tuple[str, Any], ...]]  # of CachedOp; None: no graph, but operator by operator
 STATIC: Flags = (('static_alloc', True), ('static_shape', True))
 
 
@@ -38,7 +40,7 @@ class Graph:
         self, step: Step, call: Call, flags: Flags, op_hook: Optional[Tuple[Any, bool]] = None
     ) -> None:
         symbol = trace(step, call, {name: variable(name, call.np_style) for name in call.inputs})
-        self.call, self.cached_op = call, mx.nd.CachedOp(symbol, flags)
+        self.cached_op = mx.nd.CachedOp(symbol, flags)
         if op_hook:
             self.cached_op._register_op_hook(*op_hook)
             _CALLBACKS.append(self.cached_op._monitor_callback)
@@ -67,17 +69,32 @@ _CALLBACKS: Deque[Any] = deque(maxlen=1024)
 class Graphs(dict):
     """The graphs of one loss or metric, its owner, by `Call`. Each is compiled at the first of such calls.
 
-    `of_facts` has them by what the owner knows before it plans: options and signature. It skips `plan` then.
+    Without flags, arrays are computed operator by operator.
     """
 
-    def __init__(self, step: Step, owner: Any = None, flags: Flags = STATIC) -> None:
+    def __init__(self, step: Step, fill: Fill, owner: Any = None, flags: Flags = STATIC) -> None:
         super().__init__()
-        self._step, self._flags = step, flags
-        self.of_facts: Dict[Hashable, Graph] = {}
+        self._step, self._fill, self._flags = step, fill, flags
         self._calls_before: Dict[Call, int] = {}
         if owner is not None:
             # holds this until the owner is deleted: what the garbage collector finds can't be kept
             finalize(owner, self._drop).atexit = False
+
+    def compute(
+        self,
+        options: Options,
+        pred: Array,
+        label: Array,
+        sample_weight: Optional[Array] = None,
+        class_weight: Optional[ClassWeight] = None,
+        op_hook: Optional[Tuple[Any, bool]] = None,
+    ) -> Array:
+        """Compute the step of arrays."""
+        call, inputs = plan(options, pred, label, sample_weight, class_weight, self._fill)
+        if call.is_empty or self._flags is None:
+            return self._step(mx.nd, call, *inputs)
+        graph = Graph(self._step, call, (), op_hook) if op_hook else self[call]
+        return graph(*inputs)
 
     def __missing__(self, call: Call) -> Graph:
         key = (self._step, call, self._flags)
@@ -87,28 +104,19 @@ class Graphs(dict):
                 graph = _ALIVE[key] = Graph(*key)
             if len(self) >= MAX_GRAPHS:
                 del self[next(iter(self))]
-                self.of_facts.clear()
                 _trim()
             self._calls_before[call] = graph.calls
             self[call] = graph
         return graph
 
-    def note(self, facts: Hashable, graph: Graph) -> None:
-        """Note which graph serves calls of these facts."""
-        if len(self.of_facts) >= MAX_FACTS:
-            self.of_facts.clear()
-        if self.get(graph.call) is graph:  # another thread may have freed it
-            self.of_facts[facts] = graph
-
     def __reduce__(self) -> Any:
         """Leave the graphs out of pickles and copies."""
-        return type(self), (self._step, None, self._flags)
+        return type(self), (self._step, self._fill, None, self._flags)
 
     def release(self) -> None:
         """Free all graphs that no other loss uses, those that are kept for new losses included."""
         if self or _KEPT:
             self.clear()
-            self.of_facts.clear()
             _KEPT.clear()
             mx.nd.waitall()  # they are in use until then
             _trim()
@@ -125,7 +133,6 @@ class Graphs(dict):
         _KEPT.update(few)
         few.clear()
         self.clear()
-        self.of_facts.clear()
         for key in list(_KEPT)[:-MAX_KEPT]:
             _KEPT.pop(key, None)
         if is_any_freed:

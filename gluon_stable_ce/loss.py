@@ -13,10 +13,9 @@ from mxnet import gluon
 from . import array_api, graphs, labels
 from .array_api import Array, F
 from .array_checks import check_array_type, check_pred_dtype
-from .call import INPUTS, Call
+from .call import INPUTS, LOSS_FILL, Call
 from .class_weight import ClassWeight, Unused, file_in_loading
 from .kernels import choice
-from .kernels.signature import signature_of
 from .metric import StableCrossEntropy
 from .options import (
     InvalidLabel,
@@ -28,7 +27,7 @@ from .options import (
     checks_names,
 )
 from .pipeline import loss_of
-from .plan import plan, thread_safe_label
+from .plan import plan
 
 _GLUON_DEFAULTS = {'axis': -1, 'sparse_label': True, 'from_logits': False, 'weight': None, 'batch_axis': 0}
 _GLUON_OPTIONS = tuple(f'_{name}' for name in _GLUON_DEFAULTS)  # attributes, which may be set later
@@ -202,7 +201,6 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         if class_weight is not None:
             with self.name_scope():
                 self.class_weight = ClassWeight(class_weight)
-        self._is_compiled = True
         self._op_hook: Optional[Tuple[Any, bool]] = None
 
     def name_scope(self) -> Any:
@@ -243,40 +241,17 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
             return super().forward(pred, label, *weight, *others)
         if others:
             raise TypeError(f'expected pred, label and sample_weight, got {3 + len(others)} inputs')
-        weights, signature = self.class_weight, signature_of(pred, label, sample_weight)
-        facts = self._options, weights and weights.classes, signature
-        graph = self._graphs.of_facts.get(facts)
-        if graph is not None and self._op_hook is None:
-            label = thread_safe_label(graph.call, label)
-            return graph(pred, label, sample_weight, weights and weights.beside(pred))
-        call, inputs = self._plan(pred, label, sample_weight)
-        if call.is_empty or not self._is_compiled:
-            return loss_of(mx.nd, call, *inputs)
-        graph = self._graph(call)
-        # if nothing was cast, moved or reshaped, and no label has to be checked at each call
-        if signature_of(*inputs[:3]) == signature and call.options.invalid_label != 'raise':
-            self._graphs.note(facts, graph)
-        return graph(*inputs)
+        options, weights = self._options, self.class_weight
+        return self._graphs.compute(options, pred, label, sample_weight, weights, self._op_hook)
 
     def hybrid_forward(self, F: F, pred: Array, label: Array, sample_weight: Optional[Array] = None) -> Array:
         """Build the loss from symbols. After ``hybridize(False)``, run it on arrays by single operators."""
-        call, inputs = self._plan(pred, label, sample_weight)
+        call, inputs = plan(self._options, pred, label, sample_weight, self.class_weight)
         return loss_of(F, call, *inputs)
-
-    def _plan(self, pred, label, sample_weight):
-        """Return the `Call`, and all inputs of its graph in the order of INPUTS."""
-        weights = self.class_weight
-        call, inputs = plan(self._options, pred, label, sample_weight, weights and weights.classes)
-        return call, (*inputs, weights and weights.beside(pred))
 
     @cached_property
     def _graphs(self) -> graphs.Graphs:
-        return graphs.Graphs(loss_of, self)
-
-    def _graph(self, call):
-        if self._op_hook is None:
-            return self._graphs[call]
-        return graphs.Graph(loss_of, call, (), self._op_hook)
+        return graphs.Graphs(loss_of, LOSS_FILL, self)
 
     def __repr__(self) -> str:
         """Show the options that differ from their defaults, and the kernel of float32 arrays on the CPU."""
@@ -309,11 +284,11 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
             Outputs are fresh arrays all the same.
         """
         super().hybridize(active, *args, **kwargs)  # for the graph that a subclass has of its own
-        flags = {name: kwargs[name] for name in _FLAGS if kwargs.get(name) is not None}
-        flags = {'static_alloc': True, 'static_shape': flags.get('static_alloc', True), **flags}
+        given = {name: kwargs[name] for name in _FLAGS if kwargs.get(name) is not None}
+        flags = {'static_alloc': True, 'static_shape': given.get('static_alloc', True), **given}
         self._graphs.release()
-        self._is_compiled = active
-        self._graphs = graphs.Graphs(loss_of, self, tuple(flags.items()))  # the old ones may be a copy's, too
+        # a copy may use the old ones, too
+        self._graphs = graphs.Graphs(loss_of, LOSS_FILL, self, tuple(flags.items()) if active else None)
 
     def register_op_hook(self, callback: Any, monitor_all: bool = False) -> None:
         """Call `callback` with the name and output of each operator, as in gluon. Each call compiles then."""

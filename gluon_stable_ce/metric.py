@@ -20,7 +20,6 @@ from .kernels import choice
 from .metric_queue import Queued, RunningMean
 from .metric_values import judged, packed, rows
 from .options import Kernel, MetricInvalidLabel, Options, PredType, check_metric_options, checks_names
-from .plan import plan
 
 IMPOSSIBLE = {
     'probs': 'not probabilities: they are below 0 or above 1',
@@ -196,7 +195,7 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric, is_kind=True):
 
     @cached_property
     def _graphs(self) -> graphs.Graphs:
-        return graphs.Graphs(packed, self)
+        return graphs.Graphs(packed, METRIC_FILL, self)
 
     # Any: type checkers take the result of most operators of MXNet, such as softmax, for a tuple
     def update(self, labels: Any, preds: Any) -> None:
@@ -215,11 +214,8 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric, is_kind=True):
             shape = pred.shape
             if options.sparse_label and len(shape) == 2 and len(label.shape) > 1 and label.size == shape[0]:
                 label = label.reshape((-1,))  # the rows of `pred` are the positions, as in mx.metric
-            call, inputs = plan(options, pred, label, fill=METRIC_FILL)
-            if call.is_empty:
-                return None
-            values = self._graphs[call](*inputs)
-        return Queued(values, shape[options.axis])
+            values = self._graphs.compute(options, pred, label)
+        return Queued(values, shape[options.axis]) if values.size else None
 
     def _sums_of(self, arrays: Sequence[Tuple[int, np.ndarray]]) -> ExactSums:
         sums, count = ExactSums(), rows(self._options)

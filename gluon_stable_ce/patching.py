@@ -14,6 +14,7 @@ import mxnet as mx
 from mxnet import gluon
 
 from . import array_api, traced_dtypes
+from .array_checks import weight_layout
 from .loss import StableSoftmaxCrossEntropyLoss
 from .metric import StableCrossEntropy, StableLoss, StablePerplexity
 from .metric_queue import text_or_error
@@ -363,10 +364,13 @@ def _replacements(patched):
 
         def forward(self, pred, label, sample_weight=None, *others):
             loss = super().forward(pred, label, sample_weight, *others)
-            is_cast = array_api.is_symbol(pred) or self._has_own_graph  # by hybrid_forward
-            return loss if is_cast else _in_dtype_of(pred, loss)
+            if array_api.is_symbol(pred) or self._has_own_graph:  # by hybrid_forward
+                return loss
+            self._notify_of_differences(pred, sample_weight)
+            return _in_dtype_of(pred, loss)
 
         def hybrid_forward(self, F, pred, label, sample_weight=None):
+            self._notify_of_differences(pred, sample_weight)
             inputs = [
                 array if array is None else array_api.without_bfloat16(array, traced_dtypes.dtype_of(array))
                 for array in (pred, label, sample_weight)
@@ -377,13 +381,12 @@ def _replacements(patched):
         def _has_own_graph(self):
             return type(self).hybrid_forward is not own_forward
 
-        def _plan(self, pred, label, sample_weight):
-            call, inputs = super()._plan(pred, label, sample_weight)
-            if call.weight_layout and _stock_crosses(call, sample_weight.shape, pred.shape):
+        def _notify_of_differences(self, pred, sample_weight):
+            are_arrays = array_api.is_array(pred) and array_api.is_array(sample_weight)
+            if are_arrays and _stock_crosses(self._options, sample_weight.shape, pred.shape):
                 patched._notify(_CROSSED)
-            if array_api.is_np_array() and call.options.batch_axes != (0,):
+            if array_api.is_np_array() and self._options.batch_axes != (0,):
                 patched._notify(_NP_BATCH_AXIS)
-            return call, inputs
 
     own_forward = SoftmaxCrossEntropyLoss.hybrid_forward  # a script may replace it
 
@@ -483,16 +486,20 @@ def _in_dtype_of(pred, loss):
     return array_api.as_dtype(loss, dtype)
 
 
-def _stock_crosses(call, weight_shape, shape):
+def _stock_crosses(options, weight_shape, shape):
     """Whether gluon, which broadcasts from the last axis on, reads these weights as those of other axes."""
     ndim = len(shape)
+    try:
+        layout = weight_layout(weight_shape, shape, options.class_axes, options.batch_axes)
+    except ValueError:  # they are read as gluon reads them
+        return False
     class_axes, batch_axes = (
-        {axis % ndim for axis in axes} for axes in (call.options.class_axes, call.options.batch_axes)
+        {axis % ndim for axis in axes} for axes in (options.class_axes, options.batch_axes)
     )
     axes = {'positions': sorted({*range(ndim)} - class_axes), 'batch': sorted(batch_axes)}
-    if call.weight_layout not in axes:  # those of gluon
+    if layout not in axes:  # those of gluon
         return False
-    sizes = dict(zip(axes[call.weight_layout], weight_shape))
+    sizes = dict(zip(axes[layout], weight_shape))
     ours = tuple(sizes.get(axis, 1) for axis in range(ndim))
     gluons = (1,) * (ndim - len(weight_shape)) + weight_shape
     losses = (1 if axis in class_axes else size for axis, size in enumerate(shape))

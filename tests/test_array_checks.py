@@ -84,6 +84,11 @@ def test_shape_errors_name_argument_and_shapes(options, pred, label, message):
         StableSoftmaxCELoss(**options)(nd.zeros(pred), nd.zeros(label))
 
 
+def test_shape_error_beside_a_weight_without_axes():
+    with modes.numpy_semantics(), pytest.raises(ValueError, match='^pred: expected at least 2 axes'):
+        StableSoftmaxCELoss(axis=1)(mx.np.zeros(4), mx.np.zeros(4), mx.np.ones(()))
+
+
 @pytest.mark.parametrize('shape', [(3,), (2, 1), (4, 3), (5, 4), (4, 5, 2), (1, 4, 5, 1)], ids=str)
 def test_sample_weight_shape_error_names_the_layouts(shape):
     message = (

@@ -24,8 +24,6 @@ from mxnet import autograd, gluon
 from tolerances import assert_close
 
 from gluon_stable_ce import StableCrossEntropy, StableSoftmaxCELoss, array_api, graphs
-from gluon_stable_ce import loss as loss_module
-from gluon_stable_ce.plan import plan
 
 pytestmark = pytest.mark.usefixtures('kernel')
 
@@ -162,7 +160,6 @@ def test_number_of_graphs_of_one_loss_is_bounded(rng):
         expected, _ = reference.loss_and_gradient(pred, label)
         assert_close(loss_fn(nd.array(pred), nd.array(label)).asnumpy(), expected)
     assert len(loss_fn._graphs) == graphs.MAX_GRAPHS
-    assert set(loss_fn._graphs.of_facts.values()) <= set(loss_fn._graphs.values())
 
 
 def test_recorded_calls_outlive_their_losses_and_graphs(rng):
@@ -572,36 +569,26 @@ def test_four_threads_with_four_kinds_of_call(kernel, engine):
     assert result['count'] == result['expected_count']
 
 
-@pytest.fixture
-def planned(monkeypatch):
-    """The calls of losses that were planned, as a list that grows."""
-    calls = []
-    monkeypatch.setattr(loss_module, 'plan', lambda *args: calls.append(args) or plan(*args))
-    return calls
-
-
-def test_arrays_that_look_like_earlier_ones_need_no_plan(kernel, planned):
+def test_what_is_set_is_seen_by_the_next_call(kernel):
     loss_fn, pred, label = StableSoftmaxCELoss(kernel=kernel), nd.zeros((2, 3)), nd.array([0, 2])
 
-    def plans_of(calls, expected):
-        planned.clear()
-        for _ in range(calls):
-            assert_close(loss_fn(pred, label).asnumpy(), np.full(2, expected * np.log(3)))
-        return len(planned)
+    def assert_losses_are(weight):
+        for _ in range(2):
+            assert_close(loss_fn(pred, label).asnumpy(), np.full(2, weight * np.log(3)))
 
-    plans_of(2, 1)  # the first may load the compiled library, which tells signatures in another form
-    assert plans_of(3, 1) == 0
+    assert_losses_are(1)
     loss_fn._weight = 2
-    assert plans_of(3, 2) == 1
+    assert_losses_are(2)
     loss_fn.hybridize()
-    assert plans_of(3, 2) == 1
+    assert_losses_are(2)
     with pytest.raises(TypeError, match='got 4 inputs'):
         loss_fn(pred, label, None, label)
     loss_fn.hybridize(False)
-    assert plans_of(3, 2) == 3
+    loss_fn._weight = 3
+    assert_losses_are(3)
     pred = pred.as_in_context(mx.cpu(1))  # the label is moved
     loss_fn.hybridize()
-    assert plans_of(3, 2) == 3
+    assert_losses_are(3)
 
 
 def test_labels_are_checked_at_each_call(kernel):
@@ -631,11 +618,3 @@ def test_what_is_set_on_a_copy_or_its_original_is_not_set_on_the_other(changed, 
         assert not names
         both[changed](pred, label).wait_to_read()
         assert names
-
-
-def test_number_of_noted_signatures_is_bounded(kernel, monkeypatch):
-    monkeypatch.setattr(graphs, 'MAX_FACTS', 2)
-    loss_fn = StableSoftmaxCELoss(kernel=kernel)
-    for size in range(2, 9):
-        loss_fn(nd.zeros((size, 3)), nd.zeros(size))
-    assert 0 < len(loss_fn._graphs.of_facts) <= 2
