@@ -20,14 +20,13 @@ MANTISSA = {'float16': 11, 'float32': 24}  # bits, counting the hidden one: inte
 Shape = Tuple[int, ...]
 
 
-def check_array_type(name: str, kind: type) -> None:
-    """Raise TypeError unless `kind` is a type of dense MXNet arrays."""
-    if not issubclass(kind, array_api.ARRAY):
-        # NumPy's class has the name of MXNet's
+def as_dense(name: str, array: Any) -> Array:
+    """Return an MXNet array, dense if its storage is sparse; TypeError if it is no such array."""
+    if not array_api.is_array(array):
+        kind = type(array)  # NumPy's class has the name of MXNet's
         got = kind.__name__ if kind.__module__ == 'builtins' else f'{kind.__module__}.{kind.__name__}'
         raise TypeError(f'{name}: expected an MXNet array, got {got}')
-    if issubclass(kind, array_api.SPARSE):
-        raise TypeError(f'{name}: expected a dense array, got {kind.__name__}')
+    return array.tostype('default') if isinstance(array, array_api.SPARSE) else array
 
 
 def check_pred_dtype(name: str, dtype: Optional[str]) -> None:
@@ -37,7 +36,7 @@ def check_pred_dtype(name: str, dtype: Optional[str]) -> None:
 
 
 def check_shapes(
-    shape: Shape, label_shape: Shape, label_dtype: Optional[str], axis: int, sparse_label: bool = True
+    shape: Shape, label_shape: Shape, label_dtype: Optional[str], axis: int, sparse_label: bool
 ) -> Shape:
     """Return the positions' shape; raise TypeError or ValueError unless a label fits `shape`, pred's."""
     ndim = len(shape)
@@ -150,8 +149,8 @@ def checked(
     TypeError, ValueError
         If the inputs are no arrays, or do not fit each other.
     """
-    pred, label = _dense('pred', pred), _dense('label', label)
-    sample_weight = None if sample_weight is None else _dense('sample_weight', sample_weight)
+    pred, label = as_dense('pred', pred), as_dense('label', label)
+    sample_weight = None if sample_weight is None else as_dense('sample_weight', sample_weight)
     pred = array_api.without_bfloat16(pred, array_api.dtype_name(pred))
     dtype, label_dtype = array_api.dtype_name(pred), array_api.dtype_name(label)
     check_pred_dtype('pred', dtype)
@@ -174,13 +173,6 @@ def checked(
         sample_weight, layout = _with_layout(options, sample_weight, shape)
         sample_weight = on_context('sample_weight', sample_weight, pred.context)
     return options, layout, (pred, on_context('label', label, pred.context), sample_weight)
-
-
-def _dense(name: str, array: Any) -> Array:
-    if isinstance(array, array_api.SPARSE):
-        return array.tostype('default')
-    check_array_type(name, type(array))
-    return array
 
 
 def _is_merged(shape: Shape, other: Shape) -> bool:

@@ -4,6 +4,7 @@
 A field is None where a symbol does not tell.
 """
 
+from enum import Enum
 from typing import Any, NamedTuple, Optional, Sequence, Tuple
 
 from .options import Options
@@ -16,25 +17,28 @@ def given(inputs: Sequence[Any]) -> Tuple[str, ...]:
     return tuple(name for name, array in zip(INPUTS, inputs) if array is not None)
 
 
-class Fill(NamedTuple):
-    """The terms of positions that have none of their own."""
+class Fill(Enum):
+    """The terms of positions that have none of their own: where the label is no class, or is ignored."""
 
-    invalid: float  # where the label is no class
-    ignored: float  # where the label is `ignore_label`
+    LOSS = float('nan'), 0.0
+    METRIC = -1.0, -2.0  # marks: no NLL of a sparse label is negative
 
+    def __init__(self, invalid: float, ignored: float) -> None:
+        self.invalid, self.ignored = invalid, ignored
 
-LOSS_FILL = Fill(invalid=float('nan'), ignored=0.0)
-METRIC_FILL = Fill(invalid=-2.0, ignored=-1.0)  # marks: no NLL of a sparse label is negative
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle the name: an Enum is found by its value, and NaN is not equal to itself."""
+        return getattr, (Fill, self.name)
 
 
 class Call(NamedTuple):
     """What a graph may rely on. Hashable: a graph belongs to one call, and serves arrays of all sizes.
 
-    Of the sizes it holds only what `has_few_classes`, `classes` and `is_empty` say.
+    Of the sizes it holds only what the fields of classes and `is_empty` say.
     """
 
     options: Options = Options()
-    fill: Fill = LOSS_FILL  # one of the two objects above, as NaN is not equal to itself
+    fill: Fill = Fill.LOSS
     inputs: Tuple[str, ...] = ('pred', 'label')  # those of INPUTS that are given
     np_style: bool = False  # whether the inputs are of the NumPy-style API
     dtype: Optional[str] = None  # of `pred`

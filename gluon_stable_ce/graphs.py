@@ -20,8 +20,8 @@ from .options import Options
 from .plan import plan
 
 MAX_GRAPHS = 16  # of one loss or metric, the oldest of which goes first
-MAX_KEPT = 4
-FEW = 4  # calls, after which a loss is not one of those that are made anew at each step
+FEW_CALLS = 4  # a loss with no more of them may have been made for one step only
+MAX_KEPT = 4  # graphs of such losses, for the next one
 Step = Callable[..., Array]  # step(F, call, *inputs), with None for the inputs that are not given
 Flags = Optional[Tuple[Tuple[str, Any], ...]]  # of CachedOp; None: no graph, but operator by operator
 STATIC: Flags = (('static_alloc', True), ('static_shape', True))
@@ -103,7 +103,8 @@ class Graphs(dict):
             if graph is None:
                 graph = _ALIVE[key] = Graph(*key)
             if len(self) >= MAX_GRAPHS:
-                del self[next(iter(self))]
+                oldest = next(iter(self))
+                del self[oldest], self._calls_before[oldest]
                 _trim()
             self._calls_before[call] = graph.calls
             self[call] = graph
@@ -117,6 +118,7 @@ class Graphs(dict):
         """Free all graphs that no other loss uses, those that are kept for new losses included."""
         if self or _KEPT:
             self.clear()
+            self._calls_before.clear()
             _KEPT.clear()
             mx.nd.waitall()  # they are in use until then
             _trim()
@@ -125,7 +127,9 @@ class Graphs(dict):
         """Free the graphs, or keep those of a few calls, as of a loss that is made anew at each step."""
         keys = {call: (self._step, call, self._flags) for call in self}
         few = {
-            keys[call]: graph for call, graph in self.items() if graph.calls - self._calls_before[call] <= FEW
+            keys[call]: graph
+            for call, graph in self.items()
+            if graph.calls - self._calls_before[call] <= FEW_CALLS
         }
         for key in keys.values():  # an earlier loss may have kept a graph of many calls by now
             _KEPT.pop(key, None)

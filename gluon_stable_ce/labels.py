@@ -1,6 +1,7 @@
 """Sparse labels: which are valid, which count, what class they name, and what stands where they name none.
 
-This file states the rule, in operators of MXNet. The fused operator applies the same rule in C++.
+This file states the rule, in operators of MXNet. The fused operator applies the same rule in C++; metrics of
+probabilities and the audit apply it in NumPy.
 """
 
 from typing import Any, NamedTuple, Optional, Tuple
@@ -8,6 +9,8 @@ from typing import Any, NamedTuple, Optional, Tuple
 from . import array_api, graph_checks
 from .array_api import Array, F
 from .call import Call
+
+_INVALID, _IGNORED = -1, -2  # in the place of a class
 
 
 class Labels(NamedTuple):
@@ -72,15 +75,15 @@ def _read_labels_of_symbols(F: F, call: Call, label: Array, pred: Array) -> Labe
         classes = F.cast(last + 1, dtype=call.label_compare_dtype)  # (1, 1)
     named, is_valid = _named(F, call, label, classes)
     if is_valid is not None:
-        named = F.where(is_valid, named, F.ones_like(label) * -1)
+        named = F.where(is_valid, named, F.ones_like(label) * _INVALID)
     counted = is_counted(F, call, label)
     if counted is not None:
-        named = F.where(counted, named, F.ones_like(label) * -2)
+        named = F.where(counted, named, F.ones_like(label) * _IGNORED)
     named = _reshaped(F, call, named, like)
     return Labels(
         F.maximum(named, 0),
-        None if is_valid is None else named != -1,
-        None if counted is None else named != -2,
+        None if is_valid is None else named != _INVALID,
+        None if counted is None else named != _IGNORED,
     )
 
 

@@ -12,8 +12,8 @@ from mxnet import gluon
 
 from . import array_api, graphs, labels
 from .array_api import Array, F
-from .array_checks import check_array_type, check_pred_dtype
-from .call import INPUTS, LOSS_FILL, Call
+from .array_checks import as_dense
+from .call import INPUTS, Call, Fill
 from .class_weight import ClassWeight, Unused, file_in_loading
 from .kernels import choice
 from .metric import StableCrossEntropy
@@ -23,6 +23,7 @@ from .options import (
     Options,
     Reduction,
     as_numbers,
+    check_choice,
     check_loss_options,
     checks_names,
 )
@@ -150,7 +151,8 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
     *Graphs.* A call with arrays runs a compiled graph with static memory, and its outputs are fresh arrays.
     Losses of equal options share their graphs. A loss has up to 16, each with the memory of its largest
     batch, multiplied by the number of calls that are recorded before one backward. ``hybridize()`` frees this
-    memory, and so does deleting the loss. ``hybridize(False)`` computes operator by operator, for debugging.
+    memory. Deleting the loss frees it, too, but for the graphs of the last losses that were called a few
+    times only. ``hybridize(False)`` computes operator by operator, for debugging.
     A subclass with a `hybrid_forward` of its own runs operator by operator unless it calls ``hybridize()``.
     One loss may be called from several threads. The page on semantics says which kernel they use, and which
     arrays they must not share.
@@ -251,7 +253,7 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
 
     @cached_property
     def _graphs(self) -> graphs.Graphs:
-        return graphs.Graphs(loss_of, LOSS_FILL, self)
+        return graphs.Graphs(loss_of, Fill.LOSS, self)
 
     def __repr__(self) -> str:
         """Show the options that differ from their defaults, and the kernel of float32 arrays on the CPU."""
@@ -288,7 +290,7 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         flags = {'static_alloc': True, 'static_shape': given.get('static_alloc', True), **given}
         self._graphs.release()
         # a copy may use the old ones, too
-        self._graphs = graphs.Graphs(loss_of, LOSS_FILL, self, tuple(flags.items()) if active else None)
+        self._graphs = graphs.Graphs(loss_of, Fill.LOSS, self, tuple(flags.items()) if active else None)
 
     def register_op_hook(self, callback: Any, monitor_all: bool = False) -> None:
         """Call `callback` with the name and output of each operator, as in gluon. Each call compiles then."""
@@ -328,7 +330,7 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         if self._has_own_graph:
             return super().export(path, epoch, remove_amp_cast)
         if dtype is not None:
-            check_pred_dtype('dtype', dtype)
+            check_choice('dtype', dtype, ('float16', 'float32', 'float64'))
         np_style = array_api.is_np_array()
         names = INPUTS[: 3 if sample_weight else 2]
         inputs = {name: array_api.variable(f'data{i}', np_style) for i, name in enumerate(names)}
@@ -381,7 +383,7 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
             if not np.size(label):
                 return 0
             label = mx.nd.array(as_numbers('label', label), dtype='float64')
-        check_array_type('label', type(label))
+        label = as_dense('label', label)
         if not self._options.sparse_label:
             return label.size // math.prod(label.shape[axis] for axis in self._options.class_axes)
         is_counted = labels.is_counted(mx.nd, Call(self._options), array_api.as_classic(label))

@@ -13,8 +13,8 @@ from mxnet import autograd
 
 from . import array_api, device_errors, graphs
 from .array_api import Array
-from .array_checks import check_array_type
-from .call import METRIC_FILL
+from .array_checks import as_dense
+from .call import Fill
 from .exact_sums import ExactSums
 from .kernels import choice
 from .metric_queue import Queued, RunningMean
@@ -102,7 +102,7 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric, is_kind=True):
     Parameters
     ----------
     axis : int, default -1
-        Class axis of the predictions. With dense labels that are no logits it may be several, as in the loss.
+        Class axis of the predictions. With dense labels it may be several, unless these are logits.
     pred_type : 'probs', 'logits' or 'log_probs'
         The kind of the predictions.
     ignore_label : int, optional
@@ -195,7 +195,7 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric, is_kind=True):
 
     @cached_property
     def _graphs(self) -> graphs.Graphs:
-        return graphs.Graphs(packed, METRIC_FILL, self)
+        return graphs.Graphs(packed, Fill.METRIC, self)
 
     # Any: type checkers take the result of most operators of MXNet, such as softmax, for a tuple
     def update(self, labels: Any, preds: Any) -> None:
@@ -347,10 +347,7 @@ def _copied(array: Array) -> Queued:
 
 def _as_list(name: str, arrays: Any) -> List[Array]:
     arrays = arrays if isinstance(arrays, (list, tuple)) else [arrays]
-    arrays = [array.tostype('default') if isinstance(array, array_api.SPARSE) else array for array in arrays]
-    for array in arrays:
-        check_array_type(name, type(array))
-    return arrays
+    return [as_dense(name, array) for array in arrays]
 
 
 # not as decorators, which have no types: a type checker would not know the classes

@@ -231,7 +231,7 @@ class RunningMean:
         computed, queue = self._held.computed, self._held.queue
         queue[0].array.wait_to_read()
         self._held = self._held._replace(computed=(*computed, queue[0]), queue=queue[1:])
-        if len(computed) >= _AT_ONCE:
+        if len(self._held.computed) >= _AT_ONCE:
             self._add_up()
 
     def _add_up(self) -> None:

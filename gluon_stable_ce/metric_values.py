@@ -9,7 +9,7 @@ import numpy as np
 
 from . import array_api
 from .array_api import Array, F
-from .call import METRIC_FILL, Call
+from .call import Call, Fill
 from .class_terms import is_impossible
 from .kernels import class_terms
 from .kernels.stock import class_axis_last
@@ -22,7 +22,7 @@ from .reduction import with_class_axis
 def packed(F: F, call: Call, pred: Array, label: Array, *_: Optional[Array]) -> Array:
     """Compute the values of an update, (positions...) or (rows, positions...).
 
-    Logits and sparse labels: the NLL of each position, with the marks of `METRIC_FILL`. Other predictions and
+    Logits and sparse labels: the NLL of each position, with the marks of `Fill.METRIC`. Other predictions and
     sparse labels: the prediction for each label, and the label. Dense labels: the NLL of each position, and,
     unless `pred` is logits, how many of its predictions are impossible.
     """
@@ -83,7 +83,7 @@ def judged(options: Options, classes: int, values: np.ndarray) -> Tuple[np.ndarr
     values = values.astype('float64', copy=False)
     if options.sparse_label and options.pred_type == 'logits':
         nll, is_marked = values[0], values[0] < 0
-        return nll[~is_marked], np.count_nonzero(nll == METRIC_FILL.invalid), 0
+        return nll[~is_marked], np.count_nonzero(nll == Fill.METRIC.invalid), 0
     if options.sparse_label:
         return _judged_picks(options, classes, *values)
     if options.pred_type == 'logits':
@@ -101,7 +101,7 @@ def _judged_picks(
     total = len(label)
     with np.errstate(all='ignore'):
         if options.invalid_label != 'clip':
-            picked = picked[np.floor(label) % classes == label]  # neither NaN nor inf is
+            picked = picked[np.floor(label) % classes == label]  # the rule of labels.py
         possible = picked[~is_impossible(picked, options.pred_type)]
         log_p = possible if options.pred_type == 'log_probs' else np.log(possible)
         nll = 0.0 - np.minimum(log_p, 0)

@@ -39,7 +39,7 @@ _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 class Options(NamedTuple):
-    """The checked options of a loss. Those that a metric does not have are at their defaults."""
+    """The checked options of a loss or a metric. A metric has no `batch_axes`, and defaults of others."""
 
     axis: int = -1
     summed_axes: Tuple[int, ...] = ()  # further class axes of dense log-probabilities, over which is summed

@@ -25,7 +25,7 @@ def loss_of(
         array_api.as_classic, (pred, label, sample_weight, class_weight)
     )
     if call.ndim is None and class_weight is not None:
-        class_weight = _last(F, class_weight, array_api.first(F, pred), label, sample_weight)
+        class_weight = _read_last(F, class_weight, array_api.first(F, pred), label, sample_weight)
     terms = class_terms(F, call, pred, label, class_weight)
     loss = combine(F, call, terms)
     loss = loss if options.weight is None else loss * options.weight
@@ -37,7 +37,7 @@ def loss_of(
     return array_api.in_style_of(given, loss)
 
 
-def _last(F: F, array: Array, *others: Optional[Array]) -> Array:
+def _read_last(F: F, array: Array, *others: Optional[Array]) -> Array:
     """Return a float32 array of one axis as (1, C), an input that a graph reads after all others."""
     for other in reversed(others):
         if other is not None:

@@ -3,13 +3,13 @@
 from typing import Any, Dict, Hashable, Optional, Tuple
 
 from . import array_api, array_checks
-from .call import LOSS_FILL, Call, Fill, given
+from .call import Call, Fill, given
 from .class_weight import ClassWeight
 from .kernels import choice
 from .kernels.signature import needs_guard, signature_of
 from .options import Options
 
-FEW = 2048  # classes
+FEW_CLASSES = 2048
 OWN_GRAPH_ABOVE = 256  # classes: the stock kernel then has a graph for each number of them, which is faster
 # Classes: on a CPU, the roundings of a sum of more exponentials exceed the bounds of the stock kernel. A
 # graph of symbols does not know its device.
@@ -29,7 +29,7 @@ def plan(
     label: Any,
     sample_weight: Any = None,
     class_weight: Optional[ClassWeight] = None,
-    fill: Fill = LOSS_FILL,
+    fill: Fill = Fill.LOSS,
 ) -> Tuple[Call, Inputs]:
     """Check the arrays of a call, put them on one context, and choose its kernel.
 
@@ -127,4 +127,4 @@ def _has_many_classes(dtype: Optional[str], classes: int) -> bool:
 
 def _has_few_classes(options, dtype, label_dtype, shape):
     is_narrow = label_dtype in (dtype, *NARROW) and abs(options.ignore_label or 0) <= FLOAT32_INTEGERS
-    return shape[options.axis] <= FEW and dtype in ('float32', 'float64') and is_narrow
+    return shape[options.axis] <= FEW_CLASSES and dtype in ('float32', 'float64') and is_narrow

@@ -16,7 +16,7 @@ from mxnet import autograd, gluon
 from tolerances import FUSED_VALUE, assert_close
 
 from gluon_stable_ce import StableSoftmaxCELoss
-from gluon_stable_ce.call import METRIC_FILL, Call
+from gluon_stable_ce.call import Call, Fill
 from gluon_stable_ce.kernels import fused
 from gluon_stable_ce.options import Options
 
@@ -319,13 +319,13 @@ def test_positions_without_a_class_are_filled_in_whatever_they_hold(shape, axis,
     positions = tuple(np.delete(shape, axis))
     label = rng.randint(0, shape[axis], positions)
     flat = np.arange(label.size).reshape(positions) % 2 == 0
-    options = {'logsumexp': True, 'uniform': True, 'ignore_label': -1, 'fill': METRIC_FILL}
+    options = {'logsumexp': True, 'uniform': True, 'ignore_label': -1, 'fill': Fill.METRIC}
     expected, expected_grad = run(pred, label, axis, **options)
     np.moveaxis(pred, axis, -1)[flat] = junk
     grads = [np.where(flat, NAN, 1)] * 3
     terms, grad = run(pred, np.where(flat, bad, label), axis, grads, **options)
     for value, true in zip(terms, expected):
-        fill = METRIC_FILL.ignored if bad == -1 else METRIC_FILL.invalid
+        fill = Fill.METRIC.ignored if bad == -1 else Fill.METRIC.invalid
         np.testing.assert_array_equal(value, np.where(flat, fill, true))
     np.testing.assert_array_equal(grad, np.where(np.expand_dims(flat, axis), 0, expected_grad))
 

@@ -13,7 +13,7 @@ from mxnet import autograd, gluon
 from tolerances import assert_close
 
 from gluon_stable_ce import StableCrossEntropy, StableSoftmaxCELoss
-from gluon_stable_ce.call import LOSS_FILL, METRIC_FILL, Call
+from gluon_stable_ce.call import Call, Fill
 from gluon_stable_ce.class_terms import ClassTerms
 from gluon_stable_ce.kernels import class_terms, library, stock
 from gluon_stable_ce.kernels.choice import resolve
@@ -127,7 +127,7 @@ def test_nll_of_pred_types(kernel, layout, is_rank_known, pred_type, rng, ctx):
 @pytest.mark.parametrize('dtype', label_cases.DTYPES)
 @pytest.mark.parametrize('invalid_label', ['nan', 'clip'])
 @pytest.mark.parametrize('ignore_label', label_cases.IGNORE_LABELS, ids=str)
-@pytest.mark.parametrize('fill', [LOSS_FILL, METRIC_FILL], ids=['loss', 'metric'])
+@pytest.mark.parametrize('fill', [Fill.LOSS, Fill.METRIC], ids=['loss', 'metric'])
 def test_labels_mean_what_the_table_says(
     kernel, is_rank_known, dtype, invalid_label, ignore_label, fill, rng, ctx
 ):

@@ -10,7 +10,7 @@ from checks import assert_loss_is_reference, every_mode
 from tolerances import assert_close
 
 from gluon_stable_ce import StableCrossEntropy, StableSoftmaxCELoss
-from gluon_stable_ce.call import METRIC_FILL, Call
+from gluon_stable_ce.call import Call, Fill
 from gluon_stable_ce.labels import Labels, align_label, fill, is_counted, read_labels
 from gluon_stable_ce.options import Options
 
@@ -116,6 +116,7 @@ COUNTS = {
     'nested-list': (IGNORED, [[1, -1], [-1, -1]], 1),
     'arrays': (IGNORED, [nd.array([1, -1]), nd.array([2], ctx=mx.cpu(1))], 2),
     'empty': (IGNORED, [], 0),
+    'sparse-storage': (IGNORED, nd.array([[1, -1, 0]]).tostype('row_sparse'), 2),
     'dense': ({'sparse_label': False}, nd.zeros((3, 2)), 3),
     'dense-axis': ({'sparse_label': False, 'axis': 1}, nd.zeros((2, 5, 4)), 8),
 }
@@ -232,15 +233,15 @@ class TestFill:
         ('is_valid', 'is_counted', 'expected'),
         [
             (None, None, [1, inf, nan, 4]),
-            ([1, 0, 1, 1], None, [1, -2, nan, 4]),
-            (None, [1, 1, 0, 1], [1, inf, -1, 4]),
-            ([1, 0, 0, 1], [1, 1, 0, 0], [1, -2, -1, -1]),  # ignored, valid or not
+            ([1, 0, 1, 1], None, [1, -1, nan, 4]),
+            (None, [1, 1, 0, 1], [1, inf, -2, 4]),
+            ([1, 0, 0, 1], [1, 1, 0, 0], [1, -1, -2, -2]),  # ignored, valid or not
         ],
         ids=['all', 'invalid', 'ignored', 'both'],
     )
     def test_values(self, is_valid, is_counted, expected):
         conditions = [None if given is None else nd.array(given) for given in (is_valid, is_counted)]
-        terms = fill(nd, Call(fill=METRIC_FILL), Labels(None, *conditions), nd.array([1, inf, nan, 4]))
+        terms = fill(nd, Call(fill=Fill.METRIC), Labels(None, *conditions), nd.array([1, inf, nan, 4]))
         np.testing.assert_array_equal(terms.asnumpy(), expected)
 
     def test_filled_positions_have_gradient_zero(self):

@@ -10,7 +10,7 @@ from mxnet import autograd
 
 from gluon_stable_ce import StableSoftmaxCELoss, array_api
 from gluon_stable_ce import plan as plan_module
-from gluon_stable_ce.call import INPUTS, LOSS_FILL, Call
+from gluon_stable_ce.call import INPUTS, Call, Fill
 from gluon_stable_ce.options import Options
 from gluon_stable_ce.plan import plan
 
@@ -27,7 +27,7 @@ def test_plan_of_arrays():
     call = call_of(nd.zeros((4, 5, 3), dtype='float16'), nd.zeros((4, 5), dtype='int32'), nd.ones(4))
     assert call == Call(
         options=STOCK,
-        fill=LOSS_FILL,
+        fill=Fill.LOSS,
         inputs=('pred', 'label', 'sample_weight'),
         np_style=False,
         dtype='float16',

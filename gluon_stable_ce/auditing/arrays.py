@@ -27,7 +27,7 @@ def _checked(pred, label, axis):
     _check_not_one_hot(pred.shape, label.shape, axis)
     # the integers of files come in more kinds than MXNet's, and float64 holds the indices of all of them
     dtype = label.dtype.name if label.dtype.kind == 'f' else 'float64'
-    return pred, label.reshape(check_shapes(pred.shape, label.shape, dtype, axis))
+    return pred, label.reshape(check_shapes(pred.shape, label.shape, dtype, axis, sparse_label=True))
 
 
 def _to_numpy(name, array, kinds, expected):

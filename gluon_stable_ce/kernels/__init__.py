@@ -19,7 +19,7 @@ def class_terms(
         What ``call.options.pred_type`` says: logits, log-probabilities, or with dense labels probabilities.
     label : (positions...), or with the class axis of length 1; with dense labels `pred`'s shape
         Sparse labels have any dtype that can name the classes.
-    class_weight : (C,), optional
+    class_weight : (C,), or (1, C) if the rank of `pred` is unknown; optional
 
     Returns
     -------

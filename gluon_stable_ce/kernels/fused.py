@@ -7,7 +7,7 @@ import mxnet as mx
 
 from .. import array_api
 from ..array_api import Array, F
-from ..call import LOSS_FILL, Call
+from ..call import Call, Fill
 from ..class_terms import ClassTerms
 
 NAME = 'stable_ce_class_terms'
@@ -25,7 +25,7 @@ def class_terms(F: F, call: Call, pred: Array, label: Array, class_weight: Optio
         Its options say which terms are needed. The kernel has been chosen: the operator is loaded.
     pred : (..., C at ``call.options.axis``, ...), float16, float32 or float64
     label : (positions...), or with 1 at the class axis; any integers or floats
-    class_weight : (C,), optional, floats
+    class_weight : (C,), or (1, C) if the rank of `pred` is unknown; optional, floats
 
     Notes
     -----
@@ -86,7 +86,7 @@ def _attributes(call: Call, weighted: bool) -> Dict[str, Any]:
         attributes['axis'] = options.axis
     if options.ignore_label is not None:
         attributes['ignore_label'] = options.ignore_label
-    if fill is not LOSS_FILL:
+    if fill is not Fill.LOSS:
         attributes.update(fill_invalid=fill.invalid, fill_ignored=fill.ignored)
     flags = {
         'clip': options.invalid_label == 'clip',

@@ -15,8 +15,8 @@ of e^L, and so of the NLL: 1e-5 in float32, most of it the rounding of numbers n
 side: that adds up to 8e-9 per class, and 1.2e-16 in float64, unless the classes are added up once more. The
 page on accuracy derives the formulas.
 
-The layout of the class axis, casts of 16-bit floats and graphs of unknown rank are dealt with here, because
-only this kernel needs it.
+This file also moves the class axis to the end and casts 16-bit floats, which the fused operator does not
+need.
 """
 
 from typing import Any, Dict, Optional
@@ -27,7 +27,6 @@ from ..call import Call
 from ..class_terms import ClassTerms, is_impossible, weighted
 from ..labels import class_indices, fill, one_per_class, read_labels
 
-HALF = ('float16', 'bfloat16')
 # Classes of unknown number. Larger blocks take little less time, and more memory where there are few classes.
 BLOCK = 8 if array_api.HAS_SLICE_LIKE_OF_UNKNOWN_RANK else 1
 T = 64.0  # by which the label's logit is lowered: the NLL is exact down to exp(-T)
@@ -39,7 +38,9 @@ def class_terms(
     F: F, call: Call, pred: Array, label: Array, class_weight: Optional[Array] = None
 ) -> ClassTerms:
     """Reduce the class axis as `kernels.class_terms` describes."""
-    if call.dtype in HALF:  # unlike log_softmax's own `dtype`, a cast in front of it reaches the fast kernel
+    if (
+        call.dtype == 'float16'
+    ):  # unlike log_softmax's own `dtype`, a cast in front of it reaches the fast kernel
         pred = F.cast(pred, dtype='float32')
     if class_weight is not None:
         class_weight = _read_class_weight(F, call, pred, class_weight)  # (C, 1)
