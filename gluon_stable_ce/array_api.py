@@ -6,11 +6,12 @@ the way in, and the result is viewed back on the way out.
 """
 
 import json
+from ast import literal_eval
 from functools import lru_cache, wraps
 from string import ascii_lowercase
 from threading import active_count
 from types import ModuleType
-from typing import Any, Callable, Dict, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import mxnet as mx
 import numpy as np
@@ -29,6 +30,21 @@ SPARSE = ndarray.sparse.BaseSparseNDArray
 BFLOAT16 = np.dtype([('bfloat16', 'uint16')])
 # else slice_like is an error in a graph whose ranks are not all known yet
 HAS_SLICE_LIKE_OF_UNKNOWN_RANK = not mx.__version__.startswith(('1.6', '1.7'))
+# operators whose inputs have the shape of their output
+_ELEMENTWISE = (
+    *(
+        'elemwise_add',
+        'elemwise_sub',
+        'elemwise_mul',
+        'elemwise_div',
+        'negative',
+        'clip',
+        'tanh',
+        'Activation',
+    ),
+    *(f'_{name}_scalar' for name in ('plus', 'minus', 'rminus', 'mul', 'div')),
+    *('Cast', '_copy', 'BlockGrad', 'Dropout'),
+)
 HAS_MIXED_ADD = not mx.__version__.startswith(('1.6', '1.7', '1.8'))  # np.add of two dtypes
 
 
@@ -212,13 +228,24 @@ def logits_of_symbol(symbol_: Array) -> Tuple[Array, Optional[str]]:
     return without_bfloat16(symbol_, dtype), 'float32' if dtype == 'bfloat16' else None
 
 
-def units_of_dense(symbol_: Any) -> Optional[int]:
-    """Return the length of the last axis if the symbol is the output of a dense layer; else None: unknown."""
-    units = symbol_.attr('num_hidden') if symbol_.get_children() is not None else None
-    if units is None:
-        return None
-    graph = json.loads(symbol_.tojson())  # other operators may have an attribute of that name, as Custom has
-    return int(units) if graph['nodes'][graph['heads'][0][0]]['op'] == 'FullyConnected' else None
+def last_axis_of(symbol_: Any) -> Optional[int]:
+    """Return the length of a symbol's last axis, if a dense layer or a reshape in its graph tells; else None.
+
+    MXNet's own inference of shapes tells nothing while the shape of the data is unknown.
+    """
+    graph = json.loads(symbol_.tojson())
+    lengths: List[Optional[int]] = []
+    for node in graph['nodes']:  # the inputs of a node come before it
+        attrs, length = node.get('attrs', {}), None
+        if node['op'] == 'FullyConnected':
+            length = int(attrs['num_hidden'])
+        elif node['op'] == 'Reshape':
+            shape = np.ravel(literal_eval(attrs.get('shape', '()'))).tolist()
+            length = shape[-1] if shape and shape[-1] > 0 else None  # others are codes
+        elif node['op'] in _ELEMENTWISE:
+            length = next((lengths[i] for i, *_ in node['inputs'] if lengths[i]), None)
+        lengths.append(length)
+    return lengths[graph['heads'][0][0]]
 
 
 @lru_cache(maxsize=None)

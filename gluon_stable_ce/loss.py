@@ -28,7 +28,7 @@ from .options import (
     checks_names,
 )
 from .pipeline import loss_of
-from .plan import plan
+from .plan import has_many_classes, plan
 
 _GLUON_DEFAULTS = {'axis': -1, 'sparse_label': True, 'from_logits': False, 'weight': None, 'batch_axis': 0}
 _GLUON_OPTIONS = tuple(f'_{name}' for name in _GLUON_DEFAULTS)  # attributes, which may be set later
@@ -130,15 +130,16 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
     ====== ======= ================================== =====
 
     These bounds hold in every mode: eager, compiled, nested, exported, in threads (``test_exactness.py``,
-    ``test_loss.py::test_stated_bounds``). Behind a ``Dense`` layer of more than 65,536 classes, a graph of
-    symbols has those of arrays. MXNet 1.6 and 1.7 have wider ones. float16 and bfloat16 logits are computed
-    in float32, and their gradient is rounded to their dtype. Losses and entries below 1e-27 have an absolute
-    error with the stock kernel: at most 1e-27. The fused kernel's bounds hold down to 1e-38, and for float64
-    to 2e-308. Where hundreds of logits are equal, all additions round to the same side. This adds up to
-    8e-9 C to the stock kernel's relative error in float32, for C up to 65,536 and in graphs of symbols, and
-    1.2e-16 C in graphs of float64 symbols; the fused kernel's stays below 1e-6. Dense labels, label smoothing
-    and z-loss have an absolute error with the stock kernel: 1e-5 nats plus 2e-5 of the value; for float64,
-    1e-12 of both. With the fused kernel, label smoothing has 1e-8 nats plus 6e-7 of the value.
+    ``test_loss.py::test_stated_bounds``). A graph of symbols that knows it has more than 65,536 classes, as
+    behind a ``Dense`` layer, has those of arrays. MXNet 1.6 and 1.7 have wider ones. float16 and bfloat16
+    logits are computed in float32, and their gradient is rounded to their dtype. Losses and entries below
+    1e-27 have an absolute error with the stock kernel: at most 1e-27. The fused kernel's bounds hold down to
+    1e-38, and for float64 to 2e-308. Where hundreds of logits are equal, all additions round to the same
+    side. This adds up to 8e-9 C to the stock kernel's relative error in float32, for C up to 65,536 and in
+    graphs of symbols, and 1.2e-16 C in graphs of float64 symbols; the fused kernel's stays below 1e-6. Dense
+    labels, label smoothing and z-loss have an absolute error with the stock kernel: 1e-5 nats plus 2e-5 of
+    the value; for float64, 1e-12 of both. With the fused kernel, label smoothing has 1e-8 nats plus 6e-7 of
+    the value.
 
     A probability of 0 gives inf. NaN or +inf at the label gives NaN. NaN of another class gives NaN with the
     fused kernel. On the CPU, oneDNN hides it from the loss of the stock kernel, but that class's gradient is
@@ -339,7 +340,15 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
             value = self.class_weight.value
             inputs['class_weight'] = value.var()
             params[f'arg:{value.name}'] = value.data(mx.cpu())
-        call = Call(self._options, inputs=tuple(inputs), np_style=np_style, dtype=dtype)
+        classes = self.class_weight and self.class_weight.classes
+        call = Call(
+            self._options,
+            inputs=tuple(inputs),
+            np_style=np_style,
+            dtype=dtype,
+            classes=classes,
+            has_many_classes=has_many_classes(dtype, classes),
+        )
         symbol_file, params_file = f'{path}-symbol.json', f'{path}-{epoch:04d}.params'
         graphs.trace(loss_of, call, inputs).save(symbol_file, remove_amp_cast=remove_amp_cast)
         array_api.save(params_file, params)

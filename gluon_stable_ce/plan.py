@@ -68,7 +68,9 @@ def plan(
 
 def _plan_symbols(options, fill, pred, label, sample_weight, class_weight):
     names = given((pred, label, sample_weight, class_weight))
-    classes = array_api.units_of_dense(pred) if options.axis == -1 else None
+    classes = class_weight and class_weight.classes
+    if classes is None and options.axis == -1:
+        classes = array_api.last_axis_of(pred)
     pred, dtype = array_api.logits_of_symbol(pred)
     label, sample_weight = (
         array if array is None else array_api.without_bfloat16(array, array_api.dtype_name(array))
@@ -81,7 +83,7 @@ def _plan_symbols(options, fill, pred, label, sample_weight, class_weight):
         np_style=array_api.is_np_style(pred),
         dtype=dtype,
         classes=classes,
-        has_many_classes=_has_many_classes(dtype, classes or 0),
+        has_many_classes=has_many_classes(dtype, classes),
         kernel=choice.resolve(options, is_symbol=True),
     )
     return call, (array_api.apart(pred), label, sample_weight)
@@ -113,7 +115,7 @@ def _plan_arrays(options, fill, pred, label, sample_weight, class_weight):
         has_few_classes=_has_few_classes(options, dtype, label_dtype, shape),
         classes=classes if needs_classes else None,
         # a GPU adds up in a tree, with less rounding
-        has_many_classes=kernel == 'stock' and device != 'gpu' and _has_many_classes(dtype, classes),
+        has_many_classes=kernel == 'stock' and device != 'gpu' and has_many_classes(dtype, classes),
         is_empty=is_empty,
         kernel=kernel,
         needs_guard=is_guarded,
@@ -121,8 +123,9 @@ def _plan_arrays(options, fill, pred, label, sample_weight, class_weight):
     return call, (pred, label, sample_weight)
 
 
-def _has_many_classes(dtype: Optional[str], classes: int) -> bool:
-    return classes > (MANY_ABOVE_IN_FLOAT64 if dtype == 'float64' else MANY_ABOVE)
+def has_many_classes(dtype: Optional[str], classes: Optional[int]) -> bool:
+    """Whether `Call.has_many_classes` holds on a CPU, of a number of classes that may be unknown."""
+    return (classes or 0) > (MANY_ABOVE_IN_FLOAT64 if dtype == 'float64' else MANY_ABOVE)
 
 
 def _has_few_classes(options, dtype, label_dtype, shape):

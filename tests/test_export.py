@@ -252,6 +252,12 @@ def test_weights_never_weigh_another_axis(axis, batch_axis, shape, rng):
     assert_close(loss, loss_fn(*arrays).asnumpy())
 
 
+def test_an_export_has_as_many_classes_as_there_are_class_weights(tmp_path):
+    StableSoftmaxCELoss(class_weight=[1, 2, 3]).export(str(tmp_path / 'loss'))
+    nodes = json.loads((tmp_path / 'loss-symbol.json').read_text())['nodes']
+    assert [node['attrs']['depth'] for node in nodes if node['op'] == 'one_hot'] == ['3']
+
+
 @pytest.mark.parametrize('name', ['every-option', 'np-every-option'])
 def test_class_weights_that_nobody_initialised_are_in_the_file(name, exported):
     """Only the net's body was ever initialised, as when its values come from a file."""

@@ -530,7 +530,7 @@ def test_a_graph_knows_the_classes_of_a_dense_layer(classes, positions, invalid_
         'label': nd.array([0, 1, classes - 1, classes, -0.5, np.nan]).reshape(positions),
     }
     losses, is_known = [], []
-    for pred in (dense(data), mx.sym.Dropout(dense(data))):
+    for pred in (dense(data), mx.sym.slice_axis(dense(data), axis=0, begin=0, end=None)):
         graph = loss_fn(pred, label)
         is_known.append('broadcast_like' not in graph.tojson())
         losses.append(graph.eval(**inputs)[0].asnumpy())
@@ -540,13 +540,30 @@ def test_a_graph_knows_the_classes_of_a_dense_layer(classes, positions, invalid_
     assert_close(losses[0], expected, tolerances.stated('stock', 'float32', classes))
 
 
-@pytest.mark.parametrize('num_hidden', ['1', '2', 'many'])
-def test_only_a_dense_layer_tells_its_classes(num_hidden):
-    pred = mx.sym.relu(mx.sym.var('data'), attr={'num_hidden': num_hidden})
-    loss_fn = StableSoftmaxCELoss(kernel='stock')
-    logits, label = nd.array([[3, 0, 40]]), nd.array([2])
-    loss = loss_fn(pred, mx.sym.var('label')).eval(data=logits, label=label)[0].asnumpy()
-    assert_close(loss, loss_fn(logits, label).asnumpy(), tolerances.stated('stock', 'float32', 3))
+DATA = mx.sym.var('data')
+DENSE = mx.sym.FullyConnected(DATA, num_hidden=3)
+
+
+@pytest.mark.parametrize(
+    ('symbol', 'length'),
+    [
+        (DATA, None),
+        (DENSE, 3),
+        (DENSE * 2 - 1, 3),
+        (DATA / -DENSE, 3),
+        (mx.sym.Dropout(mx.sym.tanh(DENSE)), 3),
+        (mx.sym.reshape(DATA, shape=(-1, 5)), 5),
+        (mx.sym.reshape(DATA, shape=5), 5),
+        (mx.sym.reshape(DENSE, shape=(0, -1)), None),
+        (mx.sym.reshape_like(DENSE, DATA), None),
+        (mx.sym.broadcast_add(DENSE, DATA), None),
+        (mx.sym.slice_axis(DENSE, axis=-1, begin=0, end=2), None),
+        (mx.sym.relu(DATA, attr={'num_hidden': '2'}), None),
+    ],
+    ids=str,
+)
+def test_length_of_the_last_axis_of_a_symbol(symbol, length):
+    assert array_api.last_axis_of(symbol) == length
 
 
 def test_a_graph_infers_the_shape_of_the_label():

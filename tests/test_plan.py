@@ -11,6 +11,7 @@ from mxnet import autograd
 from gluon_stable_ce import StableSoftmaxCELoss, array_api
 from gluon_stable_ce import plan as plan_module
 from gluon_stable_ce.call import INPUTS, Call, Fill
+from gluon_stable_ce.class_weight import ClassWeight
 from gluon_stable_ce.options import Options
 from gluon_stable_ce.plan import plan
 
@@ -89,6 +90,14 @@ def test_symbols_of_bfloat16_are_cast():
     dtype = np.dtype([('bfloat16', np.uint16)])
     _, inputs = plan(STOCK, *(mx.sym.var(name, dtype=dtype) for name in INPUTS[:3]))
     assert all(json.loads(symbol.tojson())['nodes'][1]['op'] == 'Cast' for symbol in inputs[:3])
+
+
+@pytest.mark.parametrize('axis', [-1, 1])
+def test_a_graph_has_as_many_classes_as_there_are_class_weights(axis):
+    call, _ = plan(
+        STOCK._replace(axis=axis), *map(mx.sym.var, ('pred', 'label')), None, ClassWeight([1] * 70_000)
+    )
+    assert (call.classes, call.has_many_classes) == (70_000, True)
 
 
 def test_plan_of_np_arrays():

@@ -119,8 +119,8 @@ def _lower(F: F, call: Call, logits: Array, index: Array) -> Array:
     """Lower the label's logit by T: by an addition, which has no gradient of what is added."""
     arguments = {'on_value': -T, 'dtype': call.compute_dtype}
     if call.classes is not None:
-        index = F.squeeze(index, axis=-1) if call.ndim is None else index
         shift = F.one_hot(index, depth=call.classes, **arguments)
+        shift = _last_two_merged(F, shift) if call.ndim is None else shift  # (..., 1, C)
     else:
         shift = _one_hot_in_blocks(F, call, logits, index, arguments)
     shift = F.BlockGrad(shift)
@@ -143,9 +143,12 @@ def _one_hot_in_blocks(F: F, call: Call, logits: Array, index: Array, arguments:
     firsts = F.slice(classes, begin=(None, None), end=(None, None), step=(1, block))  # (1, K)
     in_block = F.broadcast_sub(F.expand_dims(index, axis=-1), firsts)  # (..., 1, K)
     one_hot = F.one_hot(in_block, depth=block, **arguments)  # (..., 1, K, block)
-    for _ in range(2):
-        one_hot = F.reshape(one_hot, shape=(-2, -3), reverse=True)  # merges the last two axes
+    one_hot = _last_two_merged(F, _last_two_merged(F, one_hot))
     return one_hot if block == 1 else F.slice_like(one_hot, logits)  # (..., C)
+
+
+def _last_two_merged(F: F, array: Array) -> Array:
+    return F.reshape(array, shape=(-2, -3), reverse=True)
 
 
 def _nll_of_lowered(F, call, logits, log_p, index):
