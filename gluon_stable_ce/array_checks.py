@@ -106,7 +106,7 @@ def weight_layout(got: Shape, shape: Shape, class_axes: Sequence[int], batch_axe
     if got in (batch, (1,) * len(batch)):
         return 'batch'
     hint = _gluons_product(keepdims, got)
-    if len(classes) == 1 and got == tuple(shape[axis] for axis in classes) and shape[-1:] == got:
+    if got == shape[-1:]:
         hint += '; for a weight of each class, use class_weight'
     raise ValueError(
         f'sample_weight: expected one weight per sample {batch}, one per label {positions}, or a shape that '

@@ -78,6 +78,9 @@ IN_GRAPHS = pytest.mark.parametrize('in_graph', [nested, exported], ids=['nested
             id='no-such-axis',
         ),
         pytest.param(
+            {'axis': 1}, (4,), (1,), r'^pred: .* with the classes on axis 1, got shape \(4,\)$', id='no-such-axis-of-one-sample',
+        ),
+        pytest.param(
             {'batch_axis': 2}, (4, 3), (4,), r'^batch_axis: expected different axes of pred, of shape \(4, 3\), got 2$',
             id='no-such-batch-axis',
         ),
@@ -126,6 +129,17 @@ def test_sample_weight_shape_error_names_the_layouts(shape):
     )
     with pytest.raises(ValueError, match=message):
         StableSoftmaxCELoss()(nd.zeros((4, 5, 3)), nd.zeros((4, 5)), nd.ones(shape))
+
+
+@pytest.mark.parametrize(
+    ('axis', 'pred', 'weight', 'is_of_classes'),
+    [(-1, (4, 5, 3), 3, True), (-1, (4, 5, 3), 5, False), (1, (4, 3, 5), 3, False)],
+)
+def test_weights_of_classes_are_named(axis, pred, weight, is_of_classes):
+    positions = tuple(np.delete(pred, axis).tolist())
+    with pytest.raises(ValueError, match='^sample_weight: expected') as error:
+        StableSoftmaxCELoss(axis=axis)(nd.zeros(pred), nd.zeros(positions), nd.ones(weight))
+    assert str(error.value).endswith('; for a weight of each class, use class_weight') == is_of_classes
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,11 @@ TESTS = {
     'kernels/stock.py': [[*STOCK, '-m', 'not slow', 'test_exactness.py'], DENSE, *SHARED],
     'metric_values.py': [['test_metric.py']],
     'plan.py': [*PLAN, *SHARED],
-    'array_checks.py': [['test_array_checks.py', 'test_plan.py'], *SHARED],
+    'array_checks.py': [
+        ['test_array_checks.py', 'test_plan.py'],
+        ['test_half_precision.py', 'test_labels.py'],
+        *SHARED,
+    ],
     f'{FUSED}/exp_log.h': OPERATOR,
     f'{FUSED}/float16.h': OPERATOR,
     f'{FUSED}/loops.h': OPERATOR,
