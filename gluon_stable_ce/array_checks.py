@@ -163,7 +163,8 @@ def checked(
     if not options.sparse_label and _is_merged(label.shape, pred.shape):
         label = label.reshape(pred.shape)
     shape = pred.shape
-    check_shapes(shape, label.shape, label_dtype, options.axis, options.sparse_label)
+    for axis in options.class_axes:
+        check_shapes(shape, label.shape, label_dtype, axis, options.sparse_label)
     check_axes('axis', options.class_axes, shape)
     check_axes('batch_axis', options.batch_axes, shape)
     if class_weights is not None:

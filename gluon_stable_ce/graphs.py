@@ -104,7 +104,8 @@ class Graphs(dict):
                 graph = _ALIVE[key] = Graph(*key)
             if len(self) >= MAX_GRAPHS:
                 oldest = next(iter(self))
-                del self[oldest], self._calls_before[oldest]
+                del self[oldest]
+                self._calls_before.pop(oldest, None)  # another thread may have freed all
                 _trim()
             self._calls_before[call] = graph.calls
             self[call] = graph
@@ -129,7 +130,7 @@ class Graphs(dict):
         few = {
             keys[call]: graph
             for call, graph in self.items()
-            if graph.calls - self._calls_before[call] <= FEW_CALLS
+            if graph.calls - self._calls_before.get(call, 0) <= FEW_CALLS
         }
         for key in keys.values():  # an earlier loss may have kept a graph of many calls by now
             _KEPT.pop(key, None)

@@ -20,6 +20,7 @@ from .kernels import choice
 from .metric_queue import Queued, RunningMean
 from .metric_values import judged, packed, rows
 from .options import Kernel, MetricInvalidLabel, Options, PredType, check_metric_options, checks_names
+from .plan import plan
 
 IMPOSSIBLE = {
     'probs': 'not probabilities: they are below 0 or above 1',
@@ -214,8 +215,10 @@ class StableCrossEntropy(RunningMean, mx.metric.EvalMetric, is_kind=True):
             shape = pred.shape
             if options.sparse_label and len(shape) == 2 and len(label.shape) > 1 and label.size == shape[0]:
                 label = label.reshape((-1,))  # the rows of `pred` are the positions, as in mx.metric
-            values = self._graphs.compute(options, pred, label)
-        return Queued(values, shape[options.axis]) if values.size else None
+            if 0 in shape:
+                plan(options, pred, label)  # which checks them
+                return None
+            return Queued(self._graphs.compute(options, pred, label), shape[options.axis])
 
     def _sums_of(self, arrays: Sequence[Tuple[int, np.ndarray]]) -> ExactSums:
         sums, count = ExactSums(), rows(self._options)

@@ -36,13 +36,12 @@ def packed(F: F, call: Call, pred: Array, label: Array, *_: Optional[Array]) -> 
 
 
 def _picked_rows(F: F, call: Call, pred: Array, label: Array) -> List[Array]:
-    label = align_label(F, call, label, pred)  # (positions...)
-    index = label  # of labels that are no class, any prediction is picked
-    if call.options.invalid_label == 'clip':
-        index = read_labels(F, call, label, pred).index
+    aligned = align_label(F, call, label, pred)  # (positions...)
+    # of labels that are no class, any prediction is picked
+    index = read_labels(F, call, label, pred).index if call.options.invalid_label == 'clip' else aligned
     picked = F.pick(pred, index, axis=call.options.axis)
     dtype = call.label_compare_dtype
-    return [_as(F, picked, call.dtype, dtype), _as(F, label, call.label_dtype, dtype)]
+    return [_as(F, picked, call.dtype, dtype), _as(F, aligned, call.label_dtype, dtype)]
 
 
 def _dense_rows(F: F, call: Call, pred: Array, target: Array) -> List[Array]:

@@ -370,22 +370,24 @@ def _replacements(patched):
             return _in_dtype_of(pred, loss)
 
         def hybrid_forward(self, F, pred, label, sample_weight=None):
-            self._notify_of_differences(pred, sample_weight)
             inputs = [
                 array if array is None else array_api.without_bfloat16(array, traced_dtypes.dtype_of(array))
                 for array in (pred, label, sample_weight)
             ]
-            return _in_dtype_of(pred, super().hybrid_forward(F, *inputs))
+            loss = super().hybrid_forward(F, *inputs)
+            self._notify_of_differences(pred, sample_weight)
+            return _in_dtype_of(pred, loss)
 
         @property
         def _has_own_graph(self):
             return type(self).hybrid_forward is not own_forward
 
         def _notify_of_differences(self, pred, sample_weight):
-            are_arrays = array_api.is_array(pred) and array_api.is_array(sample_weight)
-            if are_arrays and _stock_crosses(self._options, sample_weight.shape, pred.shape):
+            shape, options = pred.shape if array_api.is_array(pred) else (), self._options
+            if shape and sample_weight is not None and _stock_crosses(options, sample_weight.shape, shape):
                 patched._notify(_CROSSED)
-            if array_api.is_np_array() and self._options.batch_axes != (0,):
+            is_one_sample = len(shape) == 1
+            if array_api.is_np_array() and options.batch_axes != (0,) and not is_one_sample:
                 patched._notify(_NP_BATCH_AXIS)
 
     own_forward = SoftmaxCrossEntropyLoss.hybrid_forward  # a script may replace it

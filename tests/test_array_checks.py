@@ -114,6 +114,9 @@ def test_bools_are_no_labels():
 def test_there_is_a_class():
     with modes.numpy_semantics(), pytest.raises(ValueError, match=r'^pred: expected .* got shape \(4, 0\)$'):
         StableSoftmaxCELoss()(mx.np.zeros((4, 0)), mx.np.zeros(4))
+    joint = StableSoftmaxCELoss(axis=(1, 2), from_logits=True, sparse_label=False)
+    with modes.numpy_semantics(), pytest.raises(ValueError, match=r'^pred: .* got shape \(4, 3, 0\)$'):
+        joint(mx.np.zeros((4, 3, 0)), mx.np.zeros((4, 3, 0)))
 
 
 def test_shape_error_beside_a_weight_without_axes():

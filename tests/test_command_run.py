@@ -377,15 +377,22 @@ import mxnet as mx
 mx.npx.set_np()
 loss_fn = mx.gluon.loss.SoftmaxCELoss({options})
 for _ in range(2):
-    print(loss_fn(mx.np.ones((4, 2, 3)), mx.np.zeros((4, 2))).shape)
+    print(loss_fn(mx.np.ones({shape}), mx.np.zeros({shape}[:-1])).shape)
 mx.npx.reset_np()
 """
 
 
-@pytest.mark.parametrize(('options', 'shape', 'told'), [('', '(4,)', 0), ('batch_axis=1', '(2,)', 1)])
-def test_tells_once_that_gluon_ignores_batch_axis_in_np_mode(run, write, options, shape, told):
-    _, out, err = run(write(NP_MODE.format(options=options)))
-    assert out.splitlines() == [shape] * 2
+@pytest.mark.parametrize(
+    ('options', 'shape', 'loss_shape', 'told'),
+    [
+        ('', (4, 2, 3), '(4,)', 0),
+        ('batch_axis=1', (4, 2, 3), '(2,)', 1),
+        ('batch_axis=None', (3,), '(1,)', 0),  # a single sample has no other axis
+    ],
+)
+def test_tells_once_that_gluon_ignores_batch_axis_in_np_mode(run, write, options, shape, loss_shape, told):
+    _, out, err = run(write(NP_MODE.format(options=options, shape=shape)))
+    assert out.splitlines() == [loss_shape] * 2
     assert err.count('batch_axis') == told
 
 

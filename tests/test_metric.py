@@ -279,8 +279,19 @@ def test_picked_labels_mean_what_the_table_says(pred_type, ignore_label, dtype, 
     assert str(metric).count(f'{invalid} of {invalid + metric.num_inst} labels are invalid') == bool(invalid)
 
 
+@pytest.mark.parametrize('invalid_label', ['raise', 'clip'])
+@pytest.mark.parametrize('pred_type', ['probs', 'logits', 'log_probs'])
+def test_labels_may_have_the_class_axis(pred_type, invalid_label, rng, ctx):
+    p = rng.dirichlet(np.ones(4), (2, 3))
+    label = rng.randint(0, 4, (2, 3, 1))
+    metric = StableCrossEntropy(pred_type=pred_type, invalid_label=invalid_label)
+    metric.update(nd.array(label), nd.array(p if pred_type == 'probs' else np.log(p)))
+    assert_close(metric.get()[1], -np.log(np.take_along_axis(p, label, -1)).mean(), tolerances.NLL)
+
+
 @pytest.mark.parametrize('options', [
     {'pred_type': 'probs'},
+    {'pred_type': 'probs', 'invalid_label': 'clip'},
     {'pred_type': 'logits'},
     {'pred_type': 'log_probs'},
     {'pred_type': 'logits', 'sparse_label': False},
@@ -289,7 +300,7 @@ def test_updates_without_positions_change_nothing(options):
     metric = StableCrossEntropy(**options)
     loss = StableLoss()
     with modes.numpy_semantics():
-        for shape in ((0, 3), (2, 0, 3)):
+        for shape in ((0, 3), (2, 0, 3), (2, 2, 2, 2, 2, 0, 3)):
             pred = mx.np.zeros(shape)
             metric.update(pred if 'sparse_label' in options else mx.np.zeros(shape[:-1]), pred)
             loss.update(None, pred)
