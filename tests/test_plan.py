@@ -139,6 +139,8 @@ def test_class_axes_are_different():
         ('float32', 'float32', 2048, None, True),
         ('float32', 'float32', 2049, None, False),
         ('float32', 'int8', 10, -1, True),
+        ('float32', 'uint8', 10, None, True),
+        ('float32', 'float16', 10, None, True),
         ('float32', 'int32', 10, None, False),
         ('float32', 'float32', 10, 2**24, True),
         ('float32', 'float32', 10, 2**24 + 1, False),

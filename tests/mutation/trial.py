@@ -75,7 +75,8 @@ class Copy:
         while time.time() < deadline:
             done, status = os.waitpid(child, os.WNOHANG)
             if done:
-                return (SURVIVED, KILLED, INVALID)[os.WEXITSTATUS(status)] if os.WIFEXITED(status) else KILLED
+                code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else None
+                return {0: SURVIVED, 2: INVALID}.get(code, KILLED)
             time.sleep(0.02)
         os.killpg(child, 9)
         os.waitpid(child, 0)
