@@ -6,6 +6,10 @@ from mxnet import autograd, gluon
 
 from gluon_stable_ce.kernels import library
 from gluon_stable_ce.kernels.signature import needs_guard, signature_of
+from gluon_stable_ce.options import Options
+from gluon_stable_ce.plan import plan
+
+FUSED = Options(kernel='fused')
 
 
 @pytest.fixture(params=['compiled', 'by Python'])
@@ -79,4 +83,6 @@ def test_needs_guard_of_operators_and_compiled_graphs():
         }
         for name, (pred, expected) in cases.items():
             assert needs_guard(signature_of(pred, label)) == expected, name
+        assert plan(FUSED, x, label)[0].needs_guard
     assert not needs_guard(signature_of(x, label))  # nothing is recorded
+    assert not plan(FUSED, x, label)[0].needs_guard
