@@ -128,7 +128,7 @@ def checked(
 ) -> Tuple[Options, Optional[str], Tuple[Array, Array, Optional[Array]]]:
     """Check the arrays of a call, and give them the form and the context in which a graph takes them.
 
-    Gluon's loss accepts more forms than one. So of those that it accepts, too,
+    These forms are accepted because gluon's loss accepts them:
 
     - sparse storage becomes dense;
     - logits of one axis become one sample;

@@ -89,7 +89,7 @@ class Graphs(dict):
         class_weight: Optional[ClassWeight] = None,
         op_hook: Optional[Tuple[Any, bool]] = None,
     ) -> Array:
-        """Compute the step of arrays."""
+        """Plan the call of these arrays, and compute its step in the graph of such calls."""
         call, inputs = plan(options, pred, label, sample_weight, class_weight, self._fill)
         if call.is_empty or self._flags is None:
             return self._step(mx.nd, call, *inputs)

@@ -248,7 +248,7 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
         return self._graphs.compute(options, pred, label, sample_weight, weights, self._op_hook)
 
     def hybrid_forward(self, F: F, pred: Array, label: Array, sample_weight: Optional[Array] = None) -> Array:
-        """Build the loss from symbols. After ``hybridize(False)``, run it on arrays by single operators."""
+        """Build the loss from symbols, or compute it by single operators if a subclass gives arrays."""
         call, inputs = plan(self._options, pred, label, sample_weight, self.class_weight)
         return loss_of(F, call, *inputs)
 
