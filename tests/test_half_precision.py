@@ -142,3 +142,15 @@ def test_a_net_that_is_cast_after_its_first_use(first, second, options, rng):
     assert loss.dtype == (np.float64 if second == 'float64' else np.float32)
     expected = reference.loss_and_gradient(logits, label, weight, **options)[0]
     assert_close(loss.asnumpy(), expected, tolerances.FLOAT64 if second == 'float64' else tolerances.LOSS)
+
+
+@pytest.mark.skipif(modes.VERSION < (1, 7), reason='MXNet has bfloat16 since 1.7')
+@pytest.mark.parametrize('is_compiled', [True, False], ids=['compiled', 'eager'])
+def test_bfloat16_arrays_are_computed_in_float32(kernel, is_compiled, rng):
+    rounded = rng.randint(-32, 32, (8, C)).astype('float32') / 8  # bfloat16 holds them
+    pred, label = nd.cast(nd.array(rounded), dtype=array_api.BFLOAT16), nd.array(rng.randint(0, C, 8))
+    loss_fn = StableSoftmaxCELoss(kernel=kernel)
+    loss_fn.hybridize(is_compiled)
+    loss = loss_fn(pred, label)
+    assert loss.dtype == np.float32
+    np.testing.assert_array_equal(loss.asnumpy(), loss_fn(nd.array(rounded), label).asnumpy())
