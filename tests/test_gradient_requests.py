@@ -217,6 +217,20 @@ def test_parameters_of_nets_that_add_gradients_of_micro_batches(
 
 @grad_reqs
 @memories
+def test_leaf_of_a_net_that_is_the_loss(memory, grad_req, kernel):
+    model, x = NetWithLoss(lambda x: x, StableSoftmaxCELoss(kernel=kernel)), mx.nd.array(LOGITS)
+    if memory is not None:
+        model.hybridize(**memory)
+    x.attach_grad(grad_req)
+    for _ in range(3):
+        with autograd.record():
+            loss = model(x, mx.nd.array(LABEL))
+        loss.backward()
+    assert_close(x.grad.asnumpy(), BACKWARDS[grad_req] * gradient(LOGITS), ADDED_GRADIENTS)
+
+
+@grad_reqs
+@memories
 @pytest.mark.parametrize('label_dtype', ['float32', 'int32'])
 def test_a_label_keeps_its_gradient(label_dtype, memory, grad_req, kernel):
     loss_fn, label = StableSoftmaxCELoss(kernel=kernel), mx.nd.array(LABEL, dtype=label_dtype)
