@@ -52,12 +52,8 @@ PROBS, LOSSES = 'cross entropy from probabilities, 512 x 50257', 'loss from 512 
 LOGITS = 'cross entropy from logits, 512 x 50257'
 PRINTED = 'cross entropy from probabilities, 64 x 10, with a get() after each update'
 STOCK, READ = 'stock', 'one operator, and a read of its result'
-UPDATES = {
-    PROBS: 50,
-    LOGITS: 20,
-    LOSSES: 100,
-    PRINTED: 1,
-}  # of a metric in an epoch, which ends with its get()
+# Of a metric in an epoch, which ends with its get()
+UPDATES = {PROBS: 50, LOGITS: 20, LOSSES: 100, PRINTED: 1}
 
 LIMIT, GRADIENT = "the machine's limit", 'the size of the gradient'
 # The largest ratio allowed of one of ours to something else: of times, or of what `what` names.

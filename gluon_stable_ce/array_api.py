@@ -30,22 +30,14 @@ SPARSE = ndarray.sparse.BaseSparseNDArray
 BFLOAT16 = np.dtype([('bfloat16', 'uint16')])
 # else slice_like is an error in a graph whose ranks are not all known yet
 HAS_SLICE_LIKE_OF_UNKNOWN_RANK = not mx.__version__.startswith(('1.6', '1.7'))
+HAS_MIXED_ADD = not mx.__version__.startswith(('1.6', '1.7', '1.8'))  # np.add of two dtypes
+
 # operators whose inputs have the shape of their output
 _ELEMENTWISE = (
-    *(
-        'elemwise_add',
-        'elemwise_sub',
-        'elemwise_mul',
-        'elemwise_div',
-        'negative',
-        'clip',
-        'tanh',
-        'Activation',
-    ),
+    *(f'elemwise_{name}' for name in ('add', 'sub', 'mul', 'div')),
     *(f'_{name}_scalar' for name in ('plus', 'minus', 'rminus', 'mul', 'div')),
-    *('Cast', '_copy', 'BlockGrad', 'Dropout'),
+    *('negative', 'clip', 'tanh', 'Activation', 'Cast', '_copy', 'BlockGrad', 'Dropout'),
 )
-HAS_MIXED_ADD = not mx.__version__.startswith(('1.6', '1.7', '1.8'))  # np.add of two dtypes
 
 
 def is_symbol(array: Any) -> bool:

@@ -152,8 +152,7 @@ def checked(
     pred, label = as_dense('pred', pred), as_dense('label', label)
     sample_weight = None if sample_weight is None else as_dense('sample_weight', sample_weight)
     pred = array_api.without_bfloat16(pred, array_api.dtype_name(pred))
-    dtype, label_dtype = array_api.dtype_name(pred), array_api.dtype_name(label)
-    check_pred_dtype('pred', dtype)
+    check_pred_dtype('pred', array_api.dtype_name(pred))
     is_one_sample = pred.ndim == 1 and label.size == (1 if options.sparse_label else pred.size)
     if is_one_sample and options.class_axes in ((0,), (-1,)):
         options = options._replace(axis=-1, batch_axes=(0,))
@@ -162,7 +161,7 @@ def checked(
         )
     if not options.sparse_label and _is_merged(label.shape, pred.shape):
         label = label.reshape(pred.shape)
-    shape = pred.shape
+    shape, label_dtype = pred.shape, array_api.dtype_name(label)
     for axis in options.class_axes:
         check_shapes(shape, label.shape, label_dtype, axis, options.sparse_label)
     check_axes('axis', options.class_axes, shape)

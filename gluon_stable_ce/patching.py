@@ -488,6 +488,7 @@ def _in_dtype_of(pred, loss):
     return array_api.as_dtype(loss, dtype)
 
 
+@functools.lru_cache(maxsize=1024)
 def _stock_crosses(options, weight_shape, shape):
     """Whether gluon, which broadcasts from the last axis on, reads these weights as those of other axes."""
     ndim = len(shape)

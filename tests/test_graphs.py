@@ -349,7 +349,9 @@ def test_a_pickle_holds_no_graphs(class_weight, batch):
     assert len(pickle.dumps(loss_fn)) < before + 2000
 
 
-@pytest.mark.parametrize('make_copy', [copy.deepcopy, lambda loss: pickle.loads(pickle.dumps(loss))])
+@pytest.mark.parametrize(
+    'make_copy', [copy.deepcopy, lambda loss: pickle.loads(pickle.dumps(loss))], ids=['deepcopy', 'pickle']
+)
 def test_a_copy_of_a_loss_shares_its_graphs(make_copy, compiled, batch):
     loss_fn = StableSoftmaxCELoss()
     loss_fn(*batch)
