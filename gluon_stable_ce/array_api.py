@@ -36,6 +36,7 @@ HAS_MIXED_ADD = not mx.__version__.startswith(('1.6', '1.7', '1.8'))  # np.add o
 _ELEMENTWISE = (
     *(f'elemwise_{name}' for name in ('add', 'sub', 'mul', 'div')),
     *(f'_{name}_scalar' for name in ('plus', 'minus', 'rminus', 'mul', 'div')),
+    *(f'_npi_{name}_scalar' for name in ('add', 'subtract', 'rsubtract', 'multiply', 'true_divide')),
     *('negative', 'clip', 'tanh', 'Activation', 'Cast', '_copy', 'BlockGrad', 'Dropout'),
 )
 

@@ -553,6 +553,7 @@ DENSE = mx.sym.FullyConnected(DATA, num_hidden=3)
         (DENSE, 3),
         (DENSE * 2 - 1, 3),
         (DATA / -DENSE, 3),
+        ((1 - DENSE.as_np_ndarray() * 2) / 3 - 1 + 1, 3),
         (mx.sym.Dropout(mx.sym.tanh(DENSE)), 3),
         (mx.sym.reshape(DATA, shape=(-1, 5)), 5),
         (mx.sym.reshape(DATA, shape=5), 5),
