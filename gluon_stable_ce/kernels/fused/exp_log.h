@@ -92,7 +92,7 @@ template <typename T> INLINE double exp_of(double x) {
 
 // exp(x) - 1. Valid range: up to 700. Max error, relative: 1e-9 (float), 3e-16 (double).
 template <typename T> INLINE double expm1_of(double x) {
-  x = x < -100 ? -100 : x;
+  x = x < -1023 * kLn2 ? -1023 * kLn2 : x;
   const Reduced<double> e = reduced<T>(x);
   return e.expm1 * power_of_2<double>(e.n) + (power_of_2<double>(e.n) - 1);
 }

@@ -78,7 +78,7 @@ using namespace for_double;
 
 const int kBlock = 1024;                           // classes of one position that fit into the first cache
 const int kRowSplit = 1 << 16, kLineSplit = 1024;  // classes that one thread handles
-const int kLines = 32;  // classes of kTile positions that fit into the second cache
+const int kLines = 64;  // classes of kTile positions that fit into the second cache
 
 // Logits are (outer, C, inner). Many classes next to each other are `rows`, read along the classes; all else
 // is read in lines, one class of many positions. The cut depends on the shape alone, so the results do not on
@@ -229,7 +229,7 @@ template <typename S> class Reduction {
     for_each(work.tiles, work.positions * work.splits, [&](int64_t i) {
       const Tile<T> tile = tile_at(i, 0);
       Sums* const sums = &partial[i * work.splits];
-      for (int64_t split = 1; split < work.splits; split++) add_split(sums[split], tile.n, sums);
+      for (int64_t split = 1; split < work.splits; split++) add_split(tile, sums[split], sums);
       write_terms(tile, sums, out);
     });
   }
@@ -276,11 +276,14 @@ template <typename S> class Reduction {
         const double given = double(value(label[tile->begin + t]));
         const Int<T> nearest = given >= 0 ? Int<T>(given < last ? given : last) : 0;  // 0 for NaN
         const bool is_valid = options.clip || double(nearest) == given;
-        const Int<T> y = given == options.ignore_label ? kIgnored : is_valid ? nearest : kInvalid;
-        tile->y[t] = y;
-        tile->w_label[t] = y < 0 || weights.empty() ? T(1) : weights[y];
+        tile->y[t] = given == options.ignore_label ? kIgnored : is_valid ? nearest : kInvalid;
       }
     });
+    std::fill_n(tile->w_label, tile->n, T(1));
+    if (!options.weighted) return;
+    for (int t = 0; t < tile->n; t++) {
+      if (tile->y[t] >= 0) tile->w_label[t] = weights[tile->y[t]];
+    }
   }
 
   Kept<T> kept_of(const Tile<T>& tile) const {
@@ -297,10 +300,10 @@ template <typename S> class Reduction {
   // Forward
 
   void reduce(const Tile<T>& tile, Sums* sums) const {
-    for (int t = 0; t < tile.n; t++) {
-      sums->log_reference[t] = sums->sum[t] = sums->gaps[t] = sums->z_label[t] = 0;
-      sums->top[t] = -INFINITY;
+    for (double* zeros : {sums->log_reference, sums->sum, sums->z_label, sums->gaps}) {
+      std::fill_n(zeros, tile.n, 0);
     }
+    std::fill_n(sums->top, tile.n, -INFINITY);
     sums->weight = 0;
     if (std::all_of(tile.y, tile.y + tile.n, [](Int<T> y) { return y < 0; })) return;
     if (!work.rows) return add_lines(tile, sums);
@@ -339,8 +342,8 @@ template <typename S> class Reduction {
   // They are read once, into a buffer: lines of images are often powers of 2 apart, and so few of them fit
   // into a cache.
   void add_lines(const Tile<T>& tile, Sums* sums) const {
-    T x[kLines][kTile], sum[kTile];
-    double log_reference[kTile];
+    T x[kLines][kTile];
+    double log_reference[kTile], sum[kTile];
     for (int64_t j = tile.j_begin; j < tile.j_end; j += kLines) {
       const int classes = int(std::min<int64_t>(kLines, tile.j_end - j));
       for (int i = 0; i < classes; i++) {
@@ -354,10 +357,8 @@ template <typename S> class Reduction {
         sums->z_label[t] = x[y][t];
         x[y][t] = -INFINITY;  // all but the label's
       }
-      const int padded = (classes + kGroup - 1) / kGroup * kGroup;
-      for (int i = classes; i < padded; i++) std::fill_n(x[i], tile.n, T(-INFINITY));
-      sum_exp_of_lines(x, padded, tile.n, log_reference, sum);
-      add_sums_of_tile(log_reference, sum, tile.n, sums);
+      sum_exp_of_lines(x, classes, tile.n, log_reference, sum);
+      add_sums_of_tile(&tile, log_reference, sum, sums);
     }
   }
 
@@ -372,9 +373,9 @@ template <typename S> class Reduction {
     sums->weight += weight;
   }
 
-  static void add_split(const Sums& more, int n, Sums* sums) {
-    add_sums_of_tile(more.log_reference, more.sum, n, sums);
-    for (int t = 0; t < n; t++) {
+  static void add_split(const Tile<T>& tile, const Sums& more, Sums* sums) {
+    add_sums_of_tile(&tile, more.log_reference, more.sum, sums);
+    for (int t = 0; t < tile.n; t++) {
       add_gaps(t, more.top[t], more.gaps[t], more.weight, sums);
       sums->z_label[t] += more.z_label[t];  // which is 0 in all parts but one
     }
