@@ -30,6 +30,7 @@ SPARSE = ndarray.sparse.BaseSparseNDArray
 BFLOAT16 = np.dtype([('bfloat16', 'uint16')])
 # else slice_like is an error in a graph whose ranks are not all known yet
 HAS_SLICE_LIKE_OF_UNKNOWN_RANK = not mx.__version__.startswith(('1.6', '1.7'))
+HAS_ONEDNN_LOG_SOFTMAX = not mx.__version__.startswith(('1.6', '1.7'))  # which adds up as `softmax` does
 HAS_MIXED_ADD = not mx.__version__.startswith(('1.6', '1.7', '1.8'))  # np.add of two dtypes
 
 # operators whose inputs have the shape of their output

@@ -49,7 +49,8 @@ class Call(NamedTuple):
     # so few that an array of them is cheap, and that `dtype` holds every label exactly
     has_few_classes: bool = False
     classes: Optional[int] = None  # their number, where the graph serves no other
-    # so many that `log_softmax` adds up their exponentials badly, which the stock kernel mends
+    # so many, or maybe so many, that `log_softmax` adds up their exponentials badly, which the stock kernel
+    # mends
     has_many_classes: bool = False
     is_empty: bool = False  # whether there are no positions, for which MXNet's static memory fails
     kernel: str = 'stock'

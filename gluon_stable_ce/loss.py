@@ -118,28 +118,24 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
     *Numerics.* With sparse labels and logits, the loss of a position and each entry of its gradient have a
     small relative error, for probabilities near 0 and near 1:
 
-    ====== ======= ================================== =====
-    kernel dtype   classes                            error
-    ====== ======= ================================== =====
-    stock  float32 2 to 1,000,000                     1e-5
-    stock  float32 over 65,536, in a graph of symbols 5e-4
-    stock  float64 2 to 1,000,000                     1e-13
-    stock  float64 over 10,000, in a graph of symbols 2e-11
-    fused  float32 2 to 1,000,000                     3e-7
-    fused  float64 2 to 1,000,000                     2e-13
-    ====== ======= ================================== =====
+    ====== ======= ============== =====
+    kernel dtype   classes        error
+    ====== ======= ============== =====
+    stock  float32 2 to 1,000,000 1e-5
+    stock  float64 2 to 1,000,000 1e-13
+    fused  float32 2 to 1,000,000 3e-7
+    fused  float64 2 to 1,000,000 2e-13
+    ====== ======= ============== =====
 
     These bounds hold in every mode: eager, compiled, nested, exported, in threads (``test_exactness.py``,
-    ``test_loss.py::test_stated_bounds``). A graph of symbols that knows it has more than 65,536 classes, as
-    behind a ``Dense`` layer, has those of arrays. MXNet 1.6 and 1.7 have wider ones. float16 and bfloat16
-    logits are computed in float32, and their gradient is rounded to their dtype. Losses and entries below
-    1e-27 have an absolute error with the stock kernel: at most 1e-27. The fused kernel's bounds hold down to
-    1e-38, and for float64 to 2e-308. Where hundreds of logits are equal, all additions round to the same
-    side. This adds up to 8e-9 C to the stock kernel's relative error in float32, for C up to 65,536 and in
-    graphs of symbols, and 1.2e-16 C in graphs of float64 symbols; the fused kernel's stays below 1e-6. Dense
-    labels, label smoothing and z-loss have an absolute error with the stock kernel: 1e-5 nats plus 2e-5 of
-    the value; for float64, 1e-12 of both. With the fused kernel, label smoothing has 1e-8 nats plus 6e-7 of
-    the value.
+    ``test_loss.py::test_stated_bounds``). float16 and bfloat16 logits are computed in float32, and their
+    gradient is rounded to their dtype. Losses and entries below 1e-27 have an absolute error with the stock
+    kernel: at most 1e-27. The fused kernel's bounds hold down to 1e-38, and for float64 to 2e-308. Where
+    hundreds of logits are equal, all additions round to the same side. This adds up to 8e-9 C, and at most
+    8e-5, to the stock kernel's relative error in float32, and 1.2e-16 C, at most 1.2e-12, in float64; the
+    fused kernel's stays below 1e-6. Dense labels, label smoothing and z-loss have an absolute error with the
+    stock kernel: 1e-5 nats plus 2e-5 of the value; for float64, 1e-12 of both. With the fused kernel, label
+    smoothing has 1e-8 nats plus 6e-7 of the value.
 
     A probability of 0 gives inf. NaN or +inf at the label gives NaN. NaN of another class gives NaN with the
     fused kernel. On the CPU, oneDNN hides it from the loss of the stock kernel, but that class's gradient is

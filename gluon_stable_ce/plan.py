@@ -12,8 +12,9 @@ from .options import Options
 FEW_CLASSES = 2048
 OWN_GRAPH_ABOVE = 256  # classes: the stock kernel then has a graph for each number of them, which is faster
 # Classes: on a CPU, the roundings of a sum of more exponentials exceed the bounds of the stock kernel. A
-# graph of symbols does not know its device.
-MANY_ABOVE, MANY_ABOVE_IN_FLOAT64 = 65536, 500
+# graph of symbols does not know its device, and often not its classes.
+MANY_ABOVE = 10_000 if array_api.HAS_ONEDNN_LOG_SOFTMAX else 500
+MANY_ABOVE_IN_FLOAT64 = 500
 FLOAT32_INTEGERS = 2**24  # float32 holds all integers up to this one
 NARROW = ('int8', 'uint8', 'float16', 'float32')  # labels that float32 holds as they are
 
@@ -124,8 +125,8 @@ def _plan_arrays(options, fill, pred, label, sample_weight, class_weight):
 
 
 def has_many_classes(dtype: Optional[str], classes: Optional[int]) -> bool:
-    """Whether `Call.has_many_classes` holds on a CPU, of a number of classes that may be unknown."""
-    return (classes or 0) > (MANY_ABOVE_IN_FLOAT64 if dtype == 'float64' else MANY_ABOVE)
+    """Whether `Call.has_many_classes` holds on a CPU; of an unknown number, it does."""
+    return classes is None or classes > (MANY_ABOVE_IN_FLOAT64 if dtype == 'float64' else MANY_ABOVE)
 
 
 def _has_few_classes(options, dtype, label_dtype, shape):

@@ -411,7 +411,8 @@ def test_exported_graph_serves_any_number_of_classes(rng):
     loaded = modes.load_exported(loss_fn, 2)
     for classes in (2, 3, 50):
         pred, label = nd.array(rng.normal(0, 1, (4, classes))), nd.array([0, classes - 1, classes, 1])
-        np.testing.assert_array_equal(loaded(pred, label).asnumpy(), loss_fn(pred, label).asnumpy())
+        got, expected = (loss(pred, label).asnumpy() for loss in (loaded, loss_fn))
+        assert_close(got, expected, tolerances.stated('stock', 'float32'))
         np.testing.assert_array_equal(np.isnan(loaded(pred, label).asnumpy()), [False, False, True, False])
 
 
@@ -537,9 +538,9 @@ def test_a_graph_knows_the_classes_of_a_dense_layer(classes, positions, invalid_
         is_known.append('broadcast_like' not in graph.tojson())
         losses.append(graph.eval(**inputs)[0].asnumpy())
     assert is_known == [True, False]
-    np.testing.assert_array_equal(*losses)
     expected = loss_fn(logits, inputs['label']).asnumpy()
-    assert_close(losses[0], expected, tolerances.stated('stock', 'float32', classes))
+    for loss in losses:
+        assert_close(loss, expected, tolerances.stated('stock', 'float32'))
 
 
 DATA = mx.sym.var('data')

@@ -90,24 +90,11 @@ def fused_gradient_bound(dtype, expected):
     return bound + FLOAT16_GRADIENT.bound(expected) if dtype == 'float16' else bound
 
 
-def stated(kernel, dtype, classes, is_symbol=False):
-    """The tolerance of a plain loss, and of each entry of its gradient, that the documentation states.
-
-    Without oneDNN's log_softmax, which MXNet has from 1.8 on, and in float64, MXNet adds up the classes one by one. The
-    stock kernel mends that for many classes, but in a graph of symbols only behind a Dense layer.
-    """
-    is_float64 = str(dtype) == 'float64'
+def stated(kernel, dtype):
+    """The tolerance of a plain loss, and of each entry of its gradient, that the documentation states."""
     if kernel == 'fused':
-        return FUSED_FLOAT64 if is_float64 else FUSED_VALUE
-    if is_float64:
-        relative = 2e-11 if is_symbol and classes > 10_000 else 1e-13
-    elif modes.ONEDNN:
-        relative = 5e-4 if is_symbol and classes > 65_536 else STOCK.relative
-    elif classes > 65_536:
-        relative = 2e-2 if is_symbol else STOCK.relative
-    else:
-        relative = 2e-5 if classes <= 1000 else 2e-4
-    return Tolerance(absolute=1e-27, relative=relative)
+        return FUSED_FLOAT64 if str(dtype) == 'float64' else FUSED_VALUE
+    return Tolerance(absolute=1e-27, relative=1e-13 if str(dtype) == 'float64' else STOCK.relative)
 
 
 # A smoothed loss adds up two terms, each off by FUSED_UNIFORM, with roundings of 6e-8 of factors, products and the sum.
@@ -115,10 +102,19 @@ STATED_SMOOTHING = Tolerance(absolute=1e-8, relative=6e-7)
 # A gradient's entry is p - target; the error is relative to the sum of both.
 STATED_SMOOTHING_ENTRY = Tolerance(absolute=1e-30, relative=1e-6)
 
-# What each class adds to the stock kernel's error in float32 if hundreds of logits are equal: all additions round to one
-# side. That is at most the rounding of one addition; oneDNN adds up 8 or 16 sums, which are shorter.
-EQUAL_LOGITS = 8e-9 if modes.ONEDNN else 2**-24
-FUSED_EQUAL_LOGITS = Tolerance(absolute=1e-27, relative=1e-6)
+
+def equal_logits(kernel, dtype, classes):
+    """The same where hundreds of logits are equal: in float32, all additions round to one side.
+
+    Each class adds at most the rounding of one addition to the stock kernel's error; oneDNN adds up 8 or 16 sums, which
+    are shorter. Many classes are added up once more, in blocks.
+    """
+    tolerance = stated(kernel, dtype)
+    if str(dtype) == 'float64':
+        return tolerance
+    if kernel == 'fused':
+        return tolerance._replace(relative=1e-6)
+    return tolerance._replace(relative=tolerance.relative + min(8e-9 * classes, 8e-5))
 
 
 # A gradient with respect to float16 logits is rounded to 11 bits, and to multiples of the smallest float16.

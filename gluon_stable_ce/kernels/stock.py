@@ -12,8 +12,8 @@ what is below 1e-7. So the label's logit is lowered by T = 64 first. Then
 and the gradient that autograd makes of this is as exact, in each entry. An error in u is the relative error
 of e^L, and so of the NLL: 1e-5 in float32, most of it the rounding of numbers near 64; 1e-13 in float64
 (``test_exactness.py``). Where hundreds of logits are equal, `log_softmax` rounds each addition to the same
-side: that adds up to 8e-9 per class, and 1.2e-16 in float64, unless the classes are added up once more. The
-page on accuracy derives the formulas.
+side: that adds up to 8e-9 per class, and 1.2e-16 in float64. So many classes are added up once more. The page
+on accuracy derives the formulas.
 
 This file also moves the class axis to the end and casts 16-bit floats, which the fused operator does not
 need.
@@ -32,6 +32,7 @@ BLOCK = 8 if array_api.HAS_SLICE_LIKE_OF_UNKNOWN_RANK else 1
 T = 64.0  # by which the label's logit is lowered: the NLL is exact down to exp(-T)
 MOST = 36.0  # of u - T: above it, the NLL is u - T in all digits
 LEAST = -3e38  # in the place of logits of -inf
+MANY_FOR_A_PRODUCT = 65536  # classes: a matrix product adds up more of them with too much rounding
 
 
 def class_terms(
@@ -107,7 +108,7 @@ def _terms_of_logits(F, call, logits, index, class_weight):
     options = call.options
     lowered = _lower(F, call, logits, index)  # (..., C)
     log_p = F.log_softmax(lowered, axis=-1)
-    nll, shift, rise = _nll_of_lowered(F, call, logits, log_p, index)
+    nll, shift, rise = _nll_of_lowered(F, call, logits, lowered, log_p, index)
     logsumexp = _logsumexp_of(F, lowered, log_p) + rise if options.lse_square_scale else None
     uniform_nll = None
     if options.label_smoothing:
@@ -151,7 +152,7 @@ def _last_two_merged(F: F, array: Array) -> Array:
     return F.reshape(array, shape=(-2, -3), reverse=True)
 
 
-def _nll_of_lowered(F, call, logits, log_p, index):
+def _nll_of_lowered(F, call, logits, lowered, log_p, index):
     """Return three arrays, (..., 1) each.
 
     - the NLL
@@ -167,7 +168,7 @@ def _nll_of_lowered(F, call, logits, log_p, index):
     shift = z_lowered - z
     rounded_off = (z_lowered - shift) - z  # by this subtraction: too little to be added to a number near 64
     if call.has_many_classes:
-        log_p_label, error = _mended(F, log_p, log_p_label, z_label)
+        log_p_label, error = _mended(F, call, lowered, log_p, log_p_label, z_label)
         rounded_off = rounded_off + error
     u_less_t = shift - log_p_label + rounded_off
     most = F.minimum(u_less_t, MOST)
@@ -177,18 +178,28 @@ def _nll_of_lowered(F, call, logits, log_p, index):
     return log1p + F.relu(u_less_t - MOST), shift, rise if error is None else rise + error
 
 
-def _mended(F, log_p, log_p_label, z_label):
+def _mended(F, call, lowered, log_p, log_p_label, z_label):
     """Return log p_y with its true gradient, and by how much all `log_p` of many classes are too large.
 
     The gradient of `log_softmax` has its probabilities, which are too large by a factor, their sum. So that
     gradient is divided by the sum, and what the label's entry then lacks goes to its logit.
     """
-    # MXNet's `sum` carries the roundings along (Kahan), which a matrix product does not
-    total: Any = F.sum(F.exp(F.BlockGrad(log_p)), axis=-1, keepdims=True)  # (..., 1)
+    total = _sum_of_probabilities(F, call, F.BlockGrad(lowered), F.BlockGrad(log_p))  # (..., 1)
     excess = 1 - 1 / total
     value = F.BlockGrad(log_p_label)
     mended = value + (1 - excess) * (log_p_label - value) + excess * (z_label - F.BlockGrad(z_label))
     return F.where(value - value == 0, mended, log_p_label), F.log(total)
+
+
+def _sum_of_probabilities(F: F, call: Call, lowered: Array, log_p: Array) -> Any:
+    """Sum_j exp log_p_j, which would be 1 if `log_softmax` made no error.
+
+    `softmax` divides by the same wrong sum, and takes a tenth of the time of MXNet's `exp`.
+    """
+    p = F.softmax(lowered, axis=-1) if array_api.HAS_ONEDNN_LOG_SOFTMAX else F.exp(log_p)
+    if (call.classes or 0) > MANY_FOR_A_PRODUCT:
+        return F.sum(p, axis=-1, keepdims=True)  # carries the roundings along (Kahan), but slowly
+    return F.dot(p, F.ones_like(_column(F, call, p)))
 
 
 def _uniform_of_lowered(F, call, log_p, index, class_weight, shift, rise):
@@ -262,8 +273,8 @@ def _uniform_nll(F: F, call: Call, log_p: Array, class_weight: Optional[Array]) 
     return _expected_nll(F, log_p, _at_each_position(F, share, log_p), F.ones_like(share))
 
 
-# Sums over classes are products with (C, 1), but for that of `_mended`: a matrix product is ten times as fast
-# as MXNet's sum. (C,) does not do, as onnxruntime 1.16 computes a transposed matrix times a vector wrongly.
+# Sums over classes are products with (C, 1): a matrix product is ten times as fast as MXNet's sum. (C,) does
+# not do, as onnxruntime 1.16 computes a transposed matrix times a vector wrongly.
 
 
 def _column(F: F, call: Call, array: Array) -> Array:
