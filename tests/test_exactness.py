@@ -108,6 +108,21 @@ def test_few_large_and_many_small_logits(kernel, mode, classes, rng):
     assert_exact(kernel, mode, pred, rng.randint(0, classes, positions))
 
 
+@modes.parametrize([modes.default, modes.nested])
+@pytest.mark.parametrize('classes', [1000, 50_257, pytest.param(1_000_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('smoothing', [0.1, 1])
+def test_the_gradient_of_smoothing_over_many_classes(kernel, mode, classes, smoothing):
+    """A gradient for each class, added up one by one in float32, is off by 1e-3."""
+    pred = np.zeros((2, classes), 'float32')
+    pred[:, 1] = 40
+    loss, gradient = mode(StableSoftmaxCELoss(label_smoothing=smoothing), pred, np.array([0, 1], 'float32'))
+    target = np.full(pred.shape, smoothing / classes)
+    target[[0, 1], [0, 1]] += 1 - smoothing
+    p = np.exp(np.float64(pred) - 40)
+    assert_close(gradient, p / p.sum(-1, keepdims=True) - target, tolerances.PLAIN)
+    assert_close(loss, (target * (40 - pred)).sum(-1), tolerances.STATED_PLAIN)
+
+
 @DTYPES
 @pytest.mark.slow
 @pytest.mark.parametrize(('first', 'last', 'largest'), [(64, 72, 0), (-12, 12, 0), (0, 12, 13.5)])

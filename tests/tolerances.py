@@ -97,6 +97,8 @@ def stated(kernel, dtype):
     return Tolerance(absolute=1e-27, relative=1e-13 if str(dtype) == 'float64' else STOCK.relative)
 
 
+# What the documentation states of the stock kernel's label smoothing and z-loss in float32.
+STATED_PLAIN = Tolerance(absolute=1e-5, relative=2e-5)
 # A smoothed loss adds up two terms, each off by FUSED_UNIFORM, with roundings of 6e-8 of factors, products and the sum.
 STATED_SMOOTHING = Tolerance(absolute=1e-8, relative=6e-7)
 # A gradient's entry is p - target; the error is relative to the sum of both.

@@ -26,6 +26,7 @@ from ..array_api import Array, F
 from ..call import Call
 from ..class_terms import ClassTerms, is_impossible, weighted
 from ..labels import class_indices, fill, one_per_class, read_labels
+from ..options import FLOAT32_MAX
 
 # Classes of unknown number. Larger blocks take little less time, and more memory where there are few classes.
 BLOCK = 8 if array_api.HAS_SLICE_LIKE_OF_UNKNOWN_RANK else 1
@@ -99,8 +100,9 @@ def _terms_of_log_probs(F, call, log_p, index, class_weight):
     if not call.options.label_smoothing:
         return ClassTerms(nll)
     log_p = _promoted(F, call, log_p)
-    is_signed = F.dot(_is_impossible(F, log_p), _share(F, call, log_p, class_weight))
-    return ClassTerms(nll, uniform_nll=_clamped(F, _uniform_nll(F, call, log_p, class_weight), is_signed))
+    share = _share(F, call, log_p, class_weight)
+    is_signed = F.dot(_is_impossible(F, log_p), share)
+    return ClassTerms(nll, uniform_nll=_clamped(F, _uniform_nll(F, log_p, share, class_weight), is_signed))
 
 
 def _terms_of_logits(F, call, logits, index, class_weight):
@@ -108,12 +110,18 @@ def _terms_of_logits(F, call, logits, index, class_weight):
     options = call.options
     lowered = _lower(F, call, logits, index)  # (..., C)
     log_p = F.log_softmax(lowered, axis=-1)
-    nll, shift, rise = _nll_of_lowered(F, call, logits, lowered, log_p, index)
-    logsumexp = _logsumexp_of(F, lowered, log_p) + rise if options.lse_square_scale else None
+    total = _sum_of_probabilities(F, call, lowered, log_p) if call.has_many_classes else None
+    nll, shift, rise = _nll_of_lowered(F, call, logits, log_p, index, total)
+    if not options.lse_square_scale and not options.label_smoothing:
+        return ClassTerms(nll)
+    logsumexp = _logsumexp_of(F, lowered, log_p, total) + rise
     uniform_nll = None
     if options.label_smoothing:
-        uniform_nll = _uniform_of_lowered(F, call, log_p, index, class_weight, shift, rise)
-    return ClassTerms(nll, logsumexp, uniform_nll)
+        share = _share(F, call, log_p, class_weight)  # (C, 1), w_j / C
+        uniform_nll = _uniform_nll(F, log_p, share, class_weight)
+        uniform_nll = F.BlockGrad(_uniform_of_lowered(F, call, uniform_nll, index, share, shift, rise))
+        uniform_nll = uniform_nll + _slope_of_uniform(F, lowered, logsumexp, share, class_weight)
+    return ClassTerms(nll, logsumexp if options.lse_square_scale else None, uniform_nll)
 
 
 def _lower(F: F, call: Call, logits: Array, index: Array) -> Array:
@@ -152,14 +160,14 @@ def _last_two_merged(F: F, array: Array) -> Array:
     return F.reshape(array, shape=(-2, -3), reverse=True)
 
 
-def _nll_of_lowered(F, call, logits, lowered, log_p, index):
+def _nll_of_lowered(F, call, logits, log_p, index, total):
     """Return three arrays, (..., 1) each.
 
     - the NLL
     - by how much the label's logit was lowered: -T, or less where logits are so large that this rounds
     - by how much the logsumexp of the logits is above that of the lowered ones, as `log_softmax` has it
     """
-    z_label, log_p_label, error = _pick(F, logits, index), _pick(F, log_p, index), None
+    z_label, log_p_label = _pick(F, logits, index), _pick(F, log_p, index)
     if call.dtype is None:
         z_label = array_api.multiply(F, F.ones_like(log_p_label), z_label)  # in log_p's dtype
     z_label = F.maximum(z_label, LEAST)
@@ -167,49 +175,61 @@ def _nll_of_lowered(F, call, logits, lowered, log_p, index):
     z_lowered = z - T
     shift = z_lowered - z
     rounded_off = (z_lowered - shift) - z  # by this subtraction: too little to be added to a number near 64
-    if call.has_many_classes:
-        log_p_label, error = _mended(F, call, lowered, log_p, log_p_label, z_label)
-        rounded_off = rounded_off + error
+    if total is not None:
+        log_p_label = _mended(F, log_p_label, z_label, total)
+        rounded_off = rounded_off + F.log(total)
     u_less_t = shift - log_p_label + rounded_off
     most = F.minimum(u_less_t, MOST)
     # where p_y is 1, both exponentials are equal
     log1p = F.log1p(F.relu(F.exp(most) - F.exp(shift + rounded_off)))
     rise = log1p - most
-    return log1p + F.relu(u_less_t - MOST), shift, rise if error is None else rise + error
-
-
-def _mended(F, call, lowered, log_p, log_p_label, z_label):
-    """Return log p_y with its true gradient, and by how much all `log_p` of many classes are too large.
-
-    The gradient of `log_softmax` has its probabilities, which are too large by a factor, their sum. So that
-    gradient is divided by the sum, and what the label's entry then lacks goes to its logit.
-    """
-    total = _sum_of_probabilities(F, call, F.BlockGrad(lowered), F.BlockGrad(log_p))  # (..., 1)
-    excess = 1 - 1 / total
-    value = F.BlockGrad(log_p_label)
-    mended = value + (1 - excess) * (log_p_label - value) + excess * (z_label - F.BlockGrad(z_label))
-    return F.where(value - value == 0, mended, log_p_label), F.log(total)
+    return log1p + F.relu(u_less_t - MOST), shift, rise if total is None else rise + F.log(total)
 
 
 def _sum_of_probabilities(F: F, call: Call, lowered: Array, log_p: Array) -> Any:
-    """Sum_j exp log_p_j, which would be 1 if `log_softmax` made no error.
+    """Sum_j exp log_p_j, (..., 1), which would be 1 if `log_softmax` made no error.
 
     `softmax` divides by the same wrong sum, and takes a tenth of the time of MXNet's `exp`.
     """
-    p = F.softmax(lowered, axis=-1) if array_api.HAS_ONEDNN_LOG_SOFTMAX else F.exp(log_p)
+    has_softmax = array_api.HAS_ONEDNN_LOG_SOFTMAX
+    p = F.softmax(F.BlockGrad(lowered), axis=-1) if has_softmax else F.exp(F.BlockGrad(log_p))
     if (call.classes or 0) > MANY_FOR_A_PRODUCT:
         return F.sum(p, axis=-1, keepdims=True)  # carries the roundings along (Kahan), but slowly
     return F.dot(p, F.ones_like(_column(F, call, p)))
 
 
-def _uniform_of_lowered(F, call, log_p, index, class_weight, shift, rise):
-    """1/C sum_j w_j (-log p_j): each `log_p` is too large by the rise, and the label's too small by T."""
-    share = _share(F, call, log_p, class_weight)  # (C, 1), w_j / C
-    all_classes = F.broadcast_mul(rise, F.dot(F.transpose(share), F.ones_like(share)))
+def _mended(F: F, log_p: Any, z: Any, total: Any) -> Array:
+    """Return the log_p of a class of each position, which has logit z, with its true gradient.
+
+    The gradient of `log_softmax` has its probabilities, which are too large by a factor, their sum. So that
+    gradient is divided by the sum, and what the class's own entry then lacks goes to its logit.
+    """
+    excess, value = 1 - 1 / total, F.BlockGrad(log_p)
+    mended = value + (1 - excess) * (log_p - value) + excess * (z - F.BlockGrad(z))
+    return F.where(value - value == 0, mended, log_p)
+
+
+def _uniform_of_lowered(F, call, uniform_nll, index, share, shift, rise):
+    """Mend that of lowered logits: each `log_p` is too large by the rise, and the label's too small by T."""
     share_of_label = F.take(share, index, mode='clip')
     if call.ndim is None:
         share_of_label = F.squeeze(share_of_label, axis=-1)
-    return _clamped(F, _uniform_nll(F, call, log_p, class_weight) + all_classes + shift * share_of_label)
+    rises = F.broadcast_mul(rise, _sum_of_shares(F, share))
+    return _clamped(F, uniform_nll + rises + shift * share_of_label)
+
+
+def _slope_of_uniform(F, lowered, logsumexp, share, class_weight):
+    """Return 0 with the gradient of the uniform NLL, p sum_j share_j - share. Where that is inf, return inf.
+
+    `log_softmax` would add up a gradient for each class, one by one: off by 1e-3 for 50,257 classes.
+    """
+    zeros = lowered - F.maximum(F.BlockGrad(lowered), -FLOAT32_MAX)  # but -inf where a class is masked
+    of_logsumexp = F.broadcast_mul(logsumexp - F.BlockGrad(logsumexp), _sum_of_shares(F, share))
+    return of_logsumexp + _uniform_nll(F, zeros, share, class_weight)
+
+
+def _sum_of_shares(F: F, share: Array) -> Array:
+    return F.dot(F.transpose(share), F.ones_like(share))  # (1, 1)
 
 
 # Dense labels
@@ -234,14 +254,16 @@ def _dense_terms(F: F, call: Call, pred: Array, target: Array, class_weight: Opt
     ones = F.ones_like(_column(F, call, log_p))  # (C, 1)
     weighted_target = target if class_weight is None else target * _at_each_position(F, class_weight, log_p)
     is_signed: Any = F.dot(F.relu(-F.BlockGrad(target)), ones)  # the loss may be below 0, as policy gradients
+    share = _share(F, call, log_p, class_weight) if options.label_smoothing else None
     is_uniform_signed = None
     if options.pred_type == 'log_probs':
         is_counted = F.BlockGrad(weighted_target) != 0
         is_signed = is_signed + F.dot(_is_impossible(F, log_p) * is_counted, ones)
-        is_uniform_signed = F.dot(_is_impossible(F, log_p), _share(F, call, log_p, class_weight))
+        if share is not None:
+            is_uniform_signed = F.dot(_is_impossible(F, log_p), share)
     uniform_nll = None
-    if options.label_smoothing:
-        uniform_nll = _clamped(F, _uniform_nll(F, call, log_p, class_weight), is_uniform_signed)
+    if share is not None:
+        uniform_nll = _clamped(F, _uniform_nll(F, log_p, share, class_weight), is_uniform_signed)
     terms = ClassTerms(
         _clamped(F, _expected_nll(F, log_p, weighted_target, ones), is_signed),
         _logsumexp_of(F, pred, log_p) if options.lse_square_scale else None,
@@ -259,15 +281,15 @@ def _expected_nll(F: F, log_p: Array, target: Any, ones: Array) -> Array:
 # Both
 
 
-def _logsumexp_of(F: F, logits: Array, log_p: Array) -> Array:
+def _logsumexp_of(F: F, logits: Array, log_p: Array, total: Optional[Array] = None) -> Array:
     """Log sum_j exp z_j from the class of the largest logit, which is finite wherever the sum is."""
     index = F.argmax(logits, axis=-1, keepdims=True)
-    return _pick(F, logits, index) - _pick(F, log_p, index)
+    z, log_p_largest = _pick(F, logits, index), _pick(F, log_p, index)
+    return z - (log_p_largest if total is None else _mended(F, log_p_largest, z, total))
 
 
-def _uniform_nll(F: F, call: Call, log_p: Array, class_weight: Optional[Array]) -> Array:
+def _uniform_nll(F: F, log_p: Array, share: Array, class_weight: Optional[Array]) -> Array:
     """1/C sum_j w_j (-log p_j)."""
-    share = _share(F, call, log_p, class_weight)
     if class_weight is None:
         return -F.dot(log_p, share)
     return _expected_nll(F, log_p, _at_each_position(F, share, log_p), F.ones_like(share))
