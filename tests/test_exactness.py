@@ -71,7 +71,10 @@ def test_one_logit_above_or_below_equal_ones(kernel, mode, dtype, classes, gap):
         expected = mpmath.log1p((classes - 1) * mpmath.e ** -mpmath.mpf(gap))
         at_label, other = mpmath.expm1(-expected), -mpmath.expm1(-expected) / (classes - 1)
     loss, gradient = mode(StableSoftmaxCELoss(), pred, np.array([label], 'float32'))
-    tolerance = tolerances.equal_logits(kernel, dtype, classes)
+    is_kahan_sum = mode is modes.default and classes == 1_000_000  # of so many classes of arrays
+    tolerance = (
+        tolerances.stated(kernel, dtype) if is_kahan_sum else tolerances.equal_logits(kernel, dtype, classes)
+    )
     assert_close(loss, [float(expected)], tolerance)
     assert_close(gradient[0, [label, 0]], [float(at_label), float(other)], tolerance)
 
