@@ -128,17 +128,31 @@ def test_the_gradient_of_smoothing_over_many_classes(kernel, mode, classes, smoo
 
 @DTYPES
 @pytest.mark.slow
-@pytest.mark.parametrize(('first', 'last', 'largest'), [(64, 72, 0), (-12, 12, 0), (0, 12, 13.5)])
-def test_many_equal_logits(kernel, dtype, first, last, largest):
+@pytest.mark.parametrize(('first', 'last', 'largest'), [(64, 70, 0), (-12, 12, 0), (0, 12, 13.5)])
+@pytest.mark.parametrize('classes', [10_000, 50_257])
+@modes.parametrize([modes.default, behind_dense])
+def test_many_equal_logits(kernel, dtype, mode, classes, first, last, largest):
     """Beside a label that is above them, also after the stock kernel has lowered it, or beside one larger logit."""
-    classes, rows = 50257, np.arange(33)
+    rows = np.arange(33)
     pred, label = np.zeros((33, classes), dtype), rows
     pred[:, 40] = largest
     pred[rows, label] = np.linspace(first, last, 33)
-    loss, _ = modes.default(StableSoftmaxCELoss(), pred, label)
+    loss, _ = mode(StableSoftmaxCELoss(), pred, label)
     expected = exact(pred, label)[0]
     assert (expected > 1e-27).all()
     assert_close(loss, expected, tolerances.equal_logits(kernel, dtype, classes))
+
+
+@pytest.mark.parametrize('classes', [1000, 50_257])
+def test_the_gradient_of_equal_dense_targets(classes):
+    """MXNet adds up the targets one by one: up to 2e-8 per class, as in gluon's loss."""
+    pred = np.zeros((1, classes), 'float32')
+    pred[0, 1] = 40
+    target = np.full(pred.shape, 1 / classes, 'float32')
+    _, gradient = modes.default(StableSoftmaxCELoss(sparse_label=False), pred, target)
+    p = np.exp(np.float64(pred) - 40)
+    expected = p / p.sum() * np.float64(target).sum() - target
+    assert_close(gradient, expected, tolerances.Tolerance(absolute=2e-8 * classes))
 
 
 @DTYPES

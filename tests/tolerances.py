@@ -106,17 +106,16 @@ STATED_SMOOTHING_ENTRY = Tolerance(absolute=1e-30, relative=1e-6)
 
 
 def equal_logits(kernel, dtype, classes):
-    """The same where hundreds of logits are equal: in float32, all additions round to one side.
+    """The same where hundreds of logits are equal: all additions round to one side.
 
-    Each class adds at most the rounding of one addition to the stock kernel's error; oneDNN adds up 8 or 16 sums, which
-    are shorter. Many classes are added up once more, in blocks.
+    Each class adds at most the rounding of one addition to the stock kernel's error; in float32, oneDNN adds up 8 or 16
+    sums, which are shorter. More than 10,000 classes are added up once more, in blocks.
     """
-    tolerance = stated(kernel, dtype)
-    if str(dtype) == 'float64':
-        return tolerance
+    tolerance, is_float64 = stated(kernel, dtype), str(dtype) == 'float64'
     if kernel == 'fused':
-        return tolerance._replace(relative=1e-6)
-    return tolerance._replace(relative=tolerance.relative + min(8e-9 * classes, 8e-5))
+        return tolerance if is_float64 else tolerance._replace(relative=1e-6)
+    of_a_class = 2**-53 if is_float64 else 8e-9
+    return tolerance._replace(relative=tolerance.relative + of_a_class * min(classes, 10_000))
 
 
 # A gradient with respect to float16 logits is rounded to 11 bits, and to multiples of the smallest float16.

@@ -32,7 +32,7 @@ from ..options import FLOAT32_MAX
 BLOCK = 8 if array_api.HAS_SLICE_LIKE_OF_UNKNOWN_RANK else 1
 T = 64.0  # by which the label's logit is lowered: the NLL is exact down to exp(-T)
 MOST = 36.0  # of u - T: above it, the NLL is u - T in all digits
-LEAST = -3e38  # in the place of logits of -inf
+LEAST = -FLOAT32_MAX  # in the place of logits of -inf
 MANY_FOR_A_PRODUCT = 65536  # classes: a matrix product adds up more of them with too much rounding
 
 
@@ -223,7 +223,7 @@ def _slope_of_uniform(F, lowered, logsumexp, share, class_weight):
 
     `log_softmax` would add up a gradient for each class, one by one: off by 1e-3 for 50,257 classes.
     """
-    zeros = lowered - F.maximum(F.BlockGrad(lowered), -FLOAT32_MAX)  # but -inf where a class is masked
+    zeros = lowered - F.maximum(F.BlockGrad(lowered), LEAST)  # but -inf where a class is masked
     of_logsumexp = F.broadcast_mul(logsumexp - F.BlockGrad(logsumexp), _sum_of_shares(F, share))
     return of_logsumexp + _uniform_nll(F, zeros, share, class_weight)
 

@@ -83,17 +83,20 @@ template <typename P, typename T> INLINE Reduced<T> reduced(T x) {
   return {last_bits(sum), expm1_reduced<P>(reduce(x, sum - magic(x)))};
 }
 
+// For both functions below: of one x, the compiler computes it once. Below -709, 2^n is 0.
+template <typename P> INLINE Reduced<double> reduced_or_0(double x) {
+  return reduced<P>(x < -1023 * kLn2 ? -1023 * kLn2 : x);
+}
+
 // exp(x). Valid range: up to 700; 0 below -709. Max error, relative: 3e-10 (float), 2e-16 (double).
 template <typename T> INLINE double exp_of(double x) {
-  x = x < -1023 * kLn2 ? -1023 * kLn2 : x;
-  const Reduced<double> e = reduced<T>(x);
+  const Reduced<double> e = reduced_or_0<T>(x);
   return (e.expm1 + 1) * power_of_2<double>(e.n);
 }
 
 // exp(x) - 1. Valid range: up to 700. Max error, relative: 1e-9 (float), 3e-16 (double).
 template <typename T> INLINE double expm1_of(double x) {
-  x = x < -1023 * kLn2 ? -1023 * kLn2 : x;
-  const Reduced<double> e = reduced<T>(x);
+  const Reduced<double> e = reduced_or_0<T>(x);
   return e.expm1 * power_of_2<double>(e.n) + (power_of_2<double>(e.n) - 1);
 }
 
