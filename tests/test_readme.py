@@ -70,7 +70,7 @@ def test_first_table_is_what_is_measured():
         (
             'the loss of 50,257 float16 logits',
             f'off by {off[0]:.1f}',
-            f'off by {off[1]:.0e}',
+            f'off by less than {10.0 ** np.ceil(np.log10(off[1])):.0e}',  # the last digits depend on the processor
             '',
         ),
     ]

@@ -12,8 +12,8 @@ what is below 1e-7. So the label's logit is lowered by T = 64 first. Then
 and the gradient that autograd makes of this is as exact, in each entry. An error in u is the relative error
 of e^L, and so of the NLL: 1e-5 in float32, most of it the rounding of numbers near 64; 1e-13 in float64
 (``test_exactness.py``). Where hundreds of logits are equal, `log_softmax` rounds each addition to the same
-side: that adds up to 8e-9 per class, and 1.2e-16 in float64. So many classes are added up once more. The page
-on accuracy derives the formulas.
+side: that adds up to 8e-9 per class, and 1.2e-16 in float64. Many classes are added up once more, and have no
+such error. The page on accuracy derives the formulas.
 
 This file also moves the class axis to the end and casts 16-bit floats, which the fused operator does not
 need.
@@ -33,7 +33,8 @@ BLOCK = 8 if array_api.HAS_SLICE_LIKE_OF_UNKNOWN_RANK else 1
 T = 64.0  # by which the label's logit is lowered: the NLL is exact down to exp(-T)
 MOST = 36.0  # of u - T: above it, the NLL is u - T in all digits
 LEAST = -FLOAT32_MAX  # in the place of logits of -inf
-MANY_FOR_A_PRODUCT = 65536  # classes: a matrix product adds up more of them with too much rounding
+LEAST_P = 1e-37  # smaller probabilities have fewer digits
+BLOCKS = 16  # of many classes, to be added up
 
 
 def class_terms(
@@ -110,17 +111,20 @@ def _terms_of_logits(F, call, logits, index, class_weight):
     options = call.options
     lowered = _lower(F, call, logits, index)  # (..., C)
     log_p = F.log_softmax(lowered, axis=-1)
-    total = _sum_of_probabilities(F, call, lowered, log_p) if call.has_many_classes else None
-    nll, shift, rise = _nll_of_lowered(F, call, logits, log_p, index, total)
+    p = total = None
+    if call.has_many_classes:
+        p = _probabilities(F, lowered, log_p)
+        total = _sum_over_classes(F, call, p, F.ones_like(_column(F, call, p)))
+    nll, shift, rise = _nll_of_lowered(F, call, logits, log_p, index, p, total)
     if not options.lse_square_scale and not options.label_smoothing:
         return ClassTerms(nll)
     logsumexp = _logsumexp_of(F, lowered, log_p, total) + rise
     uniform_nll = None
     if options.label_smoothing:
         share = _share(F, call, log_p, class_weight)  # (C, 1), w_j / C
-        uniform_nll = _uniform_nll(F, log_p, share, class_weight)
+        uniform_nll = -_sum_over_classes(F, call, F.maximum(log_p, LEAST), share)  # the slope has inf
         uniform_nll = F.BlockGrad(_uniform_of_lowered(F, call, uniform_nll, index, share, shift, rise))
-        uniform_nll = uniform_nll + _slope_of_uniform(F, lowered, logsumexp, share, class_weight)
+        uniform_nll = uniform_nll + _slope_of_uniform(F, call, lowered, logsumexp, share, class_weight)
     return ClassTerms(nll, logsumexp if options.lse_square_scale else None, uniform_nll)
 
 
@@ -160,7 +164,7 @@ def _last_two_merged(F: F, array: Array) -> Array:
     return F.reshape(array, shape=(-2, -3), reverse=True)
 
 
-def _nll_of_lowered(F, call, logits, log_p, index, total):
+def _nll_of_lowered(F, call, logits, log_p, index, p, total):
     """Return three arrays, (..., 1) each.
 
     - the NLL
@@ -174,28 +178,29 @@ def _nll_of_lowered(F, call, logits, log_p, index, total):
     z = F.BlockGrad(z_label)
     z_lowered = z - T
     shift = z_lowered - z
-    rounded_off = (z_lowered - shift) - z  # by this subtraction: too little to be added to a number near 64
+    rounded_off = (z_lowered - shift) - z  # by this subtraction
     if total is not None:
         log_p_label = _mended(F, log_p_label, z_label, total)
-        rounded_off = rounded_off + F.log(total)
-    u_less_t = shift - log_p_label + rounded_off
+        p_label = _pick(F, p, index)
+        too_large = F.exp(F.BlockGrad(log_p_label)) * total / p_label  # by the sum, and by rounding log_p
+        too_large = F.where(p_label > LEAST_P, too_large, total)
+    u_less_t = shift - log_p_label  # what is rounded off is too little to be added to it
     most = F.minimum(u_less_t, MOST)
     # where p_y is 1, both exponentials are equal
-    log1p = F.log1p(F.relu(F.exp(most) - F.exp(shift + rounded_off)))
-    rise = log1p - most
-    return log1p + F.relu(u_less_t - MOST), shift, rise if total is None else rise + F.log(total)
+    odds = F.exp(most) if total is None else F.exp(most) * too_large
+    log1p = F.log1p(F.exp(rounded_off) * F.relu(odds - F.exp(shift)))
+    rise = log1p - most - rounded_off
+    return log1p + F.relu(u_less_t - MOST), shift, rise if total is None else rise + F.log(total / too_large)
 
 
-def _sum_of_probabilities(F: F, call: Call, lowered: Array, log_p: Array) -> Any:
-    """Sum_j exp log_p_j, (..., 1), which would be 1 if `log_softmax` made no error.
+def _probabilities(F: F, lowered: Array, log_p: Array) -> Any:
+    """Exp log_p_j, (..., C), with the same sum, which would be 1 if `log_softmax` made no error.
 
     `softmax` divides by the same wrong sum, and takes a tenth of the time of MXNet's `exp`.
     """
-    has_softmax = array_api.HAS_ONEDNN_LOG_SOFTMAX
-    p = F.softmax(F.BlockGrad(lowered), axis=-1) if has_softmax else F.exp(F.BlockGrad(log_p))
-    if (call.classes or 0) > MANY_FOR_A_PRODUCT:
-        return F.sum(p, axis=-1, keepdims=True)  # carries the roundings along (Kahan), but slowly
-    return F.dot(p, F.ones_like(_column(F, call, p)))
+    if array_api.HAS_ONEDNN_LOG_SOFTMAX:
+        return F.softmax(F.BlockGrad(lowered), axis=-1)
+    return F.exp(F.BlockGrad(log_p))
 
 
 def _mended(F: F, log_p: Any, z: Any, total: Any) -> Array:
@@ -214,22 +219,22 @@ def _uniform_of_lowered(F, call, uniform_nll, index, share, shift, rise):
     share_of_label = F.take(share, index, mode='clip')
     if call.ndim is None:
         share_of_label = F.squeeze(share_of_label, axis=-1)
-    rises = F.broadcast_mul(rise, _sum_of_shares(F, share))
+    rises = F.broadcast_mul(rise, _sum_of_shares(F, call, share))
     return _clamped(F, uniform_nll + rises + shift * share_of_label)
 
 
-def _slope_of_uniform(F, lowered, logsumexp, share, class_weight):
+def _slope_of_uniform(F, call, lowered, logsumexp, share, class_weight):
     """Return 0 with the gradient of the uniform NLL, p sum_j share_j - share. Where that is inf, return inf.
 
     `log_softmax` would add up a gradient for each class, one by one: off by 1e-3 for 50,257 classes.
     """
     zeros = lowered - F.maximum(F.BlockGrad(lowered), LEAST)  # but -inf where a class is masked
-    of_logsumexp = F.broadcast_mul(logsumexp - F.BlockGrad(logsumexp), _sum_of_shares(F, share))
+    of_logsumexp = F.broadcast_mul(logsumexp - F.BlockGrad(logsumexp), _sum_of_shares(F, call, share))
     return of_logsumexp + _uniform_nll(F, zeros, share, class_weight)
 
 
-def _sum_of_shares(F: F, share: Array) -> Array:
-    return F.dot(F.transpose(share), F.ones_like(share))  # (1, 1)
+def _sum_of_shares(F: F, call: Call, share: Array) -> Array:
+    return _sum_over_classes(F, call, F.transpose(share), F.ones_like(share))  # (1, 1)
 
 
 # Dense labels
@@ -299,6 +304,23 @@ def _uniform_nll(F: F, log_p: Array, share: Array, class_weight: Optional[Array]
 # not do, as onnxruntime 1.16 computes a transposed matrix times a vector wrongly.
 
 
+def _sum_over_classes(F: F, call: Call, array: Array, factor: Array) -> Any:
+    """Sum_j array_j factor_j, (..., 1), of finite numbers. The factors are (C, 1).
+
+    Of many classes, the even and the odd ones of each block are added up first, which rounds less often.
+    """
+    if not call.has_many_classes:
+        return F.dot(array, factor)
+    index = F.contrib.arange_like(factor)  # (C, 1)
+    block, is_odd = F.floor(index * _equal_share(F, factor) * (BLOCKS - 1)), index - 2 * F.floor(index / 2)
+    is_in_sum = F.one_hot(2 * block + is_odd, depth=2 * BLOCKS, dtype=call.compute_dtype)  # (C, 1, 32)
+    is_in_sum = _last_two_merged(F, is_in_sum)
+    if call.dtype is None:
+        is_in_sum = array_api.promoted(F, is_in_sum, factor)
+    sums = F.dot(array, F.broadcast_mul(factor, is_in_sum))  # (..., 32)
+    return F.dot(sums, F.ones_like(array_api.first(F, F.transpose(is_in_sum), axis=1)))
+
+
 def _column(F: F, call: Call, array: Array) -> Array:
     """(C, 1) in the dtype of an array of (..., C). Its values mean nothing."""
     if call.ndim is None:
@@ -308,8 +330,13 @@ def _column(F: F, call: Call, array: Array) -> Array:
 
 def _share(F: F, call: Call, log_p: Array, class_weight: Optional[Array]) -> Array:
     """(C, 1), w_j / C."""
-    share: Any = F.softmax(F.zeros_like(_column(F, call, log_p)), axis=0)  # 1/C for each class
+    share = _equal_share(F, _column(F, call, log_p))
     return share if class_weight is None else share * class_weight
+
+
+def _equal_share(F: F, column: Array) -> Any:
+    """(C, 1), 1 / C."""
+    return F.softmax(F.zeros_like(column), axis=0)
 
 
 def _clamped(F: F, nll: Any, is_signed: Optional[Array] = None) -> Array:
