@@ -249,6 +249,17 @@ def test_nan_logit_at_the_label_is_nan(mode, options, ctx):
     assert np.isfinite(loss[1])
 
 
+@every_mode
+@pytest.mark.usefixtures('kernel')
+def test_no_finite_loss_hides_an_infinite_logit_of_another_class(mode, kernel):
+    loss, _ = mode(
+        StableSoftmaxCELoss(), np.array([[np.inf, 1, 2], [0, 1, 2]], 'float32'), np.array([1, 1], 'float32')
+    )
+    is_fused = kernel == 'fused' and mode is not modes.exported_alone
+    assert loss[0] == np.inf or (not is_fused and np.isnan(loss[0]))
+    assert np.isfinite(loss[1])
+
+
 EMPTY = {
     'no samples': ((0, 5), -1, 0),
     'no samples of several positions': ((0, 3, 5), -1, 0),
