@@ -186,9 +186,9 @@ def _nll_of_lowered(F, call, logits, log_p, index, p, total):
         too_large = F.where(p_label > LEAST_P, too_large, total)
     u_less_t = shift - log_p_label  # what is rounded off is too little to be added to it
     most = F.minimum(u_less_t, MOST)
+    exp = F.exp(most) if total is None else F.exp(most) * too_large
     # where p_y is 1, both exponentials are equal
-    odds = F.exp(most) if total is None else F.exp(most) * too_large
-    log1p = F.log1p(F.exp(rounded_off) * F.relu(odds - F.exp(shift)))
+    log1p = F.log1p(F.exp(rounded_off) * F.relu(exp - F.exp(shift)))
     rise = log1p - most - rounded_off
     return log1p + F.relu(u_less_t - MOST), shift, rise if total is None else rise + F.log(total / too_large)
 
