@@ -151,8 +151,9 @@ def checked(
     """
     pred, label = as_dense('pred', pred), as_dense('label', label)
     sample_weight = None if sample_weight is None else as_dense('sample_weight', sample_weight)
-    pred = array_api.without_bfloat16(pred, array_api.dtype_name(pred))
-    check_pred_dtype('pred', array_api.dtype_name(pred))
+    dtype = array_api.dtype_name(pred)
+    check_pred_dtype('pred', dtype)
+    pred = array_api.without_bfloat16(pred, dtype)
     is_one_sample = pred.ndim == 1 and label.size == (1 if options.sparse_label else pred.size)
     if is_one_sample and options.class_axes in ((0,), (-1,)):
         options = options._replace(axis=-1, batch_axes=(0,))

@@ -1,6 +1,6 @@
 """The terms of a loss or a metric: the class axis reduced to one number per position."""
 
-from typing import Any, NamedTuple, Optional
+from typing import Any, Callable, NamedTuple, Optional
 
 from . import array_api
 from .array_api import Array, F
@@ -24,6 +24,10 @@ class ClassTerms(NamedTuple):
     nll: Array  # -w_y log p_y, or -sum_j w_j target_j log p_j
     logsumexp: Optional[Array] = None  # log sum_j exp z_j
     uniform_nll: Optional[Array] = None  # -1/C sum_j w_j log p_j
+
+    def map(self, function: Callable[[Array], Array]) -> 'ClassTerms':
+        """Call a function with each of the terms."""
+        return ClassTerms(*(None if term is None else function(term) for term in self))
 
 
 def weighted(F: F, term: Array, weight: Array) -> Array:

@@ -132,15 +132,16 @@ class StableSoftmaxCrossEntropyLoss(gluon.loss.SoftmaxCrossEntropyLoss):
     gradient is rounded to their dtype. Losses and entries below 1e-27 have an absolute error with the stock
     kernel: at most 1e-27. The fused kernel's bounds hold down to 1e-38, and for float64 to 2e-308. Where
     hundreds of logits are equal, all additions round to the same side. With up to 10,000 classes, this adds
-    up to 8e-9 C to the stock kernel's relative error in float32, and behind a `Dense` layer 1.2e-16 C in
+    up to 8e-9 C to the stock kernel's relative error in float32, and in graphs of symbols 1.2e-16 C in
     float64; the fused kernel's stays below 1e-6. Dense labels, label smoothing and z-loss have an absolute
     error with the stock kernel: 1e-5 nats plus 2e-5 of the value; for float64, 1e-12 of both. With the fused
     kernel, label smoothing has 1e-8 nats plus 6e-7 of the value.
 
     A probability of 0 gives inf. NaN or +inf at the label gives NaN. NaN of another class gives NaN with the
-    fused kernel. On the CPU, oneDNN hides it from the loss of the stock kernel, but that class's gradient is
-    not finite. A logit of -inf masks a class: that changes nothing, unless the class is the label. With label
-    smoothing, each class is part of the target, so the loss is inf, unless the class has a class weight of 0.
+    fused kernel. On the CPU, oneDNN hides it from the loss of the stock kernel, unless there are many
+    classes, but that class's gradient is not finite. A logit of -inf masks a class: that changes nothing,
+    unless the class is the label. With label smoothing, each class is part of the target, so the loss is inf,
+    unless the class has a class weight of 0.
 
     *Gradients.* The gradient with respect to a sample weight of 0 is 0, where gluon's is the loss; likewise
     with respect to dense targets of 0.

@@ -1,5 +1,6 @@
 """Values and each entry of gradients against 60 digits or long double, relatively: with each kernel, in each mode."""
 
+import cases
 import modes
 import mpmath
 import mxnet as mx
@@ -8,14 +9,13 @@ import pytest
 import tolerances
 from checks import every_mode
 from mxnet import autograd, gluon, nd
-from tolerances import assert_close
+from tolerances import assert_close, assert_relatively_close
 
 from gluon_stable_ce import StableCrossEntropy, StableSoftmaxCELoss
 
 pytestmark = pytest.mark.usefixtures('kernel')
 
 INF = float('inf')
-LEAST_NORMAL = 2.0**-126  # of float32: smaller entries have fewer digits
 GAPS = [-1e4, -200, -90, -20, -1, 0, 1, 15, 20, 40, 60, 69, 100, 300, 690, 1e4]
 DTYPES = pytest.mark.parametrize('dtype', ['float32', 'float64'])
 
@@ -40,12 +40,8 @@ def assert_exact(kernel, mode, pred, label, tolerance=None):
     loss, gradient = mode(StableSoftmaxCELoss(), pred, label.astype('float32'))
     expected, expected_gradient = exact(pred, label)
     assert (loss >= 0).all()
-    # a loss below 1e-27 has the gradient of one that may be as large
-    least = max(tolerance.absolute, LEAST_NORMAL)
-    for got, exactly in ((loss, expected), (gradient, expected_gradient)):
-        is_small = abs(exactly) < least
-        assert_close(got[is_small], exactly[is_small], tolerances.Tolerance(absolute=least))
-        assert_close(got[~is_small], exactly[~is_small], tolerance._replace(absolute=0))
+    assert_relatively_close(loss, expected, tolerance)
+    assert_relatively_close(gradient, expected_gradient, tolerance)
 
 
 @DTYPES
@@ -69,11 +65,13 @@ def test_one_logit_above_or_below_equal_ones(kernel, mode, dtype, classes, gap):
     pred[0, label] = gap
     with mpmath.workdps(60):
         expected = mpmath.log1p((classes - 1) * mpmath.e ** -mpmath.mpf(gap))
-        at_label, other = mpmath.expm1(-expected), -mpmath.expm1(-expected) / (classes - 1)
+        other = -mpmath.expm1(-expected) / (classes - 1)
     loss, gradient = mode(StableSoftmaxCELoss(), pred, np.array([label], 'float32'))
     tolerance = tolerances.equal_logits(kernel, dtype, classes, mode)
-    assert_close(loss, [float(expected)], tolerance)
-    assert_close(gradient[0, [label, 0]], [float(at_label), float(other)], tolerance)
+    expected_gradient = np.full(pred.shape, float(other))
+    expected_gradient[0, label] *= 1 - classes
+    assert_relatively_close(loss, [float(expected)], tolerance)
+    assert_relatively_close(gradient, expected_gradient, tolerance)
 
 
 def behind_dense(loss_fn, pred, label):
@@ -93,7 +91,7 @@ def behind_dense(loss_fn, pred, label):
 @DTYPES
 @pytest.mark.parametrize('classes', [70_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
 @modes.parametrize([modes.default, modes.nested, behind_dense])
-def test_so_many_classes_that_float32_does_not_add_them_up(kernel, mode, dtype, classes, rng):
+def test_more_classes_than_log_softmax_adds_up_exactly(kernel, mode, dtype, classes, rng):
     pred, label = rng.normal(0, 3, (4, classes)).astype(dtype).round(), np.arange(4)
     pred[np.arange(4), label] += np.array([-30, 0, 20, 45], dtype)
     assert_exact(kernel, mode, pred, label)
@@ -119,8 +117,10 @@ def test_the_gradient_of_smoothing_over_many_classes(kernel, mode, classes, smoo
     target = np.full(pred.shape, smoothing / classes)
     target[[0, 1], [0, 1]] += 1 - smoothing
     p = np.exp(np.float64(pred) - 40)
-    assert_close(gradient, p / p.sum(-1, keepdims=True) - target, tolerances.PLAIN)
-    assert_close(loss, (target * (40 - pred)).sum(-1), tolerances.STATED_PLAIN)
+    p /= p.sum(-1, keepdims=True)
+    cases.assert_within(gradient, p - target, tolerances.PLAIN.absolute * (p + target))
+    tolerance = tolerances.STATED_SMOOTHING if kernel == 'fused' else tolerances.STATED_PLAIN
+    assert_close(loss, (target * (40 - pred)).sum(-1), tolerance)
 
 
 @DTYPES
@@ -147,8 +147,10 @@ def test_the_gradient_of_equal_dense_targets(classes):
     target = np.full(pred.shape, 1 / classes, 'float32')
     _, gradient = modes.default(StableSoftmaxCELoss(sparse_label=False), pred, target)
     p = np.exp(np.float64(pred) - 40)
-    expected = p / p.sum() * np.float64(target).sum() - target
-    assert_close(gradient, expected, tolerances.Tolerance(absolute=2e-8 * classes))
+    p *= np.float64(target).sum() / p.sum()
+    cases.assert_within(
+        gradient, p - target, 2e-8 * classes * p + tolerances.ROUNDED_FLOAT32.relative * target
+    )
 
 
 @DTYPES
@@ -185,12 +187,14 @@ def test_logits_where_the_roundings_near_64_add_up(kernel, mode):
     assert_exact(kernel, mode, np.array(pred, 'float32'), np.array([1]))
 
 
-@pytest.mark.parametrize('mode', [modes.default, modes.nested], ids=['default', 'nested'])
+@modes.parametrize([modes.default, modes.nested])
 def test_float16_logits_are_those_of_their_rounded_values(kernel, mode, rng):
     label = rng.randint(0, 3000, 8)
     pred = rng.normal(0, 3, (8, 3000)).astype('float16')
-    loss, _ = mode(StableSoftmaxCELoss(), pred, label.astype('float32'))
-    assert_close(loss, exact(pred, label)[0], tolerances.stated(kernel, 'float32'))
+    loss, gradient = mode(StableSoftmaxCELoss(), pred, label.astype('float32'))
+    expected, expected_gradient = exact(pred, label)
+    assert_relatively_close(loss, expected, tolerances.stated(kernel, 'float32'))
+    assert_close(gradient, expected_gradient, tolerances.FLOAT16_GRADIENT)
 
 
 @DTYPES
@@ -199,4 +203,4 @@ def test_the_metric_of_logits_is_as_exact(kernel, dtype, gap):
     pred, label = np.array([[gap, 0, 0]], dtype), np.array([0])
     metric = StableCrossEntropy(pred_type='logits')
     metric.update(mx.nd.array(label), mx.nd.array(pred, dtype=dtype))
-    assert_close(metric.get()[1], exact(pred, label)[0][0], tolerances.stated(kernel, dtype))
+    assert_relatively_close(metric.get()[1], exact(pred, label)[0][0], tolerances.stated(kernel, dtype))

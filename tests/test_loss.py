@@ -12,7 +12,7 @@ import tolerances
 from checks import assert_loss_is_reference, every_mode
 from digits import WithLoss
 from mxnet import autograd, gluon
-from tolerances import assert_close
+from tolerances import assert_close, assert_relatively_close
 
 from gluon_stable_ce import StableSoftmaxCELoss, StableSoftmaxCrossEntropyLoss
 
@@ -406,8 +406,8 @@ def test_stated_bounds(kernel, classes, dtype, confidence, rng, ctx):
     expected, expected_gradient = reference.loss_and_gradient(pred, label)
     loss, gradient = modes.default(StableSoftmaxCELoss(), pred.astype(dtype), label)
     tolerance = tolerances.stated(kernel, dtype)
-    assert_close(loss, expected, tolerance)
-    assert_close(gradient, expected_gradient, tolerance)
+    assert_relatively_close(loss, expected, tolerance)
+    assert_relatively_close(gradient, expected_gradient, tolerance)
 
 
 TEN_CLASSES = {'class_weight': np.arange(10), 'label_smoothing': 0.1}

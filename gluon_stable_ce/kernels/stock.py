@@ -10,15 +10,15 @@ what is below 1e-7. So the label's logit is lowered by T = 64 first. Then
 .. math:: u = -\log \mathrm{softmax}(z - T e_y)_y = \log(1 + e^{L + T}), \qquad e^L = e^{u - T} - e^{-T}
 
 and the gradient that autograd makes of this is as exact, in each entry. An error in u is the relative error
-of e^L, and so of the NLL: 1e-5 in float32, most of it the rounding of numbers near 64; 1e-13 in float64
+of e^L, and so of the NLL: 1e-5 in float32, from roundings of numbers near 64 and of the sum; 1e-13 in float64
 (``test_exactness.py``). Where hundreds of logits are equal, `log_softmax` rounds each addition to the same
-side: that adds up to 8e-9 per class, and 1.2e-16 in float64. Many classes are added up once more, and have no
-such error. The page on accuracy derives the formulas.
+side: its error grows by up to 8e-9 per class (6e-8 with MXNet 1.6 and 1.7; 1.2e-16 in float64). Many classes
+are added up once more, and have no such error. The page on accuracy derives the formulas.
 
-This file also moves the class axis to the end and casts 16-bit floats, which the fused operator does not
-need.
+This file also moves the class axis to the end and casts float16, which the fused operator does not need.
 """
 
+from functools import partial
 from typing import Any, Dict, Optional
 
 from .. import array_api, graph_checks
@@ -28,22 +28,23 @@ from ..class_terms import ClassTerms, is_impossible, weighted
 from ..labels import class_indices, fill, one_per_class, read_labels
 from ..options import FLOAT32_MAX
 
-# Classes of unknown number. Larger blocks take little less time, and more memory where there are few classes.
-BLOCK = 8 if array_api.HAS_SLICE_LIKE_OF_UNKNOWN_RANK else 1
+# Classes in a block of the one-hot labels, where their number is unknown. Larger blocks save little time, and
+# take more memory where there are few classes.
+ONE_HOT_BLOCK = 8 if array_api.HAS_SLICE_LIKE_OF_UNKNOWN_RANK else 1
 T = 64.0  # by which the label's logit is lowered: the NLL is exact down to exp(-T)
 MOST = 36.0  # of u - T: above it, the NLL is u - T in all digits
 LEAST = -FLOAT32_MAX  # in the place of logits of -inf
 LEAST_P = 1e-37  # smaller probabilities have fewer digits
-BLOCKS = 16  # of many classes, to be added up
+SUM_BLOCK = 2**15  # classes that are added up before the rest
+MOST_BLOCKS = 7  # also where the number of classes is unknown: more would take more memory
 
 
 def class_terms(
     F: F, call: Call, pred: Array, label: Array, class_weight: Optional[Array] = None
 ) -> ClassTerms:
     """Reduce the class axis as `kernels.class_terms` describes."""
-    if (
-        call.dtype == 'float16'
-    ):  # unlike log_softmax's own `dtype`, a cast in front of it reaches the fast kernel
+    # unlike log_softmax's own `dtype`, a cast in front of it reaches the fast kernel
+    if call.dtype == 'float16':
         pred = F.cast(pred, dtype='float32')
     if class_weight is not None:
         class_weight = _read_class_weight(F, call, pred, class_weight)  # (C, 1)
@@ -54,7 +55,7 @@ def class_terms(
     if class_weight is not None:
         weight = F.squeeze(F.take(class_weight, labels.index, mode='clip'), axis=-1)
         terms = terms._replace(nll=weighted(F, terms.nll, weight))
-    return ClassTerms(*(None if term is None else fill(F, call, labels, term) for term in terms))
+    return terms.map(partial(fill, F, call, labels))
 
 
 def _read_class_weight(F: F, call: Call, pred: Array, class_weight: Array) -> Array:
@@ -84,11 +85,9 @@ def _restored(F: F, call: Call, terms: ClassTerms, like: Array) -> ClassTerms:
     """Give terms, (..., 1) each, the shape of the positions; in a graph of symbols, that of `like`."""
     if call.ndim is None and call.options.axis == -1:
         return terms
-
-    def restore(term: Array) -> Array:
-        return F.reshape_like(term, like) if call.ndim is None else F.squeeze(term, axis=-1)
-
-    return ClassTerms(*(None if term is None else restore(term) for term in terms))
+    return terms.map(
+        lambda term: F.reshape_like(term, like) if call.ndim is None else F.squeeze(term, axis=-1)
+    )
 
 
 def _pick(F: F, array: Array, index: Array) -> Any:
@@ -111,25 +110,24 @@ def _terms_of_logits(F, call, logits, index, class_weight):
     options = call.options
     lowered = _lower(F, call, logits, index)  # (..., C)
     log_p = F.log_softmax(lowered, axis=-1)
-    p = total = None
+    p_label = total = None
     if call.has_many_classes:
         p = _probabilities(F, lowered, log_p)
-        total = _sum_over_classes(F, call, p, F.ones_like(_column(F, call, p)))
-    nll, shift, rise = _nll_of_lowered(F, call, logits, log_p, index, p, total)
+        p_label, total = _pick(F, p, index), _sum_over_classes(F, call, p)
+    nll, shift, rise = _nll_of_lowered(F, call, logits, log_p, index, p_label, total)
     if not options.lse_square_scale and not options.label_smoothing:
         return ClassTerms(nll)
     logsumexp = _logsumexp_of(F, lowered, log_p, total) + rise
     uniform_nll = None
     if options.label_smoothing:
-        share = _share(F, call, log_p, class_weight)  # (C, 1), w_j / C
-        uniform_nll = -_sum_over_classes(F, call, F.maximum(log_p, LEAST), share)  # the slope has inf
-        uniform_nll = F.BlockGrad(_uniform_of_lowered(F, call, uniform_nll, index, share, shift, rise))
-        uniform_nll = uniform_nll + _slope_of_uniform(F, call, lowered, logsumexp, share, class_weight)
+        uniform_nll = _uniform_of_lowered(
+            F, call, lowered, log_p, logsumexp, index, shift, rise, class_weight
+        )
     return ClassTerms(nll, logsumexp if options.lse_square_scale else None, uniform_nll)
 
 
 def _lower(F: F, call: Call, logits: Array, index: Array) -> Array:
-    """Lower the label's logit by T: by an addition, which has no gradient of what is added."""
+    """Add -T to the label's logit. The logits keep their gradient."""
     arguments = {'on_value': -T, 'dtype': call.compute_dtype}
     if call.classes is not None:
         shift = F.one_hot(index, depth=call.classes, **arguments)
@@ -142,11 +140,11 @@ def _lower(F: F, call: Call, logits: Array, index: Array) -> Array:
 
 
 def _one_hot_in_blocks(F: F, call: Call, logits: Array, index: Array, arguments: Dict[str, Any]) -> Array:
-    """Make a `one_hot` of unknown depth: one for each block of classes. The index of another block has no 1.
+    """Make a `one_hot` of unknown depth: one for each block of classes. An index outside of it gives zeros.
 
-    Arrays that have no graph for their number of classes have few: there, a block has one class.
+    Calls of arrays have `call.classes`, unless the classes are few: then a block has one class.
     """
-    block = BLOCK if call.ndim is None else 1
+    block = ONE_HOT_BLOCK if call.ndim is None else 1
     if call.ndim is None:
         classes = class_indices(F, logits, -1)  # (1, C)
     else:
@@ -164,7 +162,7 @@ def _last_two_merged(F: F, array: Array) -> Array:
     return F.reshape(array, shape=(-2, -3), reverse=True)
 
 
-def _nll_of_lowered(F, call, logits, log_p, index, p, total):
+def _nll_of_lowered(F, call, logits, log_p, index, p_label, total):
     """Return three arrays, (..., 1) each.
 
     - the NLL
@@ -178,32 +176,31 @@ def _nll_of_lowered(F, call, logits, log_p, index, p, total):
     z = F.BlockGrad(z_label)
     z_lowered = z - T
     shift = z_lowered - z
-    rounded_off = (z_lowered - shift) - z  # by this subtraction
+    rounded_off = (z_lowered - shift) - z  # by the first of these subtractions
     if total is not None:
-        log_p_label = _mended(F, log_p_label, z_label, total)
-        p_label = _pick(F, p, index)
+        log_p_label = _with_true_gradient(F, log_p_label, z_label, total)
         too_large = F.exp(F.BlockGrad(log_p_label)) * total / p_label  # by the sum, and by rounding log_p
         too_large = F.where(p_label > LEAST_P, too_large, total)
     u_less_t = shift - log_p_label  # what is rounded off is too little to be added to it
-    most = F.minimum(u_less_t, MOST)
-    exp = F.exp(most) if total is None else F.exp(most) * too_large
+    bounded = F.minimum(u_less_t, MOST)
+    odds = F.exp(bounded) if total is None else F.exp(bounded) * too_large
     # where p_y is 1, both exponentials are equal
-    log1p = F.log1p(F.exp(rounded_off) * F.relu(exp - F.exp(shift)))
-    rise = log1p - most - rounded_off
+    log1p = F.log1p(F.exp(rounded_off) * F.relu(odds - F.exp(shift)))
+    rise = log1p - bounded - rounded_off
     return log1p + F.relu(u_less_t - MOST), shift, rise if total is None else rise + F.log(total / too_large)
 
 
 def _probabilities(F: F, lowered: Array, log_p: Array) -> Any:
-    """Exp log_p_j, (..., C), with the same sum, which would be 1 if `log_softmax` made no error.
+    """Return exp log_p_j, (..., C). Their sum would be 1 if `log_softmax` made no error.
 
-    `softmax` divides by the same wrong sum, and takes a tenth of the time of MXNet's `exp`.
+    `softmax` makes the same error in its sum, and takes a tenth of the time of MXNet's `exp`.
     """
     if array_api.HAS_ONEDNN_LOG_SOFTMAX:
         return F.softmax(F.BlockGrad(lowered), axis=-1)
     return F.exp(F.BlockGrad(log_p))
 
 
-def _mended(F: F, log_p: Any, z: Any, total: Any) -> Array:
+def _with_true_gradient(F: F, log_p: Any, z: Any, total: Any) -> Array:
     """Return the log_p of a class of each position, which has logit z, with its true gradient.
 
     The gradient of `log_softmax` has its probabilities, which are too large by a factor, their sum. So that
@@ -214,27 +211,24 @@ def _mended(F: F, log_p: Any, z: Any, total: Any) -> Array:
     return F.where(value - value == 0, mended, log_p)
 
 
-def _uniform_of_lowered(F, call, uniform_nll, index, share, shift, rise):
-    """Mend that of lowered logits: each `log_p` is too large by the rise, and the label's too small by T."""
+def _uniform_of_lowered(F, call, lowered, log_p, logsumexp, index, shift, rise, class_weight):
+    """Compute the uniform NLL from lowered logits.
+
+    Each of their log_p is too large by the rise, and the label's is too small by T. The gradient,
+    p sum_j share_j - share, is that of the logsumexp and of the logits. `log_softmax` would add up a gradient
+    for each class, one by one: off by 1e-3 for 50,257 classes.
+    """
+    share = _share(F, call, log_p, class_weight)  # (C, 1), w_j / C
+    sum_of_shares = _sum_over_classes(F, call, F.transpose(share))  # (1, 1)
     share_of_label = F.take(share, index, mode='clip')
     if call.ndim is None:
         share_of_label = F.squeeze(share_of_label, axis=-1)
-    rises = F.broadcast_mul(rise, _sum_of_shares(F, call, share))
-    return _clamped(F, uniform_nll + rises + shift * share_of_label)
-
-
-def _slope_of_uniform(F, call, lowered, logsumexp, share, class_weight):
-    """Return 0 with the gradient of the uniform NLL, p sum_j share_j - share. Where that is inf, return inf.
-
-    `log_softmax` would add up a gradient for each class, one by one: off by 1e-3 for 50,257 classes.
-    """
-    zeros = lowered - F.maximum(F.BlockGrad(lowered), LEAST)  # but -inf where a class is masked
-    of_logsumexp = F.broadcast_mul(logsumexp - F.BlockGrad(logsumexp), _sum_of_shares(F, call, share))
-    return of_logsumexp + _uniform_nll(F, zeros, share, class_weight)
-
-
-def _sum_of_shares(F: F, call: Call, share: Array) -> Array:
-    return _sum_over_classes(F, call, F.transpose(share), F.ones_like(share))  # (1, 1)
+    of_lowered = -_sum_over_classes(F, call, F.maximum(log_p, LEAST), share)
+    value = of_lowered + F.broadcast_mul(rise, sum_of_shares) + shift * share_of_label
+    # 0 with these gradients; inf where a class is masked
+    of_logsumexp = F.broadcast_mul(logsumexp - F.BlockGrad(logsumexp), sum_of_shares)
+    of_logits = _uniform_nll(F, lowered - F.maximum(F.BlockGrad(lowered), LEAST), share, class_weight)
+    return F.BlockGrad(_clamped(F, value)) + (of_logsumexp + of_logits)
 
 
 # Dense labels
@@ -290,7 +284,7 @@ def _logsumexp_of(F: F, logits: Array, log_p: Array, total: Optional[Array] = No
     """Log sum_j exp z_j from the class of the largest logit, which is finite wherever the sum is."""
     index = F.argmax(logits, axis=-1, keepdims=True)
     z, log_p_largest = _pick(F, logits, index), _pick(F, log_p, index)
-    return z - (log_p_largest if total is None else _mended(F, log_p_largest, z, total))
+    return z - (log_p_largest if total is None else _with_true_gradient(F, log_p_largest, z, total))
 
 
 def _uniform_nll(F: F, log_p: Array, share: Array, class_weight: Optional[Array]) -> Array:
@@ -300,25 +294,29 @@ def _uniform_nll(F: F, log_p: Array, share: Array, class_weight: Optional[Array]
     return _expected_nll(F, log_p, _at_each_position(F, share, log_p), F.ones_like(share))
 
 
-# Sums over classes are products with (C, 1): a matrix product is ten times as fast as MXNet's sum. (C,) does
-# not do, as onnxruntime 1.16 computes a transposed matrix times a vector wrongly.
+# Sums over classes are products with (C, 1): a matrix product is ten times as fast as MXNet's sum. Not with
+# (C,): onnxruntime 1.16 computes a transposed matrix times a vector wrongly.
 
 
-def _sum_over_classes(F: F, call: Call, array: Array, factor: Array) -> Any:
-    """Sum_j array_j factor_j, (..., 1), of finite numbers. The factors are (C, 1).
+def _sum_over_classes(F: F, call: Call, array: Array, share: Optional[Array] = None) -> Any:
+    """Sum_j array_j share_j, (..., 1), of finite numbers; sum_j array_j without shares, which are (C, 1).
 
-    Of many classes, the even and the odd ones of each block are added up first, which rounds less often.
+    Of many classes, the even and the odd ones of each block are added up first. So fewer roundings add up in
+    one sum. A matrix product adds up hundreds of neighbours before the rest: hence even and odd.
     """
+    ones = F.ones_like(_column(F, call, array))  # (C, 1)
     if not call.has_many_classes:
-        return F.dot(array, factor)
-    index = F.contrib.arange_like(factor)  # (C, 1)
-    block, is_odd = F.floor(index * _equal_share(F, factor) * (BLOCKS - 1)), index - 2 * F.floor(index / 2)
-    is_in_sum = F.one_hot(2 * block + is_odd, depth=2 * BLOCKS, dtype=call.compute_dtype)  # (C, 1, 32)
-    is_in_sum = _last_two_merged(F, is_in_sum)
+        return F.dot(array, ones if share is None else share)
+    blocks = MOST_BLOCKS if call.classes is None else min(MOST_BLOCKS, 1 + call.classes // SUM_BLOCK)
+    index = F.contrib.arange_like(ones)
+    block, is_odd = F.floor(index * _equal_share(F, ones) * blocks), index - 2 * F.floor(index / 2)
+    # one block more, in case that 1 / C is rounded up
+    is_in_sum = F.one_hot(2 * block + is_odd, depth=2 * blocks + 2, dtype=call.compute_dtype)
+    is_in_sum = _last_two_merged(F, is_in_sum)  # (C, sums)
     if call.dtype is None:
-        is_in_sum = array_api.promoted(F, is_in_sum, factor)
-    sums = F.dot(array, F.broadcast_mul(factor, is_in_sum))  # (..., 32)
-    return F.dot(sums, F.ones_like(array_api.first(F, F.transpose(is_in_sum), axis=1)))
+        is_in_sum = array_api.promoted(F, is_in_sum, ones)
+    sums = F.dot(array, is_in_sum if share is None else F.broadcast_mul(share, is_in_sum))  # (..., sums)
+    return F.dot(sums, F.ones_like(F.transpose(array_api.first(F, is_in_sum))))
 
 
 def _column(F: F, call: Call, array: Array) -> Array:
