@@ -179,9 +179,10 @@ def _nll_of_lowered(F, call, logits, log_p, index, p_label, total):
     rounded_off = (z_lowered - shift) - z  # by the first of these subtractions
     if total is not None:
         log_p_label = _with_true_gradient(F, log_p_label, z_label, total)
-        too_large = F.exp(F.BlockGrad(log_p_label)) * total / p_label  # by the sum, and by rounding log_p
-        too_large = F.where(p_label > LEAST_P, too_large, total)
     u_less_t = shift - log_p_label  # what is rounded off is too little to be added to it
+    if total is not None:  # p is too large by the factor of its sum; `u_less_t` was rounded, and log_p before
+        too_large = F.exp(F.BlockGrad(shift - u_less_t)) * total / p_label
+        too_large = F.where(p_label > LEAST_P, too_large, total)
     bounded = F.minimum(u_less_t, MOST)
     odds = F.exp(bounded) if total is None else F.exp(bounded) * too_large
     # where p_y is 1, both exponentials are equal
