@@ -140,12 +140,13 @@ def test_many_equal_logits(kernel, dtype, mode, classes, first, last, largest):
 
 
 @pytest.mark.parametrize('classes', [50_257, pytest.param(1_000_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(('large', 'spread'), [(1, 0), (3, 0.003)])
 @modes.parametrize([modes.default, modes.nested])
-def test_a_large_logit_that_rounds_off_equal_ones(kernel, mode, classes):
+def test_large_logits_that_round_off_nearly_equal_ones(kernel, mode, classes, large, spread, rng):
     """Their probabilities are less than half of a unit in its last place, in each sum that has both."""
-    pred, label = np.zeros((4, classes), 'float32'), np.full(4, classes // 2)
-    pred[:, 0] = [17.31, 17.32, 17.36, 17.39]
-    assert_exact(kernel, mode, pred, label, tolerances.rounded_off(kernel, classes))
+    pred, label = rng.normal(0, 1, (4, classes)) * spread, np.full(4, classes // 2)
+    pred[:, [0, 1, classes // 7 + 2][:large]] = [[16.8], [17.32], [17.36], [17.39]]
+    assert_exact(kernel, mode, pred.astype('float32'), label, tolerances.rounded_off(kernel, classes))
 
 
 @pytest.mark.parametrize('classes', [1000, 50_257])

@@ -19,7 +19,7 @@ This file also moves the class axis to the end and casts float16, which the fuse
 """
 
 from functools import partial
-from typing import Any, Dict, Optional
+from typing import Any, Dict, NamedTuple, Optional
 
 from .. import array_api, graph_checks
 from ..array_api import Array, F
@@ -108,22 +108,34 @@ def _terms_of_log_probs(F, call, log_p, index, class_weight):
 def _terms_of_logits(F, call, logits, index, class_weight):
     """Compute the terms of logits, (..., C), and an index of their positions, by this file's formula."""
     options = call.options
-    lowered = _lower(F, call, logits, index)  # (..., C)
-    log_p = F.log_softmax(lowered, axis=-1)
-    p_label = total = None
-    if call.has_many_classes:
-        p = _probabilities(F, lowered, log_p)
-        p_label, total = _pick(F, p, index), _sum_over_classes(F, call, p)
-    nll, shift, rise = _nll_of_lowered(F, call, logits, log_p, index, p_label, total)
+    lowered = _lowered(F, call, logits, index)
+    nll, shift, rise = _nll_of_lowered(F, call, logits, lowered)
     if not options.lse_square_scale and not options.label_smoothing:
         return ClassTerms(nll)
-    logsumexp = _logsumexp_of(F, lowered, log_p, total) + rise
+    logsumexp = _logsumexp_of(F, lowered.logits, lowered.log_p, lowered.total) + rise
     uniform_nll = None
     if options.label_smoothing:
-        uniform_nll = _uniform_of_lowered(
-            F, call, lowered, log_p, logsumexp, index, shift, rise, class_weight
-        )
+        uniform_nll = _uniform_of_lowered(F, call, lowered, logsumexp, shift, rise, class_weight)
     return ClassTerms(nll, logsumexp if options.lse_square_scale else None, uniform_nll)
+
+
+class _Lowered(NamedTuple):
+    """Logits of which the label's is lowered. The last two are for many classes, else None."""
+
+    logits: Array  # (..., C)
+    index: Array  # of the label
+    log_p: Array  # (..., C), by log_softmax
+    p_label: Optional[Array]  # (..., 1), exp log_p at the label, which knows nothing of the rounding of log_p
+    total: Optional[Array]  # (..., 1), sum_j exp log_p_j: 1 if `log_softmax` made no error
+
+
+def _lowered(F: F, call: Call, logits: Array, index: Array) -> _Lowered:
+    lowered = _lower(F, call, logits, index)
+    log_p = F.log_softmax(lowered, axis=-1)
+    if not call.has_many_classes:
+        return _Lowered(lowered, index, log_p, None, None)
+    p = _probabilities(F, lowered, log_p)
+    return _Lowered(lowered, index, log_p, _pick(F, p, index), _sum_over_classes(F, call, p))
 
 
 def _lower(F: F, call: Call, logits: Array, index: Array) -> Array:
@@ -162,14 +174,15 @@ def _last_two_merged(F: F, array: Array) -> Array:
     return F.reshape(array, shape=(-2, -3), reverse=True)
 
 
-def _nll_of_lowered(F, call, logits, log_p, index, p_label, total):
+def _nll_of_lowered(F, call, logits, lowered):
     """Return three arrays, (..., 1) each.
 
     - the NLL
     - by how much the label's logit was lowered: -T, or less where logits are so large that this rounds
     - by how much the logsumexp of the logits is above that of the lowered ones, as `log_softmax` has it
     """
-    z_label, log_p_label = _pick(F, logits, index), _pick(F, log_p, index)
+    z_label, log_p_label = (_pick(F, array, lowered.index) for array in (logits, lowered.log_p))
+    p_label, total = lowered.p_label, lowered.total
     if call.dtype is None:
         z_label = array_api.multiply(F, F.ones_like(log_p_label), z_label)  # in log_p's dtype
     z_label = F.maximum(z_label, LEAST)
@@ -192,10 +205,7 @@ def _nll_of_lowered(F, call, logits, log_p, index, p_label, total):
 
 
 def _probabilities(F: F, lowered: Array, log_p: Array) -> Any:
-    """Return exp log_p_j, (..., C). Their sum would be 1 if `log_softmax` made no error.
-
-    `softmax` makes the same error in its sum, and takes a tenth of the time of MXNet's `exp`.
-    """
+    """Return exp log_p_j, (..., C). `softmax` has the same error, and takes a tenth of the time of `exp`."""
     if array_api.HAS_ONEDNN_LOG_SOFTMAX:
         return F.softmax(F.BlockGrad(lowered), axis=-1)
     return F.exp(F.BlockGrad(log_p))
@@ -212,23 +222,24 @@ def _with_true_gradient(F: F, log_p: Any, z: Any, total: Any) -> Array:
     return F.where(value - value == 0, mended, log_p)
 
 
-def _uniform_of_lowered(F, call, lowered, log_p, logsumexp, index, shift, rise, class_weight):
+def _uniform_of_lowered(F, call, lowered, logsumexp, shift, rise, class_weight):
     """Compute the uniform NLL from lowered logits.
 
     Each of their log_p is too large by the rise, and the label's is too small by T. The gradient,
     p sum_j share_j - share, is that of the logsumexp and of the logits. `log_softmax` would add up a gradient
     for each class, one by one: off by 1e-3 for 50,257 classes.
     """
-    share = _share(F, call, log_p, class_weight)  # (C, 1), w_j / C
+    share = _share(F, call, lowered.log_p, class_weight)  # (C, 1), w_j / C
     sum_of_shares = _sum_over_classes(F, call, F.transpose(share))  # (1, 1)
-    share_of_label = F.take(share, index, mode='clip')
+    share_of_label = F.take(share, lowered.index, mode='clip')
     if call.ndim is None:
         share_of_label = F.squeeze(share_of_label, axis=-1)
-    of_lowered = -_sum_over_classes(F, call, F.maximum(log_p, LEAST), share)
+    of_lowered = -_sum_over_classes(F, call, F.maximum(lowered.log_p, LEAST), share)
     value = of_lowered + F.broadcast_mul(rise, sum_of_shares) + shift * share_of_label
     # 0 with these gradients; inf where a class is masked
     of_logsumexp = F.broadcast_mul(logsumexp - F.BlockGrad(logsumexp), sum_of_shares)
-    of_logits = _uniform_nll(F, lowered - F.maximum(F.BlockGrad(lowered), LEAST), share, class_weight)
+    zeros = lowered.logits - F.maximum(F.BlockGrad(lowered.logits), LEAST)
+    of_logits = _uniform_nll(F, zeros, share, class_weight)
     return F.BlockGrad(_clamped(F, value)) + (of_logsumexp + of_logits)
 
 
