@@ -20,7 +20,8 @@ def medians(calls, seconds=1.0, least=7, most=3000, less=None):
     """Return the median time of each call and its quartiles, in seconds.
 
     The calls take turns in a random order, so that caches and other load on the machine affect all alike. The
-    time of the call that `less` names is taken off the others' of the same round.
+    time of the call that `less` names is taken off the others' of the same round. What is left is 0 where
+    that call's noise is larger.
     """
     times = {name: [] for name in calls}
     for call in calls.values():  # the first call builds graphs
@@ -37,7 +38,10 @@ def medians(calls, seconds=1.0, least=7, most=3000, less=None):
     off = times.pop(less) if less else 0
     return {
         name: dict(
-            zip(('median', 'low', 'high'), np.percentile(np.subtract(taken, off), [50, 25, 75]).tolist())
+            zip(
+                ('median', 'low', 'high'),
+                np.percentile(np.subtract(taken, off), [50, 25, 75]).clip(0).tolist(),
+            )
         )
         for name, taken in times.items()
     }

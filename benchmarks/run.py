@@ -267,7 +267,7 @@ def bounds_table(results):
         ours, other = found.get((bound.what, bound.ours)), found.get((bound.what, bound.other))
         if ours is not None and other:
             verdict = '' if ours <= bound.at_most * other else ', not met'
-            rows.append((*bound, f'{ours / other:.3g}{verdict}'))
+            rows.append((*bound, f'{ours / other:.3g}{verdict}' if ours else 'noise'))
     head = ['problem (forward + backward by default)', 'contender', 'relative to', 'at most', 'measured']
     return table(head, rows)
 
@@ -292,7 +292,7 @@ def quantities(results):
 def _time(row):
     """Write a median with its quartiles, unless the operator's noise is as large as the loss."""
     median, low, high = (draw.three_digits(row[key] * 1e3) for key in ('median', 'low', 'high'))
-    return f'{median} ({low} to {high})' if row['low'] > 0 else f'{max(float(median), 0):.3g} (noise)'
+    return f'{median} ({low} to {high})' if row['low'] else f'{median} (noise)'
 
 
 def _ratio(ratio):

@@ -87,7 +87,8 @@ def test_contenders_solve_the_same_problem(case):
         assert_close(per_sample(gradient), expected, tolerances.STOCK_GRADIENT)
 
 
-def test_operator_is_taken_off_in_the_same_round(monkeypatch):
+@pytest.mark.parametrize(('taken', 'expected'), [(3, 3), (-3, 0)], ids=['time', 'noise'])
+def test_operator_is_taken_off_in_the_same_round(monkeypatch, taken, expected):
     """By a clock that only the calls move on, and each round by more than the last."""
     now, rounds = [0.0], [0]
 
@@ -96,12 +97,12 @@ def test_operator_is_taken_off_in_the_same_round(monkeypatch):
         now[0] += 10 * rounds[0]
 
     def loss():
-        now[0] += 10 * rounds[0] + 3
+        now[0] += 10 * rounds[0] + taken
 
     monkeypatch.setattr(measure.time, 'perf_counter', lambda: now[0])
     monkeypatch.setattr(measure.random, 'sample', lambda calls, _: calls)
     times = measure.medians({'operator': operator, 'loss': loss}, seconds=0, least=5, less='operator')
-    assert times == {'loss': {'median': 3, 'low': 3, 'high': 3}}
+    assert times == {'loss': {'median': expected, 'low': expected, 'high': expected}}
 
 
 def test_exact_losses_of_the_accuracy_page():
