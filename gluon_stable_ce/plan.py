@@ -12,9 +12,8 @@ from .options import Options
 FEW_CLASSES = 2048
 OWN_GRAPH_ABOVE = 256  # classes: the stock kernel then has a graph for each number of them, which is faster
 # Classes: on a CPU, the roundings of a sum of more exponentials exceed the bounds of the stock kernel. A
-# graph of symbols does not know its device, and often not its classes.
-MANY_ABOVE = 10_000 if array_api.HAS_ONEDNN_LOG_SOFTMAX else 500
-MANY_ABOVE_IN_FLOAT64 = 500
+# graph of symbols does not know its device, and often not its classes. OneDNN adds up 8 or 16 shorter sums.
+MANY_ABOVE = 1000 if array_api.HAS_ONEDNN_LOG_SOFTMAX else 100
 FLOAT32_INTEGERS = 2**24  # float32 holds all integers up to this one
 NARROW = ('int8', 'uint8', 'float16', 'float32')  # labels that float32 holds as they are
 
@@ -84,7 +83,7 @@ def _plan_symbols(options, fill, pred, label, sample_weight, class_weight):
         np_style=array_api.is_np_style(pred),
         dtype=dtype,
         classes=classes,
-        has_many_classes=has_many_classes(dtype, classes),
+        has_many_classes=has_many_classes(classes),
         kernel=choice.resolve(options, is_symbol=True),
     )
     return call, (array_api.apart(pred), label, sample_weight)
@@ -116,7 +115,7 @@ def _plan_arrays(options, fill, pred, label, sample_weight, class_weight):
         has_few_classes=_has_few_classes(options, dtype, label_dtype, shape),
         classes=classes if needs_classes else None,
         # a GPU adds up in a tree, with less rounding
-        has_many_classes=kernel == 'stock' and device != 'gpu' and has_many_classes(dtype, classes),
+        has_many_classes=kernel == 'stock' and device != 'gpu' and has_many_classes(classes),
         is_empty=is_empty,
         kernel=kernel,
         needs_guard=is_guarded,
@@ -124,9 +123,9 @@ def _plan_arrays(options, fill, pred, label, sample_weight, class_weight):
     return call, (pred, label, sample_weight)
 
 
-def has_many_classes(dtype: Optional[str], classes: Optional[int]) -> bool:
+def has_many_classes(classes: Optional[int]) -> bool:
     """Whether `Call.has_many_classes` holds on a CPU; of an unknown number, it does."""
-    return classes is None or classes > (MANY_ABOVE_IN_FLOAT64 if dtype == 'float64' else MANY_ABOVE)
+    return classes is None or classes > MANY_ABOVE
 
 
 def _has_few_classes(options, dtype, label_dtype, shape):

@@ -7,7 +7,6 @@ A kernel that becomes more exact changes a number here, and nothing else.
 
 from typing import NamedTuple
 
-import modes
 import numpy as np
 import pytest
 
@@ -52,7 +51,7 @@ def of(kernel, dtype, options):
     if is_fused(kernel, options):
         return FUSED_SMOOTHING if options.get('label_smoothing') else FUSED
     is_exact = options.get('sparse_label', True) and not any(map(options.get, NOT_EXACT))
-    return STOCK if is_exact and modes.ONEDNN else PLAIN  # of float16 too, which is computed in float32
+    return STOCK if is_exact else PLAIN  # of float16 too, which is computed in float32
 
 
 NOT_EXACT = ('from_logits', 'label_smoothing', 'lse_square_scale')
@@ -105,20 +104,9 @@ STATED_SMOOTHING = Tolerance(absolute=1e-8, relative=6e-7)
 STATED_SMOOTHING_ENTRY = Tolerance(absolute=1e-30, relative=1e-6)
 
 
-def equal_logits(kernel, dtype, classes, mode):
-    """The same where hundreds of logits are equal: all additions round to one side.
-
-    For the stock kernel, each class adds at most the rounding of one addition; in float32, oneDNN of MXNet 1.8 and 1.9
-    adds up 8 or 16 sums, which are shorter. Classes that are added up once more have the stated error.
-    """
-    tolerance, is_float64 = stated(kernel, dtype), str(dtype) == 'float64'
-    if kernel == 'fused':
-        return tolerance if is_float64 else tolerance._replace(relative=1e-6)
-    is_known_float64 = is_float64 and mode is modes.default  # 500 of those are added up exactly enough
-    if is_known_float64 or mode is modes.nested or classes > (10_000 if modes.ONEDNN else 500):
-        return tolerance
-    of_a_class = 2**-53 if is_float64 else 8e-9 if modes.ONEDNN else 2**-24
-    return tolerance._replace(relative=tolerance.relative + of_a_class * classes)
+def equal_logits(kernel, dtype):
+    """The same where hundreds of logits are equal: all additions of the fused kernel round to one side."""
+    return FUSED if kernel == 'fused' and str(dtype) != 'float64' else stated(kernel, dtype)
 
 
 def rounded_off(kernel, classes):
