@@ -5,10 +5,11 @@ import modes
 import numpy as np
 import reference
 import tolerances
+from conftest import IS_QUICK
 
 from gluon_stable_ce import StableSoftmaxCELoss
 
-every_mode = modes.parametrize(modes.ALL)
+every_mode = modes.parametrize(modes.QUICK if IS_QUICK else modes.ALL)
 
 
 def expected_within(kernel, arrays, settings, head=None):

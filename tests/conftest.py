@@ -17,8 +17,10 @@ from gluon_stable_ce.kernels import library
 from gluon_stable_ce.kernels.choice import KERNEL_VARIABLE
 
 # Every run of the tests tries the same examples; `make fuzz` tries new ones.
-FUZZ_EXAMPLES = os.environ.get('FUZZ_EXAMPLES')
-hypothesis.settings.register_profile('same', deadline=None, max_examples=60, derandomize=True)
+FUZZ_EXAMPLES, IS_QUICK = os.environ.get('FUZZ_EXAMPLES'), bool(os.environ.get('QUICK'))
+hypothesis.settings.register_profile(
+    'same', deadline=None, max_examples=20 if IS_QUICK else 60, derandomize=True
+)
 hypothesis.settings.register_profile('fuzz', deadline=None, max_examples=int(FUZZ_EXAMPLES or 60))
 hypothesis.settings.load_profile('fuzz' if FUZZ_EXAMPLES else 'same')
 
@@ -62,7 +64,7 @@ def ctx(request):
 
 # Older versions have one kernel, and test_fused.py says why. `make quick` tries the one that most calls get.
 KERNELS = ['stock', 'fused'] if library.why_unsupported() is None else ['stock']
-if os.environ.get('QUICK') and library.load():
+if IS_QUICK and library.load():
     KERNELS = ['fused']
 
 

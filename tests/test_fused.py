@@ -177,10 +177,10 @@ sys.exit(pytest.main(['-q', '-n', '0', '-p', 'no:cacheprovider', '-k', names, {_
     assert ' passed' in python(code)
 
 
-@pytest.mark.parametrize('alpha', [1e-3, 0.1, 0.5, 1])
+@pytest.mark.parametrize('alpha', [1e-3, 0.3, 1])
 @pytest.mark.parametrize('weighted', [False, True], ids=['', 'class-weight'])
 @pytest.mark.parametrize('logits', ['near', 'far', 'confident', 'equal', 'masses'])
-@pytest.mark.parametrize('classes', [2, 3, 7, 33, 64, 257, 5000])
+@pytest.mark.parametrize('classes', [2, 7, 64, 257, 5000])
 def test_smoothing_is_within_its_stated_bound(classes, logits, weighted, alpha, rng):
     """Of the page on accuracy, whether the largest logit is the label's or not."""
     rows = max(8, 20_000 // classes)

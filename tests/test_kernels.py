@@ -22,7 +22,6 @@ from gluon_stable_ce.plan import plan
 
 nd = mx.nd
 IS_FUSED = pytest.mark.skipif(not library.load(), reason='the fused kernel is not compiled')
-every_kernel = pytest.mark.parametrize('kernel', ['stock', pytest.param('fused', marks=IS_FUSED)])
 every_layout = pytest.mark.parametrize('layout', cases.params(cases.LAYOUTS))
 RANK_KNOWN = pytest.mark.parametrize('is_rank_known', [True, False], ids=['rank-known', 'rank-unknown'])
 
@@ -122,7 +121,6 @@ def test_nll_of_pred_types(kernel, layout, is_rank_known, pred_type, rng, ctx):
     assert_close(nll if is_rank_known else nll.squeeze(layout.axis), expected)
 
 
-@every_kernel
 @RANK_KNOWN
 @pytest.mark.parametrize('dtype', label_cases.DTYPES)
 @pytest.mark.parametrize('invalid_label', ['nan', 'clip'])
@@ -156,7 +154,6 @@ def test_labels_mean_what_the_table_says(
     np.testing.assert_array_equal(gradient, np.where(has_class[:, None], expected_gradient, 0))
 
 
-@every_kernel
 def test_terms_not_asked_for_are_none(kernel):
     terms = class_terms(nd, call_of(kernel, ndim=2, label_ndim=1), nd.zeros((4, 3)), nd.zeros(4))
     assert isinstance(terms, ClassTerms)
@@ -164,7 +161,6 @@ def test_terms_not_asked_for_are_none(kernel):
     assert terms.logsumexp is terms.uniform_nll is None
 
 
-@every_kernel
 @pytest.mark.parametrize('facts', [{'ndim': 2, 'dtype': 'float16'}, {}], ids=['known', 'unknown'])
 def test_float16_is_cast(kernel, facts, rng, ctx):
     pred = rng.normal(0, 3, (8, 3000)).astype('float16')
@@ -186,7 +182,6 @@ def test_terms_of_a_million_classes(rng):
         assert_close(term.ravel(), truth, tolerances.PLAIN)
 
 
-@every_kernel
 @pytest.mark.parametrize('gap', [10.0, 20.0, 50.0])
 def test_nll_is_never_negative_and_its_gradient_goes_on(kernel, gap, ctx):
     """Where a kernel clamps at 0, the clamp lets the gradient through."""
@@ -220,7 +215,6 @@ def test_targets_may_have_another_dtype(dtype, ctx):
     assert_close(nll, [2 * np.log(4) + np.log(4 / 3)])
 
 
-@every_kernel
 @pytest.mark.parametrize('largest', [0, 88, 1e4, 1e30, -1e30])
 def test_logsumexp_of_huge_logits(kernel, largest, ctx):
     pred = np.array([[largest, largest, -np.inf]], 'float32')
@@ -228,7 +222,6 @@ def test_logsumexp_of_huge_logits(kernel, largest, ctx):
     assert_close(logsumexp, [pred[0, 0] + np.log(2)], tolerances.LOGSUMEXP)
 
 
-@every_kernel
 def test_uniform_nll_has_no_part_of_classes_of_weight_zero(kernel, ctx):
     pred, weight = np.array([[0, 0, -np.inf]], 'float32'), np.array([1, 3, 0], 'float32')
     (_, _, uniform), gradient = compute(call_of(kernel, 'all', ndim=2), pred, np.array([0.0]), weight)
@@ -236,7 +229,6 @@ def test_uniform_nll_has_no_part_of_classes_of_weight_zero(kernel, ctx):
     assert np.isfinite(gradient).all()
 
 
-@every_kernel
 @pytest.mark.parametrize('logit', [-np.inf, np.nan])
 def test_a_class_weight_of_zero_removes_the_label_term(kernel, logit, ctx):
     pred, weight = np.array([[logit, 0, 1]], 'float32'), np.array([0, 1, 1], 'float32')
@@ -246,7 +238,6 @@ def test_a_class_weight_of_zero_removes_the_label_term(kernel, logit, ctx):
         np.testing.assert_array_equal(gradient, 0)
 
 
-@every_kernel
 @RANK_KNOWN
 @pytest.mark.parametrize('classes', [1, 2, 31, 252, 507])
 def test_odd_numbers_of_classes(kernel, is_rank_known, classes, rng, ctx):
@@ -281,7 +272,6 @@ def test_a_known_number_of_classes_changes_nothing(rng, ctx):
     np.testing.assert_array_equal(gradient_of_known, gradient)
 
 
-@every_kernel
 def test_class_weights_have_gradient_zero(kernel, ctx):
     pred, label, weight = nd.ones((2, 3)), nd.array([0, 2]), nd.ones(3)
     for array in (pred, weight):
@@ -366,6 +356,7 @@ def test_kernel_has_to_be_one(monkeypatch):
 
 @IS_FUSED
 def test_graphs_of_symbols_are_stock_unless_asked_for(monkeypatch):
+    monkeypatch.delenv('GLUON_STABLE_CE_KERNEL', raising=False)
     assert OPERATOR not in in_graph()
     assert {'log_softmax', 'pick'} <= in_graph()
     assert OPERATOR in in_graph(kernel='fused')
