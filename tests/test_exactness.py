@@ -139,6 +139,24 @@ def test_many_equal_logits(kernel, dtype, mode, classes, first, last, largest):
     assert_exact(kernel, mode, pred, label, tolerances.equal_logits(kernel, dtype))
 
 
+@DTYPES
+@pytest.mark.parametrize(
+    ('classes', 'large', 'label'),
+    [
+        (100, 15, 30),
+        (600, 9.689416885375977, 38.59646987915039),
+        (750, 9.773630142211914, 23.362857818603516),
+        (950, 16.728891372680664, 29.29692268371582),
+        (1000, 16.59235343680615, 37.0617102477978),
+    ],
+)
+@modes.parametrize([modes.default, modes.nested, behind_dense])
+def test_one_logit_that_rounds_off_hundreds(kernel, mode, dtype, classes, large, label):
+    pred = np.zeros((1, classes), dtype)
+    pred[0, [7, 67]] = large, label
+    assert_exact(kernel, mode, pred, np.array([67]), tolerances.rounded_off(kernel, dtype, classes))
+
+
 @pytest.mark.parametrize('classes', [50_257, pytest.param(1_000_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(('large', 'spread'), [(1, 0), (3, 0.003)])
 @modes.parametrize([modes.default, modes.nested])
@@ -146,7 +164,9 @@ def test_large_logits_that_round_off_nearly_equal_ones(kernel, mode, classes, la
     """Their probabilities are less than half of a unit in its last place, in each sum that has both."""
     pred, label = rng.normal(0, 1, (4, classes)) * spread, np.full(4, classes // 2)
     pred[:, [0, 1, classes // 7 + 2][:large]] = [[16.8], [17.32], [17.36], [17.39]]
-    assert_exact(kernel, mode, pred.astype('float32'), label, tolerances.rounded_off(kernel, classes))
+    assert_exact(
+        kernel, mode, pred.astype('float32'), label, tolerances.rounded_off(kernel, 'float32', classes)
+    )
 
 
 @pytest.mark.parametrize('classes', [1000, 50_257])

@@ -109,13 +109,17 @@ def equal_logits(kernel, dtype):
     return FUSED if kernel == 'fused' and str(dtype) != 'float64' else stated(kernel, dtype)
 
 
-def rounded_off(kernel, classes):
-    """The same in float32 where some logits are so far above many others that their sums round these off.
+def rounded_off(kernel, dtype, classes):
+    """The same where some logits are so far above many others that their sums round these off.
 
     Of those that are added up with a large one, up to 192 come one after the other, each less than 3e-8 of it. With a
-    million classes, that happens to later sums, too.
+    million classes, that happens to later sums, too. In float64, a thousand come one after the other.
     """
-    return FUSED if kernel == 'fused' else STOCK._replace(relative=1.2e-5 if classes <= 100_000 else 3.5e-5)
+    if kernel == 'fused':
+        return equal_logits(kernel, dtype)
+    if str(dtype) == 'float64':
+        return STOCK_FLOAT64._replace(relative=1.3e-13)
+    return STOCK._replace(relative=1.3e-5 if classes <= 100_000 else 3.5e-5)
 
 
 # A gradient with respect to float16 logits is rounded to 11 bits, and to multiples of the smallest float16: half of this.
