@@ -11,8 +11,8 @@ from .options import Options
 
 FEW_CLASSES = 2048
 OWN_GRAPH_ABOVE = 256  # classes: the stock kernel then has a graph for each number of them, which is faster
-# Classes: on a CPU, the roundings of a sum of more exponentials exceed the bounds of the stock kernel. A
-# graph of symbols does not know its device, and often not its classes. OneDNN adds up 8 or 16 shorter sums.
+# Classes: on a CPU, the roundings of a sum of more exponentials exceed the bounds of the stock kernel. OneDNN
+# adds up 8 or 16 shorter sums. A graph of symbols does not know its device, and often not its classes.
 MANY_ABOVE = 1000 if array_api.HAS_ONEDNN_LOG_SOFTMAX else 100
 FLOAT32_INTEGERS = 2**24  # float32 holds all integers up to this one
 NARROW = ('int8', 'uint8', 'float16', 'float32')  # labels that float32 holds as they are

@@ -143,7 +143,6 @@ def test_many_equal_logits(kernel, dtype, mode, classes, first, last, largest):
 @pytest.mark.parametrize(
     ('classes', 'large', 'label'),
     [
-        (100, 15, 30),
         (600, 9.689416885375977, 38.59646987915039),
         (750, 9.773630142211914, 23.362857818603516),
         (950, 16.728891372680664, 29.29692268371582),
@@ -152,9 +151,12 @@ def test_many_equal_logits(kernel, dtype, mode, classes, first, last, largest):
 )
 @modes.parametrize([modes.default, modes.nested, behind_dense])
 def test_one_logit_that_rounds_off_hundreds(kernel, mode, dtype, classes, large, label):
+    """The worst that a search found, unless the classes are added up once more."""
     pred = np.zeros((1, classes), dtype)
     pred[0, [7, 67]] = large, label
-    assert_exact(kernel, mode, pred, np.array([67]), tolerances.rounded_off(kernel, dtype, classes))
+    is_added_up_again = kernel == 'stock' and mode is modes.nested
+    tolerance = None if is_added_up_again else tolerances.rounded_off(kernel, dtype, classes)
+    assert_exact(kernel, mode, pred, np.array([67]), tolerance)
 
 
 @pytest.mark.parametrize('classes', [50_257, pytest.param(1_000_000, marks=pytest.mark.slow)])

@@ -12,8 +12,8 @@ what is below 1e-7. So the label's logit is lowered by T = 64 first. Then
 and the gradient that autograd makes of this is as exact, in each entry. An error in u is the relative error
 of e^L, and so of the NLL: 1e-5 in float32, from roundings of numbers near 64 and of the sum; 1e-13 in float64
 (``test_exactness.py``). Where hundreds of logits are equal, `log_softmax` rounds each addition to the same
-side: its error grows by up to 8e-9 per class (6e-8 with MXNet 1.6 and 1.7; 1.2e-16 in float64). So many
-classes are added up once more. The page on accuracy derives the formulas.
+side: its error grows by up to 8e-9 per class (6e-8 with MXNet 1.6 and 1.7; 1.2e-16 in float64). So this file
+adds up many classes once more. The page on accuracy derives the formulas.
 
 This file also moves the class axis to the end and casts float16, which the fused operator does not need.
 """
