@@ -27,7 +27,7 @@ def train(loss_fn, calls):
 
 
 if __name__ == '__main__':
-    pred, label = mx.nd.random.normal(shape=(4000, 500)), mx.nd.zeros(4000)
+    pred, label = mx.nd.random.normal(shape=(20000, 100)), mx.nd.zeros(20000)
     pred.attach_grad()
     train(StableSoftmaxCELoss(), 1)  # is deleted, and has the graph of the next one
     loss_fn = StableSoftmaxCELoss()
