@@ -5,11 +5,10 @@ import modes
 import numpy as np
 import reference
 import tolerances
-from conftest import IS_QUICK
 
 from gluon_stable_ce import StableSoftmaxCELoss
 
-every_mode = modes.parametrize(modes.QUICK if IS_QUICK else modes.ALL)
+every_mode = modes.parametrize(modes.ALL)
 
 
 def expected_within(kernel, arrays, settings, head=None):

@@ -76,7 +76,6 @@ ALL = [
     eager, default, hybridized, static_alloc, nested, nested_eager, exported, exported_alone, np_mode,
     np_mode_nested,
 ]  # fmt: skip
-QUICK = [eager, default, nested, exported, np_mode_nested]  # the others differ little from one of these
 SYMBOLIC = [nested, exported, np_mode_nested]
 
 
