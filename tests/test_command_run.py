@@ -148,12 +148,16 @@ def test_the_script_gets_its_arguments_and_path(run, write, tmp_path):
 
 # What `python script.py` does, `run script.py` does: each of these prints the same in both.
 SAME = {
-    'names': """
-import os, sys
+    'names': """# coding: latin-1
+import os, pickle, sys
 path = __file__ if sys.version_info >= (3, 9) else os.path.abspath(__file__)
 print(__name__, path, __spec__, __package__, sys.argv, sys.path[0])
 main = sys.modules['__main__']
 print(type(__builtins__), __doc__, main.__dict__ is globals(), main.__file__ is __file__, sys.modules.get('__mp_main__', main) is main)
+class A: pass
+print(type(pickle.loads(pickle.dumps(A()))) is A, ascii("\xe4"))
+x: int = 1
+print(__annotations__)
 """,
     'exit code': 'import sys; sys.exit(3)',
     'exit message': "import sys; sys.exit('gone')",
@@ -203,9 +207,6 @@ if __name__ == '__main__':
         with multiprocessing.get_context(method).Pool(1) as pool:
             print(method, [result.value for result in pool.map(work, [1, 2])])
 """,
-    'pickle': 'import pickle\nclass A: pass\nprint(type(pickle.loads(pickle.dumps(A()))) is A)',
-    'annotations': 'x: int = 1\nprint(__annotations__)',
-    'encoding': '# coding: latin-1\nprint(ascii("\xe4"))',
 }
 
 

@@ -57,8 +57,11 @@ def test_random_logits_and_gaps(kernel, mode, dtype, classes, scale, offset, rng
 
 
 @DTYPES
-@pytest.mark.parametrize('gap', GAPS)
-@pytest.mark.parametrize('classes', [2, 3, 1000, pytest.param(1_000_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ('classes', 'gap'),
+    [(classes, gap) for classes in (2, 3, 1000) for gap in GAPS]
+    + [pytest.param(1_000_000, gap, marks=pytest.mark.slow) for gap in (-20, 0, 20, 69)],
+)
 @modes.parametrize([modes.default, modes.nested])
 def test_one_logit_above_or_below_equal_ones(kernel, mode, dtype, classes, gap):
     pred, label = np.zeros((1, classes), dtype), classes // 2

@@ -581,7 +581,7 @@ def test_a_graph_infers_the_shape_of_the_label():
 @pytest.mark.parametrize('engine', ['ThreadedEnginePerDevice', 'NaiveEngine'])
 def test_four_threads_with_four_kinds_of_call(kernel, engine):
     done = subprocess.run(
-        [sys.executable, thread_worker.__file__, '1000'],
+        [sys.executable, thread_worker.__file__, '300'],
         env={
             **os.environ,
             'MXNET_ENGINE_TYPE': engine,

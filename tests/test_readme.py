@@ -168,28 +168,30 @@ def python_of(page):
 
 @pytest.fixture(params=['mypy', 'pyright'])
 def check_types(request, installed, tmp_path):
-    """A function that runs a type checker on a script, as an editor does for the installed package."""
+    """A function that runs a type checker on scripts, as an editor does for the installed package."""
     pytest.importorskip(request.param, reason=f'types need {request.param}, of the test extra')
     options = {'mypy': ('--ignore-missing-imports', '--python-executable'), 'pyright': ('--pythonpath',)}
     if request.param == 'pyright' and not shutil.which('node'):
         pytest.skip('pyright needs node')
 
-    def check(script):
-        (tmp_path / 'script.py').write_text(script, encoding='utf-8')
-        command = (sys.executable, '-m', request.param, *options[request.param], installed, 'script.py')
-        return run(*command, cwd=tmp_path)
+    def check(**scripts):
+        for name, script in scripts.items():
+            (tmp_path / f'{name}.py').write_text(script, encoding='utf-8')
+        names = [f'{name}.py' for name in scripts]
+        return run(
+            sys.executable, '-m', request.param, *options[request.param], installed, *names, cwd=tmp_path
+        )
 
     return check
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    'script',
-    [pages.read('tests/typed_script.py'), python_of('README.md'), python_of('docs/start.md')],
-    ids=['typed', 'README', 'start'],
-)
-def test_type_checkers_accept_right_code(check_types, script):
-    code, printed = check_types(script)
+def test_type_checkers_accept_right_code(check_types):
+    code, printed = check_types(
+        typed=pages.read('tests/typed_script.py'),
+        readme=python_of('README.md'),
+        start=python_of('docs/start.md'),
+    )
     assert code == 0, printed
 
 
@@ -198,5 +200,5 @@ def test_type_checkers_reject_each_wrong_choice(check_types):
     script = pages.read('tests/typed_script.py')
     choices = ("'sum'", "'raise'", "'stock'", "'logits'", "'log_probs'", "'probs'")
     assert all(script.count(choice) == 1 for choice in choices)
-    _, printed = check_types(re.sub('|'.join(choices), "'avg'", script))
+    _, printed = check_types(script=re.sub('|'.join(choices), "'avg'", script))
     assert len(re.findall('error: .*avg', printed)) == len(choices), printed
