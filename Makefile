@@ -14,7 +14,7 @@ PYTHONS := $(filter-out $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.ve
 help:
 	@echo 'make demo         train on real digits, and compare the metrics (examples/digits.py)'
 	@echo 'make test         linter, formatter, types, doctests and tests'
-	@echo 'make quick        the tests that are neither slow nor distributed, in less than a minute'
+	@echo 'make quick        a sample of the tests that are neither slow nor distributed, in less than a minute'
 	@echo 'make fuzz         random problems against the reference (EXAMPLES=20000)'
 	@echo 'make mutation     break the code in small ways, and list what no test notices (ARGS=kernels/stock.py)'
 	@echo 'make bench        measure speed, memory and accuracy (WITH=torch adds PyTorch)'
