@@ -1,4 +1,4 @@
-"""What all tests share: contexts to run on, one seed, the examples as modules, and the order in parallel."""
+"""What all tests share: contexts to run on, one seed, the examples as modules, the order, and a sample."""
 
 import gc
 import os
@@ -44,8 +44,9 @@ def pytest_collection_modifyitems(config, items):
     Jobs of several processes run one after the other. `make quick` runs a sample.
     """
     if IS_QUICK:
-        config.hook.pytest_deselected(items=set(items).difference(_sample(items)))
-        items[:] = _sample(items)
+        sample = _sample(items)
+        config.hook.pytest_deselected(items=list(set(items).difference(sample)))
+        items[:] = sample
     for item in items:
         if item.get_closest_marker('dist'):
             item.add_marker(pytest.mark.xdist_group('dist'))

@@ -87,7 +87,7 @@ def has_bfloat16_dense():
     ('dtype', 'tests'),
     [
         pytest.param('bfloat16', 'under_amp.py', marks=NO_BFLOAT16),
-        # the numbers are those without AMP
+        # a sample of two modules: the numbers are those without AMP
         pytest.param('bfloat16', 'test_labels.py -k stock', marks=NO_BFLOAT16),
         pytest.param('bfloat16', 'test_values.py -k stock', marks=NO_BFLOAT16),
         ('float16', 'under_amp.py'),
@@ -98,7 +98,7 @@ def test_tests_pass_under_amp(dtype, tests):
     if name == 'under_amp.py' and dtype == 'bfloat16' and not has_bfloat16_dense():
         chosen = ['-k', 'Embedding']  # the nets without such a layer
     options = ['-q', '--tb=short', '-p', 'no:cacheprovider', '-p', 'no:xdist', '-m', 'not slow']
-    quick = '' if name == 'under_amp.py' else '1'  # a sample of the others
+    quick = '' if name == 'under_amp.py' else '1'
     printed = python('-c', UNDER_AMP, *options, os.path.join(HERE, name), *chosen, AMP=dtype, QUICK=quick)
     assert ' passed' in printed
 

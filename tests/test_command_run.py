@@ -148,7 +148,7 @@ def test_the_script_gets_its_arguments_and_path(run, write, tmp_path):
 
 # What `python script.py` does, `run script.py` does: each of these prints the same in both.
 SAME = {
-    'names': """# coding: latin-1
+    'module': """# coding: latin-1
 import os, pickle, sys
 path = __file__ if sys.version_info >= (3, 9) else os.path.abspath(__file__)
 print(__name__, path, __spec__, __package__, sys.argv, sys.path[0])

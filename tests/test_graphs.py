@@ -523,7 +523,7 @@ def test_equal_nets_have_equal_graphs(kernel):
 @pytest.mark.parametrize('positions', [(6,), (2, 3)])
 @pytest.mark.parametrize('invalid_label', ['nan', 'clip'])
 def test_a_graph_knows_the_classes_of_a_dense_layer(classes, positions, invalid_label, rng):
-    """Then a one-hot array lowers the label's logit, and nothing else changes."""
+    """Then a one-hot array of all classes lowers the label's logit, and the loss is the same."""
     loss_fn, label = StableSoftmaxCELoss(invalid_label=invalid_label, kernel='stock'), mx.sym.var('label')
     dense = gluon.nn.Dense(classes, in_units=classes, use_bias=False, flatten=False)
     data, logits = mx.sym.var('data'), nd.array(rng.normal(0, 3, (*positions, classes)))
