@@ -56,9 +56,13 @@ def pytest_collection_modifyitems(config, items):
 
 
 def _sample(items):
-    """Choose the first variant of each test and one in eight of the others, the same ones in every run."""
-    first = set({item.nodeid.partition('[')[0]: item for item in reversed(items)}.values())
-    return [item for item in items if item in first or zlib.crc32(item.nodeid.encode()) % 8 == 0]
+    """Choose the first variant of each test with each kernel, and one in eight of the others."""
+    first = {}
+    for item in items:
+        test, _, variant = item.nodeid.partition('[')
+        first.setdefault((test, 'fused' in variant), item)
+    chosen = set(first.values())
+    return [item for item in items if item in chosen or zlib.crc32(item.nodeid.encode()) % 8 == 0]
 
 
 def pytest_collection_finish():

@@ -33,6 +33,13 @@ def filled(*updates):
     return metric
 
 
+def holding_the_same(other):
+    """A metric that holds what another does, which no update changes: each puts a new value in its place."""
+    metric = StableLoss()
+    metric._held = other._held
+    return metric
+
+
 @pytest.fixture
 def waits(monkeypatch):
     """The arrays that are waited for, in order, and how: (method, array)."""
@@ -182,10 +189,9 @@ class TestInterrupts:
         ],
     )
     def test_an_interrupted_update_is_taken_in_as_a_whole_or_not_at_all(self, updates):
-        held = filled(*[[1, 10]] * updates)._held
+        before = filled(*[[1, 10]] * updates)
         for opcode in range(10**5):
-            metric = StableLoss()
-            metric._held = held
+            metric = holding_the_same(before)
             is_interrupted = interrupted(partial(metric.update, None, nd.array([100, 200])), opcode)
             is_taken_in = metric.num_inst > 2 * updates
             assert (metric.num_inst, metric.sum_metric) == (
@@ -198,10 +204,9 @@ class TestInterrupts:
 
     @pytest.mark.parametrize('updates', [1, pytest.param(_AT_ONCE + 1, marks=pytest.mark.slow)])
     def test_an_interrupted_get_loses_nothing(self, updates):
-        held = filled(*[[1, 10]] * updates)._held
+        before = filled(*[[1, 10]] * updates)
         for opcode in range(10**5):
-            metric = StableLoss()
-            metric._held = held
+            metric = holding_the_same(before)
             is_interrupted = interrupted(metric.get, opcode)
             assert (metric.num_inst, metric.get()[1]) == (2 * updates, 5.5)
             metric.update(None, nd.array([100]))
